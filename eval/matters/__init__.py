@@ -1,0 +1,5 @@
+"""Synthetic client matters in LAB's own task format, with machine-checkable criteria."""
+
+from .generate import DIFFICULTIES, Difficulty, Document, Fact, Matter, generate_matter
+
+__all__ = ["DIFFICULTIES", "Difficulty", "Document", "Fact", "Matter", "generate_matter"]

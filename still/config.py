@@ -1,0 +1,73 @@
+"""Configuration of a compactor, to and from JSON. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+
+
+@dataclass
+class StillConfig:
+    """What a compactor is and what it was trained on.
+
+    The defaults are the canonical set-up of the STILL paper (arXiv 2606.07878).
+
+    Attributes:
+        bank: trained slots per KV head; other counts resample the bank along the slot axis.
+        chunk: longest context, in tokens, that one pass was trained on; longer ones are read in chunks.
+        blocks: cross- plus self-attention blocks.
+        latent_width: width of a latent; None is twice the head dim, where the identity start is defined.
+        feed_forward: hidden width of a feed-forward part after each block, 0 for none.
+        beta: learn an additive pre-softmax bias per slot.
+        shared_bank: one bank for all KV heads of a layer.
+        fractional_positions: leave latent positions between tokens instead of rounding them.
+        learned_scale: learn the attention scale of each block, from its fixed start `latent_width`.
+        rms_eps: added to the mean square of a latent before its root.
+        rope_base: base of the compactor's own rotary embedding.
+        base_model: name of the frozen model; `base_revision` its commit, `base_fingerprint` a hash of its shape.
+        trained_lengths: shortest and longest context drawn in training; empty before training.
+        trained_ratios: compression ratios drawn in training.
+        seed: seed of the training run.
+        steps: optimizer steps taken.
+    """
+
+    bank: int = 128
+    chunk: int = 1024
+    blocks: int = 2
+    latent_width: int | None = None
+    feed_forward: int = 0
+    beta: bool = False
+    shared_bank: bool = False
+    fractional_positions: bool = False
+    learned_scale: bool = False
+    rms_eps: float = 1e-3
+    rope_base: float = 10.0
+    base_model: str = ""
+    base_revision: str = ""
+    base_fingerprint: str = ""
+    trained_lengths: list[int] = field(default_factory=list)
+    trained_ratios: list[float] = field(default_factory=list)
+    seed: int | None = None
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("bank", "chunk", "blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+
+    def to_json(self) -> str:
+        """The configuration as JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> StillConfig:
+        """Read `to_json`'s text.
+
+        Raises:
+            ValueError: the text has a key that this version does not know.
+        """
+        values = json.loads(text)
+        unknown = set(values) - {item.name for item in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown keys {sorted(unknown)} in the compactor's config; a newer version wrote it?")
+        return cls(**values)

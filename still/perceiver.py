@@ -1,0 +1,172 @@
+"""One layer's compactor: a small Perceiver from raw keys and values to compact slots.
+
+Follows STILL (arXiv 2606.07878): latents cross-attend to `[RoPE^-1(K) ; V]`, then to each other, twice; linear
+heads give compact keys and values. All shapes are per KV head; heads share projections and differ in their bank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import StillConfig
+
+
+def own_rope(x: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
+    """The compactor's own rotary embedding of `x` `[batch, heads, n, width]` at positions `[batch or 1, n]`."""
+    half = x.shape[-1] // 2
+    inverse = base ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions.to(torch.float32)[:, None, :, None] * inverse
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """One head with l2-normalised queries and keys: softmax(scale * q k^T) over the source, values projected last."""
+
+    def __init__(self, width: int, source: int, scale: float, learned_scale: bool):
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source, width)
+        self.value = nn.Linear(source, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learned_scale)
+
+    def forward(self, latents, source, rope=None):
+        """`latents` `[batch, heads, t, width]` are normalised already; `rope` turns (queries, keys)."""
+        query = F.normalize(self.query(latents), dim=-1)
+        key = F.normalize(self.key(source), dim=-1)
+        if rope is not None:
+            query, key = rope(query, key)
+        # The scale goes into the queries: it may be learned, and sdpa takes a float.
+        mixed = F.scaled_dot_product_attention(query * self.log_scale.exp(), key, source, scale=1.0)
+        return self.output(self.value(mixed))  # W_v is linear, so it may follow the weighted sum
+
+
+class Block(nn.Module):
+    """Cross-attention to the tokens, self-attention among the latents, optionally a feed-forward part."""
+
+    def __init__(self, width: int, source: int, config: StillConfig):
+        super().__init__()
+        self.eps = config.rms_eps
+        self.rope_base = config.rope_base
+        self.cross = Attention(width, source, float(width), config.learned_scale)
+        self.self_attention = Attention(width, width, float(width), config.learned_scale)
+        hidden = config.feed_forward
+        self.feed_forward = None
+        if hidden:
+            self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
+
+    def rms(self, z: torch.Tensor) -> torch.Tensor:
+        """RMS norm without parameters; its slope at zero is `eps ** -0.5`."""
+        return z * (z.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+    def forward(self, z, source, latent_positions, token_positions):
+        """`z` `[batch, heads, t, width]`, `source` `[batch, heads, T, 2 * head_dim]`, positions `[batch or 1, n]`."""
+
+        def rope(query, key):
+            return (
+                own_rope(query, latent_positions, self.rope_base),
+                own_rope(key, token_positions, self.rope_base),
+            )
+
+        z = z + self.cross(self.rms(z), source, rope)
+        normed = self.rms(z)
+        z = z + self.self_attention(normed, normed)
+        return z if self.feed_forward is None else z + self.feed_forward(self.rms(z))
+
+
+class LayerPerceiver(nn.Module):
+    """Latents of one layer. Fresh ones copy the token nearest to each latent's position.
+
+    Args:
+        head_dim: the model's head dim `d`; the latent is `2 d` wide unless the config says otherwise.
+        kv_heads: banks, one per KV head (one for all with `shared_bank`).
+
+    Raises:
+        ValueError: the latent is narrower than `2 d`, where the identity start is not defined.
+    """
+
+    def __init__(self, head_dim: int, kv_heads: int, config: StillConfig):
+        super().__init__()
+        source = 2 * head_dim
+        width = config.latent_width or source
+        if width < source or width % 2:
+            raise ValueError(
+                f"latent_width is {width}; the identity start needs an even width of {source} (twice the head dim) or more"
+            )
+        self.bank = nn.Parameter(torch.zeros(1 if config.shared_bank else kv_heads, config.bank, width))
+        self.blocks = nn.ModuleList(Block(width, source, config) for _ in range(config.blocks))
+        self.key_head = nn.Linear(width, head_dim, bias=False)
+        self.value_head = nn.Linear(width, head_dim, bias=False)
+        self.beta_head = nn.Linear(width, 1, bias=False) if config.beta else None
+        self.fractional = config.fractional_positions
+        self.kv_heads = kv_heads
+        self.identity_start()
+
+    @torch.no_grad()
+    def identity_start(self) -> None:
+        """Set every weight so that a latent copies its nearest token (still-method, "Identity start")."""
+        width, head_dim = self.key_head.in_features, self.key_head.out_features
+        self.bank.zero_()
+        for index, block in enumerate(self.blocks):
+            for attention in (block.cross, block.self_attention):
+                nn.init.zeros_(attention.query.weight)
+                nn.init.zeros_(attention.key.weight)
+                # The same direction with equal energy in every dim: one that sits on a single frequency aliases.
+                nn.init.constant_(attention.query.bias, width**-0.5)
+                nn.init.constant_(attention.key.bias, width**-0.5)
+                nn.init.eye_(attention.value.weight)
+                nn.init.zeros_(attention.output.weight)
+            if index == 0:
+                nn.init.eye_(block.cross.output.weight)
+            if block.feed_forward is not None:
+                nn.init.zeros_(block.feed_forward[-1].weight)
+                nn.init.zeros_(block.feed_forward[-1].bias)
+        nn.init.eye_(self.key_head.weight)
+        nn.init.zeros_(self.value_head.weight)
+        self.value_head.weight[:, head_dim : 2 * head_dim] = torch.eye(head_dim)
+        if self.beta_head is not None:
+            nn.init.zeros_(self.beta_head.weight)
+
+    def latents(self, slots: int) -> torch.Tensor:
+        """The bank for `slots` slots `[heads, slots, width]`: itself at its trained size, else resampled linearly."""
+        bank = self.bank
+        if slots != bank.shape[1]:
+            bank = F.interpolate(bank.transpose(1, 2), size=slots, mode="linear", align_corners=True).transpose(1, 2)
+        return bank.expand(self.kv_heads, -1, -1)
+
+    def latent_positions(self, positions: torch.Tensor, slots: int) -> torch.Tensor:
+        """`slots` positions from the first to the last of `positions` `[rows, T]`, rounded unless fractional."""
+        first, last = positions[:, :1].double(), positions[:, -1:].double()
+        steps = torch.linspace(0, 1, slots, dtype=torch.float64, device=positions.device)
+        if slots == 1:
+            steps = steps + 0.5  # a single slot sits in the middle
+        spread = first + (last - first) * steps
+        return spread.float() if self.fractional else spread.round().long()
+
+    def forward(self, keys, values, positions, slots):
+        """Compact one layer, in un-rotated space.
+
+        Args:
+            keys: un-rotated keys `[batch, kv_heads, T, head_dim]`, fp32.
+            values: `[batch, kv_heads, T, head_dim]`, fp32.
+            positions: logical positions `[batch or 1, T]`.
+            slots: how many slots to make.
+
+        Returns:
+            Un-rotated compact keys and values `[batch, kv_heads, slots, head_dim]`, beta
+            `[batch, kv_heads, slots]` or None, and the slots' positions `[batch or 1, slots]`.
+        """
+        source = torch.cat((keys, values), dim=-1)
+        where = self.latent_positions(positions, slots)
+        start = positions[:, :1]  # small angles keep fp32 exact far into a context
+        z = self.latents(slots).expand(keys.shape[0], -1, -1, -1)
+        for block in self.blocks:
+            z = block(z, source, where - start, positions - start)
+        beta = None if self.beta_head is None else self.beta_head(z).squeeze(-1)
+        return self.key_head(z), self.value_head(z), beta, where
