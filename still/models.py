@@ -1,0 +1,115 @@
+"""Names of models: what a plug-in calls its own, else anything that Hugging Face's `from_pretrained` takes.
+
+A package names its models in the entry-point group `still.models`; each entry loads a function that takes the
+name and returns a `NamedModel`. `still` only looks names up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GROUP = "still.models"
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """What a plug-in's name stands for.
+
+    Attributes:
+        name: the full name, version included, as result files print it.
+        path: folder with config, weights and tokenizer, in Hugging Face's layout.
+        compactors: folders of trained compactors, best first; the first is the default.
+    """
+
+    name: str
+    path: Path
+    compactors: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen model ready to read, with its tokenizer.
+
+    Attributes:
+        name: as result files print it.
+        model: in evaluation mode, gradients off.
+        tokenizer: the model's own.
+        compactors: folders of the compactors that came with the name, best first.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    compactors: tuple[Path, ...] = ()
+
+
+def names() -> list[str]:
+    """The names that installed packages declare."""
+    return sorted({entry.name for entry in entry_points(group=GROUP)})
+
+
+def find(name: str) -> NamedModel | None:
+    """What `name` stands for, or None when no package declares it."""
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            return entry.load()(name)
+    return None
+
+
+def load(
+    name: str,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer, by a plug-in's name, a folder, or a Hub id.
+
+    Args:
+        name: `pocket`, `./my-model`, `Qwen/Qwen3-0.6B`.
+        device: default: the first GPU if there is one, else the CPU.
+        dtype: `"auto"` is what the weights were saved in.
+        attn_implementation: as transformers takes it, or `"still"` for caches with beta.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: the name is neither declared, nor a folder with a model, nor on the Hub.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    named = find(name)
+    where = str(named.path) if named else name
+    if attn_implementation == "still":
+        from .attention import register
+
+        register()
+    options: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, **options)
+    except OSError as problem:
+        raise FileNotFoundError(_not_found(name, problem)) from problem
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(target).eval().requires_grad_(False)
+    return LoadedModel(named.name if named else name, model, tokenizer, named.compactors if named else ())
+
+
+def _not_found(name: str, problem: OSError) -> str:
+    known = ", ".join(names()) or "none"
+    folder = Path(name)
+    if folder.is_dir():
+        missing = [file for file in ("config.json", "tokenizer_config.json") if not (folder / file).exists()]
+        lacks = f"it has no {' and no '.join(missing)}" if missing else str(problem).splitlines()[0]
+        return f"the folder {name} holds no model that transformers can load: {lacks}"
+    reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+    return f"no model {name!r}: not a name that comes with still ({known}), not a folder, and the Hub says: {reason}"
