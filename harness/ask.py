@@ -1,0 +1,226 @@
+"""Ask many questions of one cache: greedy answers, cross-entropy and KL from one batched forward.
+
+The forward is teacher-forced on the right answers. Where the model's own choice follows the right answer to its
+end, that is its greedy answer; where it departs, decoding goes on from there. The tokens are those of
+`model.generate` (a test compares them), for a fraction of its calls.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+
+from ..rope import full_attention_layers
+
+CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 4 << 30}
+"""Bytes of keys and values that one batch of questions may repeat; more only moves memory around."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context, its questions and their right answers as token ids.
+
+    Attributes:
+        context: ids of the context, alike for every question.
+        questions: ids from the context's end up to where the answer begins.
+        answers: ids of each right answer, the token that ends it included.
+        stop_ids: ids that end an answer.
+    """
+
+    context: list[int]
+    questions: list[list[int]]
+    answers: list[list[int]]
+    stop_ids: tuple[int, ...]
+
+
+@dataclass
+class Asked:
+    """What one cache answers.
+
+    Attributes:
+        outputs: greedy answers as token ids, without the token that ends them.
+        cross_entropy: for each question, minus the log-probability of the right answer, in nats.
+        kl: for each question, KL(teacher || this cache) summed over the answer's tokens, in nats; empty without one.
+        distributions: for each question, log-probabilities `[answer tokens, vocabulary]`, when they were asked for.
+    """
+
+    outputs: list[list[int]]
+    cross_entropy: list[float]
+    kl: list[float]
+    distributions: list[torch.Tensor]
+
+
+@torch.inference_mode()
+def ask(
+    model,
+    cache: Cache,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 24,
+    teacher: Sequence[torch.Tensor] | None = None,
+    keep_distributions: bool = False,
+) -> Asked:
+    """Answer every question from a copy of `cache`, which is left as it was.
+
+    Args:
+        model: a Hugging Face causal language model.
+        cache: the context's cache, full or compact, one row, not moved on.
+        prompt: questions and right answers.
+        max_new_tokens: longest answer, the token that ends it included.
+        teacher: the full cache's `distributions`, to measure KL against.
+        keep_distributions: return the distributions over each right answer's tokens.
+
+    Raises:
+        ValueError: there is no question, a question or an answer is empty, or an answer has no end.
+    """
+    _check(prompt)
+    padded = _pads_freely(model)
+    size = _rows_at_once(model, cache) if padded else 1
+    asked = Asked([], [], [], [])
+    for start in range(0, len(prompt.questions), size):
+        rows = slice(start, start + size)
+        questions, answers = prompt.questions[rows], prompt.answers[rows]
+        batch = _Batch(model, cache, questions, answers)
+        logits = batch.forward()
+        asked.outputs += batch.greedy(logits, prompt.stop_ids, max_new_tokens, refeed=not padded)
+        log_probs = logits.log_softmax(-1)
+        for row, answer in enumerate(answers):
+            own = log_probs[row, : len(answer)]
+            gold = torch.tensor(answer, device=own.device)
+            asked.cross_entropy.append(-own.gather(-1, gold[:, None]).sum().item())
+            if teacher is not None:
+                full = teacher[start + row]
+                asked.kl.append(max(0.0, (full.exp() * (full - own)).sum().item()))
+            if keep_distributions:
+                asked.distributions.append(own.clone())
+    return asked
+
+
+class _Batch:
+    """Questions on the left, right answers on the right, padding on both ends, over one repeated cache."""
+
+    def __init__(self, model, cache: Cache, questions: list[list[int]], answers: list[list[int]]) -> None:
+        self.model, self.source, self.questions, self.answers = model, cache, questions, answers
+        self.past = cache.get_seq_length()
+        self.width = max(map(len, questions))
+        self.tail = max(map(len, answers))
+        pad = self.width + self.tail
+        ids = torch.zeros(len(questions), pad, dtype=torch.long)
+        mask = torch.zeros(len(questions), self.past + pad, dtype=torch.long)
+        mask[:, : self.past] = 1
+        for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            left, right = self.width - len(question), self.width + len(answer)
+            ids[row, left:right] = torch.tensor([*question, *answer])
+            mask[row, self.past + left : self.past + right] = 1
+        lengths = torch.tensor([len(question) for question in questions])
+        positions = torch.arange(pad)[None] - (self.width - lengths)[:, None]
+        device = model.device
+        self.ids, self.mask = ids.to(device), mask.to(device)
+        self.positions = (positions.clamp(min=0) + self.past).to(device)
+
+    def forward(self) -> torch.Tensor:
+        """Logits `[rows, tail, vocabulary]` that predict each token of the right answers."""
+        self.cache = repeated(self.source, len(self.questions))
+        out = self.model(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=self.tail + 1,
+        )
+        return out.logits[:, :-1].float()
+
+    def greedy(self, logits: torch.Tensor, stop_ids: tuple[int, ...], limit: int, refeed: bool) -> list[list[int]]:
+        """Greedy answers, going on from where the model's own choices leave the right answers."""
+        choices = logits.argmax(-1).tolist()
+        outputs, open_rows = [], []
+        for row, answer in enumerate(self.answers):
+            same = 0
+            while same < len(answer) and choices[row][same] == answer[same]:
+                same += 1
+            output = answer[:same] if same == len(answer) else [*answer[:same], choices[row][same]]
+            outputs.append(output[:limit])
+            if outputs[-1][-1] not in stop_ids and len(outputs[-1]) < limit:
+                open_rows.append(row)
+        if open_rows:
+            self._decode(outputs, open_rows, stop_ids, limit, refeed)
+        return [output[:-1] if output[-1] in stop_ids else output for output in outputs]
+
+    def _decode(self, outputs: list[list[int]], open_rows: list[int], stop_ids, limit: int, refeed: bool) -> None:
+        """Extend `outputs[row]` in place for each open row, from the cache that `forward` left."""
+        rows = list(range(len(self.questions)))
+        if refeed:  # a state that has taken in the right answer cannot give it back
+            self._feed_again(outputs[0][:-1])
+        else:
+            kept = torch.tensor([len(output) - 1 for output in outputs], device=self.mask.device)
+            columns = torch.arange(self.tail, device=self.mask.device)
+            self.mask[:, self.past + self.width :] = columns[None] < kept[:, None]
+        while open_rows:
+            if len(open_rows) <= 0.75 * len(rows):  # dropping rows copies the cache: not for every one
+                index = torch.tensor([rows.index(row) for row in open_rows], device=self.mask.device)
+                self.cache.batch_select_indices(index)
+                self.mask, rows = self.mask[index], open_rows
+            last = [[outputs[row][-1]] for row in rows]
+            where = [[self.past + len(self.questions[row]) + len(outputs[row]) - 1] for row in rows]
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(rows), 1)], dim=1)
+            choices = self._step(last, where).argmax(-1).tolist()
+            for row, choice in zip(rows, choices, strict=True):
+                if row in open_rows:
+                    outputs[row].append(choice)
+            open_rows = [row for row in open_rows if outputs[row][-1] not in stop_ids and len(outputs[row]) < limit]
+
+    def _feed_again(self, answer: list[int]) -> None:
+        """Read the only question and the beginning of its answer into a fresh copy of the cache."""
+        self.cache = repeated(self.source, 1)
+        ids = [*self.questions[0], *answer]
+        self.mask = self.mask.new_ones(1, self.past + len(ids))
+        self._step([ids], [list(range(self.past, self.past + len(ids)))])
+
+    def _step(self, ids: list[list[int]], positions: list[list[int]]) -> torch.Tensor:
+        """Feed ids `[rows, tokens]` at logical positions; logits `[rows, vocabulary]` after the last."""
+        out = self.model(
+            input_ids=torch.tensor(ids, device=self.mask.device),
+            attention_mask=self.mask,
+            position_ids=torch.tensor(positions, device=self.mask.device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+
+def repeated(cache: Cache, rows: int) -> Cache:
+    """A copy of a one-row cache for `rows` questions; the original is left as it was."""
+    copied = cache.clone() if hasattr(cache, "clone") else copy.deepcopy(cache)
+    if rows > 1:
+        copied.batch_repeat_interleave(rows)
+    return copied
+
+
+def _pads_freely(model) -> bool:
+    """True when padding leaves no trace: every layer attends to all that the mask shows, and keeps no other state."""
+    config = model.config.get_text_config(decoder=True)
+    return len(full_attention_layers(config)) == config.num_hidden_layers
+
+
+def _rows_at_once(model, cache: Cache) -> int:
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    columns = max(layer.keys.shape[-2] for layer in cache.layers) + 48
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * columns * model.dtype.itemsize
+    return max(1, CHUNK_BYTES.get(model.device.type, CHUNK_BYTES["cuda"]) // row)
+
+
+def _check(prompt: Prompt) -> None:
+    if not prompt.questions:
+        raise ValueError("there is no question to ask")
+    for number, (question, answer) in enumerate(zip(prompt.questions, prompt.answers, strict=True)):
+        if not question or not answer:
+            raise ValueError(f"question {number} or its answer has no tokens")
+        if answer[-1] not in prompt.stop_ids:
+            raise ValueError(f"the answer to question {number} does not end in one of the stop ids {prompt.stop_ids}")
