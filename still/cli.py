@@ -23,7 +23,7 @@ DESCRIPTION = "Compact the KV caches of language models in one forward pass, and
 
 EXAMPLES = """\
 examples:
-  still sweep --preset quick                          compare every method on the model that comes with still
+  still sweep --preset quickstart                        compare every method on the model that comes with still
   still compact pocket lease.txt --ratio 8 -o lease.safetensors
   still ask lease.safetensors "When does the term end?"
   still inspect lease.safetensors
