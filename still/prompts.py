@@ -97,6 +97,29 @@ def render(
     return context_ids, [_question_ids(tokenizer, form, question) for question in questions]
 
 
+def render_alone(
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Iterable[str],
+    prompt_format: PromptFormat | None = None,
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of questions that are asked without any document: the floor of an evaluation.
+
+    The conversation is rendered with no document in it; what all of its questions share in front (the instruction,
+    or at least the token that opens the turn) is the context.
+
+    Returns:
+        `(context_ids, [question_ids, ...])`, neither ever empty.
+    """
+    form = prompt_format or PromptFormat.of(tokenizer)
+    questions = [escape(tokenizer, question).strip() for question in questions]
+    whole = [_encode(tokenizer, form, _conversation(tokenizer, form, [], text)) for text in (*PROBES, *questions)]
+    shared = 0
+    while len({tuple(ids[: shared + 1]) for ids in whole}) == 1:
+        shared += 1
+    shared = max(shared, 1)
+    return whole[0][:shared], [ids[shared:] for ids in whole[len(PROBES) :]]
+
+
 def render_question(
     tokenizer: PreTrainedTokenizerBase,
     question: str,
