@@ -1,0 +1,77 @@
+"""Every way to make a small cache, behind one protocol.
+
+>>> from still import methods
+>>> methods.get("snapkv", window=16)
+SnapKV(window=16, kernel_size=5)
+"""
+
+from __future__ import annotations
+
+from .attention_matching import AttentionMatching
+from .base import Eviction, LayerView, Method
+from .cartridge import Cartridge
+from .expected_attention import ExpectedAttention
+from .full import Full
+from .h2o import H2O
+from .keydiff import KeyDiff
+from .knorm import Knorm
+from .none import NoContext
+from .quantised import Int4, Int8, QuantisedCache, QuantisedLayer
+from .random import Random
+from .record import MethodRecord, measure
+from .snapkv import SnapKV
+from .still import Still
+from .streaming_llm import StreamingLLM
+from .truncation import Truncation
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Full, NoContext, Truncation, Random, StreamingLLM, Knorm, KeyDiff, SnapKV, H2O, ExpectedAttention,
+        AttentionMatching, Cartridge, Still, Int8, Int4,
+    )
+}  # fmt: skip
+NAMES = tuple(METHODS)
+
+
+def get(name: str, **hyper) -> Method:
+    """A method by name, with its hyper-parameters.
+
+    Raises:
+        ValueError: there is no such method, or it has no such hyper-parameter.
+    """
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; choose one of {', '.join(NAMES)}")
+    known = list(METHODS[name].__dataclass_fields__)
+    if unknown := sorted(set(hyper) - set(known)):
+        raise ValueError(f"{name} has no hyper-parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    return METHODS[name](**hyper)
+
+
+__all__ = [
+    "H2O",
+    "METHODS",
+    "NAMES",
+    "AttentionMatching",
+    "Cartridge",
+    "Eviction",
+    "ExpectedAttention",
+    "Full",
+    "Int4",
+    "Int8",
+    "KeyDiff",
+    "Knorm",
+    "LayerView",
+    "Method",
+    "MethodRecord",
+    "NoContext",
+    "QuantisedCache",
+    "QuantisedLayer",
+    "Random",
+    "SnapKV",
+    "Still",
+    "StreamingLLM",
+    "Truncation",
+    "get",
+    "measure",
+]  # fmt: skip

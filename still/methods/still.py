@@ -1,0 +1,52 @@
+"""STILL: a trained compactor makes the slots in one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers.cache_utils import Cache
+
+from ..compactor import StillCompactor
+from ..types import CompactKV, Reading
+from .base import LayerView, Method, row_lengths
+
+
+@dataclass
+class Still(Method):
+    """The compactor of arXiv 2606.07878 as one method among the others.
+
+    Attributes:
+        compactor: trained, or fresh (then it keeps a strided subset of the tokens), bound to the model.
+        label: what rows call the compactor, for instance its folder or training seed.
+    """
+
+    compactor: StillCompactor | None = field(default=None, repr=False)
+    label: str = ""
+
+    name: ClassVar[str] = "still"
+    synthesis: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.compactor is None:
+            raise ValueError("the method 'still' needs compactor=StillCompactor.from_pretrained(..., model=model)")
+
+    @property
+    def uses_beta(self) -> bool:
+        """Whether the compactor learned a bias."""
+        return self.compactor.config.beta
+
+    def compact(self, model, reading: Reading, slots: int | None = None, ratio: float | None = None) -> Cache:
+        """Warns outside the lengths and ratios that the compactor was trained on."""
+        tokens = max(row_lengths(reading))
+        self.compactor.check_trained(tokens, ratio if ratio is not None else tokens / slots)
+        return super().compact(model, reading, slots, ratio)
+
+    def compact_view(self, view: LayerView) -> CompactKV:
+        """What the compactor makes of the layer."""
+        return self.compactor.compact_layer(view.layer, view.keys, view.values, view.positions, view.slots)
+
+    def options(self) -> dict[str, Any]:
+        """The label, and the steps and seed of the training."""
+        config = self.compactor.config
+        return {"label": self.label, "steps": config.steps, "seed": config.seed}
