@@ -19,7 +19,17 @@ _HOMES = {
     "slots_for": "budgets",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "CompactKV",
+    "Reading",
+    "StillCache",
+    "StillCompactor",
+    "StillConfig",
+    "__version__",
+    "read",
+    "resolve_slots",
+    "slots_for",
+]
 
 if TYPE_CHECKING:
     from .budgets import resolve_slots, slots_for

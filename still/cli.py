@@ -23,7 +23,7 @@ DESCRIPTION = "Compact the KV caches of language models in one forward pass, and
 
 EXAMPLES = """\
 examples:
-  still sweep --preset quickstart                        compare every method on the model that comes with still
+  still sweep --preset quickstart                     every method on the model that comes with still
   still compact pocket lease.txt --ratio 8 -o lease.safetensors
   still ask lease.safetensors "When does the term end?"
   still inspect lease.safetensors
@@ -58,7 +58,10 @@ class CommandError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 the caller's mistake, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = find_commands()
+    try:
+        commands = find_commands()
+    except CommandError as problem:
+        return _complain(str(problem))
     name = next((word for word in argv if not word.startswith("-")), None)
     if name is not None and name not in commands:
         return _complain(f"there is no command {name!r}{_nearest(name, commands)}; `still --help` lists them")
