@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
+from ..methods.quantised import QuantisedLayer
 from ..rope import full_attention_layers
 
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 4 << 30}
@@ -22,16 +23,14 @@ CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 4 << 30}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A context, its questions and their right answers as token ids.
+    """Questions and their right answers as token ids.
 
     Attributes:
-        context: ids of the context, alike for every question.
         questions: ids from the context's end up to where the answer begins.
         answers: ids of each right answer, the token that ends it included.
         stop_ids: ids that end an answer.
     """
 
-    context: list[int]
     questions: list[list[int]]
     answers: list[list[int]]
     stop_ids: tuple[int, ...]
@@ -78,6 +77,7 @@ def ask(
         ValueError: there is no question, a question or an answer is empty, or an answer has no end.
     """
     _check(prompt)
+    cache = _unpacked(cache, max(map(len, prompt.questions)) + max(max_new_tokens, *map(len, prompt.answers)))
     padded = _pads_freely(model)
     size = _rows_at_once(model, cache) if padded else 1
     asked = Asked([], [], [], [])
@@ -202,6 +202,23 @@ def repeated(cache: Cache, rows: int) -> Cache:
     return copied
 
 
+def _unpacked(cache: Cache, room: int) -> Cache:
+    """A quantised cache as plain keys and values, unpacked once and not at every step.
+
+    It answers alike as long as the packed cache would keep the next `room` tokens raw; past that it is left packed.
+    """
+    if not any(isinstance(layer, QuantisedLayer) and room < layer.residual for layer in cache.layers):
+        return cache
+    layers = []
+    for layer in cache.layers:
+        plain = layer
+        if isinstance(layer, QuantisedLayer):
+            plain, none = DynamicLayer(), layer.keys[:, :, :0]
+            plain.update(*copy.copy(layer).update(none, none))
+        layers.append(plain)
+    return Cache(layers=layers)
+
+
 def _pads_freely(model) -> bool:
     """True when padding leaves no trace: every layer attends to all that the mask shows, and keeps no other state."""
     config = model.config.get_text_config(decoder=True)
@@ -211,8 +228,8 @@ def _pads_freely(model) -> bool:
 def _rows_at_once(model, cache: Cache) -> int:
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    columns = max(layer.keys.shape[-2] for layer in cache.layers) + 48
-    row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * columns * model.dtype.itemsize
+    columns = getattr(cache, "physical_length", None) or cache.get_seq_length()
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * (columns + 48) * model.dtype.itemsize
     return max(1, CHUNK_BYTES.get(model.device.type, CHUNK_BYTES["cuda"]) // row)
 
 

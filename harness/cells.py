@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 FORMAT = 1
 FLOOR, CEILING = "none", "full"
@@ -30,27 +31,40 @@ METHODS = (
 """Every row that is computed by default; `cartridge` trains on each context and must be asked for."""
 
 
-def _flag(default, help):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class SweepConfig:
-    """What a sweep computes. Every field enters the digest that its results folder is bound to."""
+    """What a sweep computes. Every field enters the digest that its results folder is bound to.
 
-    model: str = _flag("pocket", "causal language model: `pocket`, a Hub id or a folder")
-    compactor: str = _flag("pocket", "trained STILL compactor: `pocket`, a Hub id or a folder")
-    tasks: tuple[str, ...] = _flag(("matters",), "matters, matters-unseen, ruler, or a path to question sets")
-    difficulty: str = _flag("standard", "difficulty of the synthetic matters")
-    methods: tuple[str, ...] = _flag(METHODS, "methods, by name; `full` and `none` are always added")
-    ratios: tuple[float, ...] = _flag((2, 4, 8, 16, 32, 64), "compression ratios, context tokens per slot")
-    seeds: tuple[int, ...] = _flag((0,), "seeds of the compactor and of methods that draw at random")
-    count: int = _flag(20, "question sets of each task")
-    first: int = _flag(0, "seed of the first question set")
-    questions: int = _flag(0, "questions asked of each set, drawn uniformly; 0 asks all")
-    tokens: int = _flag(4096, "context tokens of a RULER task")
-    max_new_tokens: int = _flag(24, "longest answer")
-    dtype: str = _flag("float32", "dtype of the model's weights: float32, bfloat16 or float16")
+    Attributes:
+        model: causal language model: `pocket`, a folder or a Hub id
+        compactor: trained STILL compactors: the name of a model that brings its own, folders (a folder of folders is
+            one compactor per seed), or Hub ids
+        tasks: `matters`, `matters-unseen` (templates that training never shows), `ruler`, or paths of question sets
+        difficulty: of the synthetic matters
+        methods: rows to compute; `full` and `none` are always among them
+        ratios: context tokens per slot
+        seeds: of the compactors' training, and of methods that draw at random
+        count: question sets of each task
+        first: seed of the first question set
+        questions: questions asked of each set, drawn uniformly; 0 asks all
+        tokens: context tokens of a RULER task
+        max_new_tokens: longest answer
+        dtype: of the model's weights
+    """
+
+    model: str = "pocket"
+    compactor: tuple[str, ...] = ("pocket",)
+    tasks: tuple[str, ...] = ("matters",)
+    difficulty: str = "standard"
+    methods: tuple[str, ...] = METHODS
+    ratios: tuple[float, ...] = (2, 4, 8, 16, 32, 64)
+    seeds: tuple[int, ...] = (0,)
+    count: int = 20
+    first: int = 0
+    questions: int = 0
+    tokens: int = 4096
+    max_new_tokens: int = 24
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -68,8 +82,6 @@ class SweepConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.questions < 0:
             raise ValueError(f"questions is {self.questions}; it must be 0 (all) or more")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {self.dtype!r}; it must be float32, bfloat16 or float16")
         object.__setattr__(self, "methods", tuple(dict.fromkeys((CEILING, FLOOR, *self.methods))))
 
     def to_json(self) -> dict:
@@ -83,7 +95,7 @@ class SweepConfig:
 
 
 PRESETS = {
-    "quickstart": SweepConfig(count=12, questions=32, methods=tuple(m for m in METHODS if m != "int4") + ("int4",)),
+    "quickstart": SweepConfig(tasks=("matters", "matters-unseen"), count=12, questions=32),
 }
 
 
@@ -118,15 +130,17 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def cells_of(config: SweepConfig, task: str, set_id: str, seeded: set[str]) -> Iterator[Cell]:
+def cells_of(
+    config: SweepConfig, task: str, set_id: str, seeds: Mapping[str, Sequence[int]]
+) -> Iterator[Cell]:
     """The cells of one question set, ceiling and floor first.
 
     Args:
-        seeded: methods whose result depends on the seed; the others get one cell for all seeds.
+        seeds: for each method that depends on a seed, the seeds to run; the others get one cell.
     """
     for method in config.methods:
         for ratio in (None,) if method in WITHOUT_RATIO else config.ratios:
-            for seed in config.seeds if method in seeded else (None,):
+            for seed in seeds.get(method, (None,)):
                 yield Cell(task, set_id, method, ratio, seed)
 
 

@@ -80,6 +80,14 @@ def _company(rng: random.Random) -> str:
 VALUES = {"sum": _sum, "date": _date, "person": _person, "reference": _reference}
 """How a value of each kind is drawn; each has at least 65,536 values of two or more tokens."""
 
+VALUE_COUNTS = {
+    "sum": 900 * 1000,
+    "date": 28 * len(MONTHS) * 200,
+    "person": len(GIVEN_NAMES) * len(SURNAMES),
+    "reference": 900 * 900,
+}
+"""How many values of each kind there are, both sides of the split together."""
+
 
 def draw_value(kind: str, rng: random.Random, split: str = "any") -> str:
     """Draw the text of one value of `kind` (a key of `VALUES`)."""

@@ -1,0 +1,321 @@
+"""The sweep: methods x ratios x question sets x seeds, each cell computed once and kept.
+
+For each question set the context is read once; every method makes its cache from that reading, and all questions are
+asked of a copy of that cache. What the full cache answers is the ceiling, the teacher of every KL and, where it is
+right, the wording on which likelihoods are measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .. import methods, models
+from ..compactor import StillCompactor
+from ..eval.judge import exact_judge
+from ..eval.questions import Question, QuestionSet
+from ..methods.base import Method, MethodRecord, cache_nbytes, measure
+from ..prompts import PromptFormat, render, render_alone, render_answer
+from ..provenance import provenance
+from ..reading import read
+from ..types import Reading
+from .ask import Asked, Prompt, ask
+from .cells import CEILING, FLOOR, Cell, CellStore, SweepConfig, cells_of, digest
+from .question_sets import question_sets
+
+COMPACTOR_FILE = "compactor.json"
+
+
+def run_sweep(
+    config: SweepConfig, output: str | Path, device: str | None = None, progress: bool = True
+) -> CellStore:
+    """Compute every cell that `output` does not hold yet.
+
+    Args:
+        config: what to compute.
+        output: results folder; one that the same config made is taken up where it stopped.
+        device: default: the first GPU if there is one, else the CPU.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a method, task or seed has no such name, or the folder holds another sweep's results.
+    """
+    check_methods(config.methods)
+    loaded = models.load(config.model, device=device, dtype=config.dtype)
+    bench = Bench(config, loaded)
+    tasks = {task: question_sets(config, task, bench.count_tokens) for task in config.tasks}
+    if "still-wrong-matter" in config.methods and (lone := [task for task, sets in tasks.items() if len(sets) < 2]):
+        raise ValueError(f"still-wrong-matter asks of another question set, but {lone[0]} has only one; raise --count")
+    record = provenance(config, seed=config.first, device=loaded.model.device, model=loaded.name)
+    inputs = {
+        "model": f"{loaded.name} {weights_digest(loaded.model)}",
+        "questions": digest([each.to_json() for sets in tasks.values() for each in sets])[:16],
+        **{f"compactor seed {seed}": name for seed, name in bench.compactor_names.items()},
+    }
+    store = CellStore.create(output, config, inputs, record)
+    plan = [
+        (place, sets, [*cells_of(config, task, each.id, bench.seeds)])
+        for task, sets in tasks.items()
+        for place, each in enumerate(sets)
+    ]
+    stamp = {name: record[name] for name in ("versions", "device", "git", "created")}
+    total = sum(len(cells) for _, _, cells in plan)
+    with tqdm(total=total, desc="cells", unit="cell", disable=not progress, smoothing=0.05) as bar:
+        for place, sets, cells in plan:
+            left = [cell for cell in cells if not store.done(cell)]
+            bar.update(len(cells) - len(left))
+            sitting = Sitting(bench, sets[place], sets[(place + 1) % len(sets)])
+            for cell in left:
+                bar.set_postfix_str(f"{cell.set_id}: {cell.label}", refresh=False)
+                store.write(cell, {**sitting.result(cell), "provenance": stamp})
+                bar.update()
+    return store
+
+
+def check_methods(names: tuple[str, ...]) -> None:
+    """Refuse a method that nobody knows, before anything is loaded."""
+    known = [*methods.NAMES, "still-untrained", "still-wrong-matter"]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no method {unknown[0]!r}; choose from {', '.join(known)}")
+
+
+class Bench:
+    """What all question sets share: the model, its prompt format, the compactors and the methods.
+
+    Attributes:
+        compactors: trained compactors by seed.
+        compactor_names: for each seed the compactor's name and a digest of its weights.
+        seeds: for each method that depends on a seed, the seeds to run.
+    """
+
+    def __init__(self, config: SweepConfig, loaded: models.LoadedModel) -> None:
+        self.config, self.model, self.tokenizer = config, loaded.model, loaded.tokenizer
+        self.form = PromptFormat.of(self.tokenizer)
+        self.attention = self.model.config._attn_implementation
+        self.compactors: dict[int, StillCompactor] = {}
+        self.compactor_names: dict[int, str] = {}
+        if {"still", "still-wrong-matter"} & set(config.methods):
+            self._load_compactors(loaded)
+        trained = tuple(self.compactors)
+        self.seeds = {"still": trained, "still-wrong-matter": trained, "random": config.seeds}
+
+    def method(self, cell: Cell) -> Method:
+        """The method of a cell, ready to compact."""
+        if cell.method == "still-untrained":
+            return methods.get("still", compactor=self.untrained, label="untrained")
+        if cell.method in ("still", "still-wrong-matter"):
+            return methods.get("still", compactor=self.compactors[cell.seed], label=self.compactor_names[cell.seed])
+        return methods.get(cell.method, **({} if cell.seed is None else {"seed": cell.seed}))
+
+    @cached_property
+    def untrained(self) -> StillCompactor:
+        """A fresh compactor of the trained one's shape; no seed enters it."""
+        options = {}
+        for trained in self.compactors.values():
+            known = dataclasses.asdict(trained.config)
+            shape = ("bank", "chunk", "blocks", "latent_width", "feed_forward", "beta", "shared_bank",
+                     "fractional_positions", "learned_scale", "rms_eps", "rope_base")  # fmt: skip
+            options = {name: known[name] for name in shape}
+        return StillCompactor.for_model(self.model, **options).eval().requires_grad_(False)
+
+    def read(self, ids: list[int], queries: bool = False) -> Reading:
+        """One forward over a context."""
+        return read(self.model, torch.tensor([ids], device=self.model.device), queries=queries)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def text(self, output: list[int]) -> str:
+        """The text of an answer's ids."""
+        return self.tokenizer.decode(output, skip_special_tokens=True).strip()
+
+    @contextmanager
+    def attending(self, method: Method):
+        """Run the model with the attention that the method's cache needs, and then with its own again."""
+        if not method.uses_beta or self.attention == "still":
+            yield
+            return
+        from ..attention import register
+
+        register()
+        self.model.set_attn_implementation("still")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(self.attention)
+
+    def _load_compactors(self, loaded: models.LoadedModel) -> None:
+        found = {}
+        for name in self.config.compactor:
+            for where in compactor_folders(name, loaded):
+                compactor = StillCompactor.from_pretrained(where, model=self.model).eval().requires_grad_(False)
+                seed = compactor.config.seed or 0
+                if seed in found:
+                    raise ValueError(f"{found[seed][0]} and {where} have the same training seed {seed}; name one of them")
+                found[seed] = (where, compactor)
+        chosen = {seed: found[seed] for seed in self.config.seeds if seed in found}
+        if missing := [seed for seed in self.config.seeds if seed not in found]:
+            if len(found) > 1:
+                raise ValueError(f"no compactor was trained with seed {missing[0]}; there are {sorted(found)}: --seeds")
+            chosen = found
+        for seed, (where, compactor) in chosen.items():
+            self.compactors[seed] = compactor
+            self.compactor_names[seed] = f"{Path(where).name} {weights_digest(compactor)}"
+
+
+def compactor_folders(name: str, loaded: models.LoadedModel) -> list[str]:
+    """Where the compactors that `name` stands for lie: those of a named model, a folder, its subfolders, a Hub id.
+
+    Raises:
+        FileNotFoundError: the name stands for a model or a folder that has none.
+    """
+    named = models.find(name)
+    if named is not None:
+        if not named.compactors:
+            raise FileNotFoundError(f"the model {name!r} brings no compactor; give --compactor a folder or a Hub id")
+        return [str(folder) for folder in named.compactors]
+    folder = Path(name)
+    if not folder.is_dir() or (folder / COMPACTOR_FILE).is_file():
+        return [name]
+    inside = sorted(str(path.parent) for path in folder.glob(f"*/{COMPACTOR_FILE}"))
+    if not inside:
+        raise FileNotFoundError(f"{name} holds no compactor ({COMPACTOR_FILE}), nor does any folder in it")
+    return inside
+
+
+@dataclass(frozen=True)
+class _Ceiling:
+    """The full cache on one question set.
+
+    Attributes:
+        reference: the answers, as token ids, on which likelihoods are measured: the full cache's own wording where it
+            is right, the plain answer elsewhere. A model that answers in a sentence would otherwise be judged by how
+            badly it imitates a bare value.
+        stop_ids: ids that end an answer.
+    """
+
+    record: MethodRecord
+    asked: Asked
+    reference: list[list[int]]
+    stop_ids: tuple[int, ...]
+
+
+class Sitting:
+    """One question set: its reading, its reference answers, and the cells asked of it."""
+
+    def __init__(self, bench: Bench, asked: QuestionSet, other: QuestionSet) -> None:
+        self.bench, self.set, self.other = bench, asked, other
+
+    def result(self, cell: Cell) -> dict:
+        """Compute a cell: what its cache was, and what it answered to each question."""
+        if cell.method == CEILING:
+            record, asked = self._ceiling.record, self._ceiling.asked
+        elif cell.method == FLOOR:
+            record, asked = self._floor()
+        else:
+            record, asked = self._compacted(cell)
+        return {
+            "record": record.to_dict(),
+            "facts": self.set.source["facts"],
+            "source": self.set.source,
+            "questions": [self._row(question, place, asked) for place, question in enumerate(self.set.questions)],
+        }
+
+    def _row(self, question: Question, place: int, asked: Asked) -> dict:
+        output = self.bench.text(asked.outputs[place])
+        verdict = exact_judge(output, question)
+        return {
+            "id": question.id,
+            "output": output,
+            "label": verdict.label,
+            "stale": verdict.stale,
+            "recall": round(verdict.recall, 6),
+            "cross_entropy": round(asked.cross_entropy[place], 6),
+            "kl": round(asked.kl[place], 6) if asked.kl else 0.0,
+            "tokens": len(self._ceiling.reference[place]),
+            "tags": question.tags,
+        }
+
+    def _compacted(self, cell: Cell) -> tuple[MethodRecord, Asked]:
+        method, ceiling = self.bench.method(cell), self._ceiling
+        reading = self._wrong_reading if cell.method == "still-wrong-matter" else self._reading
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "a (context|ratio) of")  # the report says what was trained
+            cache, record = measure(method, self.bench.model, reading, ratio=cell.ratio)
+        with self.bench.attending(method):
+            asked = self._ask(cache, self._rendered[1], ceiling.reference, teacher=ceiling.asked.distributions)
+        return record, asked
+
+    def _floor(self) -> tuple[MethodRecord, Asked]:
+        """The questions alone, in the model's own format, after a conversation without a document."""
+        ceiling, full = self._ceiling, self._reading
+        ids, questions = render_alone(self.bench.tokenizer, [each.text for each in self.set.questions], self.bench.form)
+        reading = self.bench.read(ids)
+        asked = self._ask(reading.cache, questions, ceiling.reference, teacher=ceiling.asked.distributions)
+        tokens, nbytes = full.input_ids.shape[-1], cache_nbytes(full.cache)
+        return MethodRecord(FLOOR, {}, False, False, False, tokens, 0, 0, nbytes, 0.0, reading.seconds), asked
+
+    @cached_property
+    def _ceiling(self) -> _Ceiling:
+        bench, questions = self.bench, self._rendered[1]
+        with torch.no_grad():
+            cache, record = measure(methods.get(CEILING), bench.model, self._reading)
+        plain = [render_answer(bench.tokenizer, each.text, each.answer, bench.form) for each in self.set.questions]
+        ends = [bench.tokenizer.eos_token_id, *_as_list(bench.model.generation_config.eos_token_id)]
+        plain = [ids if ids[-1] in ends or bench.form.style == "plain" else [*ids, ends[0]] for ids in plain]
+        stop_ids = tuple(dict.fromkeys(end for end in (*ends, *(ids[-1] for ids in plain)) if end is not None))
+        asked = self._ask(cache, questions, plain, stop_ids, keep_distributions=True)
+        reference, again = list(plain), []
+        for place, (question, output) in enumerate(zip(self.set.questions, asked.outputs, strict=True)):
+            own = [*output, plain[place][-1]]
+            if own != plain[place] and exact_judge(bench.text(output), question).passed:
+                reference[place] = own
+                again.append(place)
+        if again:
+            some, own = [questions[place] for place in again], [reference[place] for place in again]
+            second = self._ask(cache, some, own, stop_ids, keep_distributions=True)
+            for place, entropy, distribution in zip(again, second.cross_entropy, second.distributions, strict=True):
+                asked.cross_entropy[place], asked.distributions[place] = entropy, distribution
+        return _Ceiling(record, asked, reference, stop_ids)
+
+    def _ask(self, cache, questions: list[list[int]], answers: list[list[int]], stop_ids=None, **options) -> Asked:
+        prompt = Prompt(questions, answers, stop_ids or self._ceiling.stop_ids)
+        return ask(self.bench.model, cache, prompt, max_new_tokens=self.bench.config.max_new_tokens, **options)
+
+    @cached_property
+    def _rendered(self) -> tuple[list[int], list[list[int]]]:
+        texts = [question.text for question in self.set.questions]
+        return render(self.bench.tokenizer, self.set.documents, texts, self.bench.form)
+
+    @cached_property
+    def _reading(self) -> Reading:
+        config = self.bench.config
+        queries = any(methods.METHODS[name].needs_queries for name in config.methods if name in methods.METHODS)
+        return self.bench.read(self._rendered[0], queries=queries)
+
+    @cached_property
+    def _wrong_reading(self) -> Reading:
+        return self.bench.read(render(self.bench.tokenizer, self.other.documents, (), self.bench.form)[0])
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """Twelve hex digits of a module's weights, from a few hundred entries of each tensor: enough to tell two apart."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        few = flat[:: max(1, flat.numel() // 256)].float().cpu().contiguous()
+        state.update(f"{name} {tuple(tensor.shape)}".encode() + few.numpy().tobytes())
+    return state.hexdigest()[:12]
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
