@@ -89,7 +89,8 @@ def render(
     context_ids = _encode(tokenizer, form, _context_text(tokenizer, form, named))
     for probe in PROBES:
         whole = _encode(tokenizer, form, _conversation(tokenizer, form, named, probe))
-        if whole != context_ids + _question_ids(tokenizer, form, probe):
+        after = _after_stand_in(tokenizer, form, probe)
+        if after is None or whole != context_ids + after:
             raise ValueError(
                 f"this tokenizer has no token boundary between the documents and a question such as {probe!r} in the "
                 f"{form.style!r} format; give another PromptFormat"
@@ -171,17 +172,22 @@ _STAND_IN = [("a.txt", "A.")]
 
 
 def _question_ids(tokenizer: PreTrainedTokenizerBase, form: PromptFormat, question: str) -> list[int]:
-    """The question's ids after a short document that stands in for the real ones."""
     question = escape(tokenizer, question).strip()
     if not question:
         raise ValueError("the question is empty")
-    before = _encode(tokenizer, form, _context_text(tokenizer, form, _STAND_IN))
-    whole = _encode(tokenizer, form, _conversation(tokenizer, form, _STAND_IN, question))
-    if whole[: len(before)] != before:
+    ids = _after_stand_in(tokenizer, form, question)
+    if ids is None:
         raise ValueError(
             f"the question {question[:40]!r} joins the end of the context in one token; begin it with a letter"
         )
-    return whole[len(before) :]
+    return ids
+
+
+def _after_stand_in(tokenizer: PreTrainedTokenizerBase, form: PromptFormat, question: str) -> list[int] | None:
+    """Ids after a short document that stands in for the real ones; None where the cut falls inside a token."""
+    before = _encode(tokenizer, form, _context_text(tokenizer, form, _STAND_IN))
+    whole = _encode(tokenizer, form, _conversation(tokenizer, form, _STAND_IN, question))
+    return whole[len(before) :] if whole[: len(before)] == before else None
 
 
 def _context_text(tokenizer: PreTrainedTokenizerBase, form: PromptFormat, documents: list[tuple[str, str]]) -> str:

@@ -91,3 +91,47 @@ def test_wheel_runs_a_sweep_in_an_empty_environment(wheel, checkout, tmp_path):
     assert "truncation" in table
     rows = list((outside / "results").rglob("*.csv"))
     assert rows, "the sweep wrote no rows"
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+  *version_info*) exit {old} ;;
+  *ensurepip*) exit {bare} ;;
+  *-V*) echo "Python 3.9.1" ;;
+  *) echo "reached $*"; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("old", "bare", "advice"),
+    [
+        (0, 1, "install the package python3-venv"),
+        (1, 0, "Python 3.9.1; still needs 3.11 or newer"),
+        (None, None, "is not installed; install Python 3.11 or newer"),
+    ],
+)
+@pytest.mark.parametrize("target", ["lint", "test", "quickstart"])
+def test_make_says_what_a_bare_machine_lacks(checkout, tmp_path, target, old, bare, advice):
+    for name in ("Makefile", "pyproject.toml", ".constraints.txt"):
+        shutil.copy(checkout / name, tmp_path / name)
+    python = tmp_path / "fake-python"
+    if old is not None:
+        python.write_text(FAKE_PYTHON.format(old=old, bare=bare))
+        python.chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", target, f"PYTHON={python}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean)
+    assert done.returncode != 0
+    assert advice in done.stderr
+    assert "reached" not in done.stdout + done.stderr
+    assert not list(tmp_path.glob(".venv*"))
+
+
+def test_torch_is_pinned_in_the_constraints_alone(checkout):
+    assert "torch==" in (checkout / ".constraints.txt").read_text()
+    assert not any("==" in need for need in SETUP["project"]["dependencies"])
+    floor = next(need for need in SETUP["project"]["dependencies"] if need.startswith("transformers"))
+    tested = (checkout / ".ci" / "run").read_text()
+    assert f"FLOOR='{floor.split('>=')[1]}.*'" in tested
