@@ -7,6 +7,8 @@ SnapKV(window=16, kernel_size=5)
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from .attention_matching import AttentionMatching
 from .base import Eviction, LayerView, Method
 from .cartridge import Cartridge
@@ -42,7 +44,7 @@ def get(name: str, **hyper) -> Method:
     """
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}; choose one of {', '.join(NAMES)}")
-    known = list(METHODS[name].__dataclass_fields__)
+    known = [item.name for item in fields(METHODS[name])]
     if unknown := sorted(set(hyper) - set(known)):
         raise ValueError(f"{name} has no hyper-parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     return METHODS[name](**hyper)
