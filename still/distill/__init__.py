@@ -1,0 +1,1 @@
+"""Train a compactor: the row format, the data that `still data` makes, the loss, and the loop of `still train`."""
