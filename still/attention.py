@@ -1,0 +1,92 @@
+"""The attention implementation `"still"`: what stock attention cannot do over a compact prefix.
+
+A bias per slot (beta), and rows of one batch with unequal numbers of slots. Call `register()` once, then load the
+model with `attn_implementation="still"` or call `model.set_attn_implementation("still")`. The function and its mask
+are registered together: with the first alone transformers builds no mask, and tokens see the future.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .kernels.prefix_attention import merge_attention, prefix_attention, tail_attention
+
+NAME = "still"
+_ATTRIBUTE = "still_prefix"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the keys of one forward say about their first `length` columns, which every query may see.
+
+    Attributes:
+        length: columns of the compact prefix; the rest is dense and causal.
+        bias: additive pre-softmax bias `[batch, kv_heads or 1, length]`, -inf at dead columns.
+    """
+
+    length: int
+    bias: torch.Tensor
+
+
+def register() -> None:
+    """Make `attn_implementation="still"` known to transformers: the attention function and its mask."""
+    AttentionInterface.register(NAME, still_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def with_prefix(keys: torch.Tensor, prefix: Prefix) -> torch.Tensor:
+    """The keys that a cache layer returns, carrying their prefix to `still_attention`."""
+    keys = keys.view_as(keys)
+    setattr(keys, _ATTRIBUTE, prefix)
+    return keys
+
+
+def still_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """An attention function as transformers calls it: sdpa, unless the keys carry a `Prefix`.
+
+    Args:
+        module: the attention layer.
+        query: `[batch, query_heads, queries, head_dim]`.
+        key: `[batch, kv_heads, physical, head_dim]` as the cache returned them.
+        value: `[batch, kv_heads, physical, head_dim]`.
+        attention_mask: `[batch, 1, queries, physical]`; its last columns rule the dense tail.
+        dropout: must be 0 where there is a prefix.
+        scaling: of the scores.
+        **kwargs: passed on to sdpa.
+
+    Returns:
+        The output `[batch, queries, query_heads, head_dim]`, and None for the weights.
+
+    Raises:
+        ValueError: the layer asks for what attention over a biased prefix does not do.
+    """
+    prefix: Prefix | None = getattr(key, _ATTRIBUTE, None)
+    if prefix is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for name, off in (("dropout", 0.0), ("softcap", None), ("s_aux", None), ("position_bias", None)):
+        asked = dropout if name == "dropout" else kwargs.get(name)
+        if asked is not None and asked is not off and not (name == "dropout" and asked == 0):
+            raise ValueError(f"attention over a biased prefix has no {name} (got {asked}); use slots without beta")
+    n = prefix.length
+    tail_mask = None if attention_mask is None else attention_mask[..., n:]
+    out, _ = merge_attention(
+        prefix_attention(query, key[:, :, :n], value[:, :, :n], prefix.bias, scaling),
+        tail_attention(query, key[:, :, n:], value[:, :, n:], tail_mask, scaling),
+    )
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None

@@ -1,0 +1,167 @@
+"""When and how a cache that compacts by itself does so: dense rows in, dense rows out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from .budgets import slots_for
+from .types import CompactKV
+
+MODES = ("append", "recompact")
+
+
+class LayerCompactor(Protocol):
+    """Anything that compacts one layer: a `StillCompactor`, or a method that looks at keys and values alone.
+
+    It may also have `slot_positions(positions, slots)`, the logical positions `[batch or 1, slots]` at which the slots
+    are rotated, or return them as an attribute `positions` of its result; evenly spread ones are taken otherwise.
+    """
+
+    def compact_layer(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, slots: int
+    ) -> CompactKV:
+        """Compact keys and values `[batch, kv_heads, tokens, head_dim]` to `slots` slots."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Dense rows of one layer: compact slots, then raw tokens.
+
+    Attributes:
+        keys: `[batch, kv_heads, slots + raw, head_dim]`.
+        values: `[batch, kv_heads, slots + raw, head_dim]`.
+        slot_positions: logical positions at which the slots are rotated, `[batch or 1, slots]`.
+        beta: `[batch, kv_heads, slots]`, or None.
+        logical: tokens that these rows stand for.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slot_positions: torch.Tensor
+    beta: torch.Tensor | None
+    logical: int
+
+    @property
+    def slots(self) -> int:
+        """Compact slots."""
+        return self.slot_positions.shape[-1]
+
+    @property
+    def raw(self) -> int:
+        """Raw tokens after the slots."""
+        return self.keys.shape[2] - self.slots
+
+    def raw_positions(self) -> torch.Tensor:
+        """Logical positions `[raw]` of the raw tokens."""
+        return torch.arange(self.logical - self.raw, self.logical, device=self.keys.device)
+
+
+def even_positions(positions: torch.Tensor, slots: int) -> torch.Tensor:
+    """Positions `[batch or 1, slots]` spread evenly over the span of `positions` and rounded."""
+    positions = positions[None] if positions.ndim == 1 else positions
+    steps = torch.linspace(0, 1, slots, device=positions.device, dtype=torch.float64)
+    first, last = positions[:, :1].double(), positions[:, -1:].double()
+    return (first + (last - first) * steps).round().long()
+
+
+@dataclass(frozen=True)
+class SelfCompaction:
+    """How a cache compacts what it has stored, once a whole chunk beyond `keep_last` tokens is raw.
+
+    Attributes:
+        compactor: a layer compactor.
+        chunk: tokens compacted at a time: the length that the compactor was trained on.
+        ratio: tokens per slot.
+        slots: slots of a whole chunk; overrides `ratio` there.
+        keep_last: newest tokens that stay raw.
+        mode: `"append"` compacts each chunk once, and the slots grow with the context; `"recompact"` compacts the slots
+            so far and the next chunk together to one fixed size.
+    """
+
+    compactor: LayerCompactor
+    chunk: int
+    ratio: float
+    slots: int | None = None
+    keep_last: int = 256
+    mode: str = "append"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; it must be one of {MODES}")
+        if self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; it must be 1 token or more")
+        if self.keep_last < 0:
+            raise ValueError(f"keep_last is {self.keep_last}; it must be 0 tokens or more")
+        if self.slots is not None and not 1 <= self.slots <= self.chunk:
+            raise ValueError(f"slots is {self.slots}; it must lie between 1 and the chunk's {self.chunk} tokens")
+        slots_for(self.chunk, self.ratio)
+
+    def budget(self, tokens: int) -> int:
+        """Slots that `tokens` tokens are compacted to."""
+        return self.slots if self.slots is not None and tokens == self.chunk else slots_for(tokens, self.ratio)
+
+    def is_due(self, raw: int) -> bool:
+        """Whether a layer with `raw` raw tokens has a whole chunk beyond the newest ones."""
+        return raw - self.keep_last >= self.chunk
+
+    def run(self, layer: int, rows: Packed, keep_last: int | None = None, partial: bool = False) -> Packed:
+        """Compact every whole chunk beyond the newest `keep_last` raw tokens, and with `partial` the rest too."""
+        keep_last = self.keep_last if keep_last is None else keep_last
+        while rows.raw - keep_last >= self.chunk:
+            rows = self._step(layer, rows, self.chunk)
+        if partial and rows.raw > keep_last:
+            rows = self._step(layer, rows, rows.raw - keep_last)
+        return rows
+
+    def _step(self, layer: int, rows: Packed, tokens: int) -> Packed:
+        t, end = rows.slots, rows.slots + tokens
+        first, positions = t, rows.raw_positions()[:tokens]
+        slots = self.budget(tokens)
+        if self.mode == "recompact" and t:
+            if rows.beta is not None:
+                raise ValueError("recompact would lose the beta of the slots; use mode='append', or slots without beta")
+            before = rows.slot_positions
+            first, positions = 0, torch.cat((before, positions.expand(len(before), -1).to(before.dtype)), dim=1)
+            positions = positions[0] if len(before) == 1 else positions
+            slots = max(t, self.budget(min(self.chunk, t + tokens)))
+        old = rows.keys[:, :, first:end], rows.values[:, :, first:end]
+        compact = self.compactor.compact_layer(layer, *old, positions, slots)
+        if compact.keys.shape[2] != slots:
+            raise ValueError(
+                f"{type(self.compactor).__name__} kept {compact.keys.shape[2]} slots of layer {layer}; "
+                f"the budget of {old[0].shape[2]} columns is {slots}"
+            )
+        return replace(
+            rows,
+            keys=torch.cat((rows.keys[:, :, :first], compact.keys.to(rows.keys), rows.keys[:, :, end:]), dim=2),
+            values=torch.cat((rows.values[:, :, :first], compact.values.to(rows.keys), rows.values[:, :, end:]), dim=2),
+            slot_positions=_join(rows.slot_positions[:, :first], self._slot_positions(compact, positions, slots)),
+            beta=_join_beta(rows, first, compact),
+        )
+
+    def _slot_positions(self, compact: CompactKV, positions: torch.Tensor, slots: int) -> torch.Tensor:
+        where = getattr(compact, "positions", None)
+        if where is None and hasattr(self.compactor, "slot_positions"):
+            where = self.compactor.slot_positions(positions, slots)
+        where = even_positions(positions, slots) if where is None else where
+        return where[None] if where.ndim == 1 else where
+
+
+def _join(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Two tables `[batch or 1, n]` side by side."""
+    batch = max(len(first), len(second))
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return torch.cat([part.expand(batch, -1).to(dtype) for part in (first, second)], dim=1)
+
+
+def _join_beta(rows: Packed, first: int, compact: CompactKV) -> torch.Tensor | None:
+    if rows.beta is None and compact.beta is None:
+        return None
+    none = rows.keys.new_zeros(rows.keys.shape[:3])
+    before = none[:, :, :first] if rows.beta is None else rows.beta[:, :, :first]
+    after = none[:, :, : compact.keys.shape[2]] if compact.beta is None else compact.beta
+    return torch.cat((before, after.to(before)), dim=2)

@@ -1,0 +1,305 @@
+"""One layer of the drop-in cache: compact slots, then raw tokens."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from . import attention
+from .cache_compaction import Packed, SelfCompaction
+from .cache_rows import Columns, pack, prefix_bias, take_apart, widen
+
+
+class CompactLayer(DynamicLayer):
+    """A full-attention layer that stores `physical` columns and stands for `logical` ones.
+
+    It follows the contract of transformers' own sliding-window layer: lengths are logical, masks are physical.
+
+    Attributes:
+        keys: `[batch, kv_heads, slots + raw, head_dim]`, or None while empty. Raw tokens follow the slots.
+        values: `[batch, kv_heads, slots + raw, head_dim]`, or None.
+        slot_positions: logical positions at which the slots are rotated, `[batch or 1, slots]`; -1 at dead slots.
+        beta: additive pre-softmax bias `[batch, kv_heads, slots]`, or None.
+        logical: columns of the sequence that this layer has seen, padding included.
+        lengths: real tokens of each row `[batch]`, or None where no row is padded.
+        live: columns `[batch, slots + raw]` that are no padding, or None where all are.
+    """
+
+    is_croppable = False
+
+    def __init__(self, index: int, config, columns: Columns | None = None, policy: SelfCompaction | None = None):
+        super().__init__()
+        self.index, self.config, self.policy = index, config, policy
+        self.columns = Columns() if columns is None else columns
+        self.record_past = False
+        self._awaits_crop = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = self.beta = self.lengths = self.live = None
+        self.slot_positions = torch.empty(1, 0, dtype=torch.long)
+        self.logical = 0
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take dtype and device from the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states))
+        self.slot_positions = self.slot_positions.to(self.device)
+        self.is_initialized = True
+
+    def fill(self, rows: Packed, logical: int, lengths: torch.Tensor | None, live: torch.Tensor | None) -> None:
+        """Take over stored columns as they are."""
+        self.dtype, self.device = rows.keys.dtype, rows.keys.device
+        self.keys, self.values = owned(rows.keys), owned(rows.values)
+        self.beta = None if rows.beta is None else owned(rows.beta)
+        self.slot_positions, self.logical, self.lengths, self.live = rows.slot_positions, logical, lengths, live
+        self.is_initialized = True
+
+    @property
+    def slots(self) -> int:
+        """Compact slots of the row that has most."""
+        return self.slot_positions.shape[-1]
+
+    @property
+    def physical(self) -> int:
+        """Stored columns."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def batch(self) -> int:
+        """Rows, 0 while empty."""
+        return 0 if self.keys is None else self.keys.shape[0]
+
+    def raw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values `[batch, kv_heads, raw, head_dim]` and positions `[raw]` of the tokens not compacted yet.
+
+        Raises:
+            ValueError: rows are padded, so that they have no common positions.
+        """
+        if self.lengths is not None:
+            raise ValueError("rows of a padded batch have positions of their own; compact them with cache.compact()")
+        rows = self._packed()
+        return rows.keys[:, :, rows.slots :], rows.values[:, :, rows.slots :], rows.raw_positions()
+
+    def get_seq_length(self) -> int:
+        """The logical length."""
+        return self.logical
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Physical columns after `query_length` new tokens, and the logical column where they start."""
+        refuse_nothing_new(query_length, self.logical)
+        return self.physical + query_length, self.logical - self.physical
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens, and return what this forward attends to; then compact what is due.
+
+        Args:
+            key_states: `[batch, kv_heads, new, head_dim]`; the batch may be n times the stored one (beams).
+            value_states: `[batch, kv_heads, new, head_dim]`.
+            *args: unused, as in transformers' layers.
+            **kwargs: unused.
+
+        Raises:
+            ValueError: nothing is new, the batch does not fit, or stock attention cannot do what the slots need.
+        """
+        new = key_states.shape[2]
+        refuse_nothing_new(new, self.logical)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if len(key_states) != self.batch:
+            widen(self.keys[:, :0, 0], len(key_states))
+            self.batch_repeat_interleave(len(key_states) // self.batch)
+        if self._awaits_crop:  # nobody crops after each forward: this is no assisted decoding any more
+            self.record_past = self._awaits_crop = False
+        prefix = self._prefix()
+        self._note_padding(new)
+        self.keys = torch.cat((self.keys, key_states), dim=2)
+        self.values = torch.cat((self.values, value_states), dim=2)
+        self.logical += new
+        keys, values = self.keys, self.values
+        if self.record_past:
+            self._awaits_crop = True
+        else:
+            self.compact_due()
+        return (keys if prefix is None else attention.with_prefix(keys, prefix)), values
+
+    def _note_padding(self, new: int) -> None:
+        fresh = self.columns.read(self.logical, new, self.batch)
+        if fresh is None and self.lengths is None:
+            return
+        device = self.keys.device
+        fresh = torch.ones(self.batch, new, dtype=torch.bool) if fresh is None else fresh
+        if self.lengths is None:
+            self.lengths = torch.full((self.batch,), self.logical)
+        self.lengths = self.lengths + fresh.sum(-1).to(self.lengths.device)
+        if self.live is not None or not fresh.all():
+            old = torch.ones(self.batch, self.physical, dtype=torch.bool) if self.live is None else self.live
+            self.live = torch.cat((old.to(device), fresh.to(device)), dim=1)
+
+    def _prefix(self) -> attention.Prefix | None:
+        """What `"still"` attention must know of the stored columns; None where stock attention does."""
+        ours = self.config._attn_implementation == attention.NAME
+        if self.beta is not None and not ours:
+            raise ValueError(
+                f"the slots of layer {self.index} carry a bias (beta), which attn_implementation="
+                f"{self.config._attn_implementation!r} cannot apply: call still.attention.register() and "
+                f"model.set_attn_implementation('still'), and give the cache that model's own config"
+            )
+        if not ours and self.live is not None and self.physical < self.logical and self.columns.prompted is None:
+            raise ValueError(
+                f"the rows of this batch have unequal slots; attn_implementation={self.config._attn_implementation!r} "
+                f"attends to the dead ones unless the attention mask is rewritten over them: make the inputs with "
+                f"cache.prompt(question_ids) for generate(), or cache.continuation(new_ids) for a plain forward"
+            )
+        if ours and self.live is not None and self.physical:
+            bias = prefix_bias(self.physical, self.slot_positions, self.beta, self.live)
+            return attention.Prefix(self.physical, bias)
+        if ours and self.beta is not None:
+            return attention.Prefix(self.slots, self.beta)
+        return None
+
+    def compact_due(self) -> None:
+        """Compact the whole chunks that are due. Padded rows under stock attention wait for `cache.prompt`."""
+        policy = self.policy
+        if policy is None or not policy.is_due(self.most_raw()):
+            return
+        if self.lengths is None or self.config._attn_implementation == attention.NAME:
+            self.compact()
+        elif not self.columns.warned:
+            self.columns.warned = True
+            warnings.warn(
+                f"rows of a padded batch compact to unequal slots, which attn_implementation="
+                f"{self.config._attn_implementation!r} cannot tell apart while it generates: compaction waits for "
+                f"cache.prompt() or cache.compact(); with attn_implementation='still' it need not",
+                stacklevel=2,
+            )
+
+    def most_raw(self) -> int:
+        """Raw tokens of the row that has most."""
+        if self.lengths is None or not self.physical:
+            return self.physical - self.slots
+        stored = self.physical if self.live is None else self.live.sum(-1)
+        return int((stored - (self.slot_positions >= 0).sum(-1)).max())
+
+    def compact(self, keep_last: int | None = None, partial: bool = False) -> None:
+        """Compact whole chunks beyond the newest `keep_last` raw tokens of each row, with `partial` the rest too."""
+        if not self.physical:
+            return
+        if self.lengths is None:
+            rows, lengths, live = self.policy.run(self.index, self._packed(), keep_last, partial), None, None
+        else:
+            parts = [self.policy.run(self.index, row, keep_last, partial) for row in self.rows()]
+            (rows, live), lengths = pack(parts), self.lengths
+        self.fill(rows, self.logical, lengths, live)
+
+    def rows(self) -> list[Packed]:
+        """The dense rows, without padding."""
+        lengths = torch.full((self.batch,), self.logical) if self.lengths is None else self.lengths
+        return take_apart(self.keys, self.values, self.slot_positions, self.beta, self.live, lengths)
+
+    def _packed(self) -> Packed:
+        return Packed(self.keys, self.values, self.slot_positions, self.beta, self.logical)
+
+    def activate_past_recording(self) -> None:
+        """Put compaction off until `crop`, as assisted decoding needs."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens, then compact what was put off.
+
+        Raises:
+            ValueError: the number is positive, or reaches into the compact slots.
+        """
+        count = -tokens_to_remove
+        if count < 0:
+            raise ValueError(f"crop takes minus the tokens to remove, or 0; got {tokens_to_remove}")
+        if count:
+            raw = min(self._raw_columns()) if self.physical else 0
+            if count > raw:
+                raise ValueError(
+                    f"cannot crop {count} tokens: only {raw} are still raw, the rest of {self.logical} is compact; "
+                    f"keep more with keep_last, or go back to a cache.clone()"
+                )
+            if self.lengths is not None:
+                gone = count if self.live is None else self.live[:, -count:].sum(-1).to(self.lengths.device)
+                self.lengths = self.lengths - gone
+            self.keys, self.values = owned(self.keys[:, :, :-count]), owned(self.values[:, :, :-count])
+            self.live = None if self.live is None else self.live[:, :-count]
+            self.logical -= count
+        self._awaits_crop = False
+        if self.is_initialized:
+            self.compact_due()
+
+    def _raw_columns(self) -> list[int]:
+        """For each row the columns right of its last slot."""
+        if self.live is None:
+            return [self.physical - self.slots]
+        slots = (self.slot_positions >= 0).sum(-1).expand(self.batch)
+        ends = [row.nonzero()[int(n) - 1] + 1 if n else 0 for row, n in zip(self.live, slots, strict=True)]
+        return [self.physical - int(end) for end in ends]
+
+    def reset(self) -> None:
+        """Forget everything, slots too."""
+        self._clear()
+
+    def offload(self) -> None:
+        """Move the stored columns to the CPU."""
+        super().offload()
+        if self.beta is not None:
+            self.beta = self.beta.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        """Move them back."""
+        super().prefetch()
+        if self.beta is not None and self.beta.device != self.device:
+            self.beta = self.beta.to(self.device, non_blocking=True)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times, next to itself."""
+        rows = torch.arange(self.batch).repeat_interleave(repeats)
+        self.batch_select_indices(rows)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these rows, in this order."""
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values", "beta", "slot_positions", "lengths", "live"):
+            table = getattr(self, name)
+            if table is not None and not (name == "slot_positions" and len(table) == 1):
+                setattr(self, name, table[indices.to(table.device)])
+
+    def copy(self, columns: Columns) -> CompactLayer:
+        """An independent layer with the same contents; it shares no storage."""
+        other = CompactLayer(self.index, self.config, columns, self.policy)
+        for name in ("keys", "values", "beta", "slot_positions", "lengths", "live"):
+            table = getattr(self, name)
+            setattr(other, name, None if table is None else table.clone())
+        other.logical, other.is_initialized = self.logical, self.is_initialized
+        if self.is_initialized:
+            other.dtype, other.device = self.dtype, self.device
+        return other
+
+
+def refuse_nothing_new(new: int, logical: int) -> None:
+    """Raise where a forward brings no new token: its prompt was the question alone."""
+    if new < 1:
+        raise ValueError(
+            f"no new token follows the {logical} that the cache stands for: generate() takes context and question "
+            f"together, as model.generate(**cache.prompt(question_ids), past_key_values=cache) passes them"
+        )
+
+
+def owned(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in a storage of its own size, so that bytes measured are bytes kept."""
+    exact = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if exact else x.clone(memory_format=torch.contiguous_format)
+

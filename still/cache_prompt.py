@@ -1,0 +1,105 @@
+"""Inputs for a model that continues from a compact cache: ids, positions, and masks over slots instead of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from . import attention
+from .cache_layer import CompactLayer
+from .cache_rows import widen
+
+
+def make_prompt(cache, question_ids, attention_mask=None, previous_ids=None) -> dict[str, torch.Tensor]:
+    """What `StillCache.prompt` returns."""
+    question, mask = _new_tokens(cache, question_ids, attention_mask)
+    length, known = cache.logical_length, cache.token_ids if previous_ids is None else previous_ids
+    if known is None or known.shape[-1] < length:
+        count = 0 if known is None else known.shape[-1]
+        raise ValueError(
+            f"the cache stands for {length} tokens and knows the ids of {count}: pass previous_ids=, the ids that "
+            f"generate() returned, or use cache.continuation(new_ids) with a plain forward"
+        )
+    known = widen(known.to(question.device), len(question))
+    question = torch.cat((known[:, length:], question), dim=1)
+    mask = pad(mask, (known.shape[1] - length, 0), value=True)
+    mask = _mask_over(cache, mask)
+    ids = pad(known[:, :length], (cache.logical_length - length, 0))
+    return {"input_ids": torch.cat((ids, question), dim=1), "attention_mask": mask.long().to(question.device)}
+
+
+def make_continuation(cache, new_ids, attention_mask=None) -> dict[str, torch.Tensor]:
+    """What `StillCache.continuation` returns."""
+    new, mask = _new_tokens(cache, new_ids, attention_mask)
+    mask = _mask_over(cache, mask).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+    return {"input_ids": new, "attention_mask": mask.to(new.device), "position_ids": positions.to(new.device)}
+
+
+def _new_tokens(cache, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask `[batch, tokens]`; a cache of fewer rows is repeated to the batch."""
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.shape[1] < 1 or not cache.compact_layers[0].is_initialized:
+        raise ValueError(f"{ids.shape[1]} new tokens after a context of {cache.logical_length}: neither may be empty")
+    rows = cache.compact_layers[0].batch
+    ids = widen(ids, rows) if len(ids) < rows else ids
+    if len(ids) > rows:
+        widen(torch.arange(rows), len(ids))
+        cache.batch_repeat_interleave(len(ids) // rows)
+    mask = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+    mask = mask[None] if mask.ndim == 1 else mask
+    if mask.shape[1] != ids.shape[1]:
+        raise ValueError(f"attention_mask covers {mask.shape[1]} of {ids.shape[1]} new tokens")
+    return ids, widen(mask, len(ids))
+
+
+def _mask_over(cache, new: torch.Tensor) -> torch.Tensor:
+    """The mask over the logical columns and the new ones, as the attention in use must see it.
+
+    Stock attention reads the columns right before the new ones as the stored slots: there it gets the live ones, and
+    further left, where it never looks, as many ones as make the cumulative sum give each row's positions.
+    """
+    layer, batch = cache.compact_layers[0], len(new)
+    stock = cache.config._attn_implementation != attention.NAME
+    if cache.policy is not None and stock and layer.lengths is not None:
+        cache.compact()
+    old = cache.columns.whole(layer.logical, batch)
+    if stock and layer.physical < layer.logical:
+        live = torch.ones(batch, layer.physical, dtype=torch.bool) if layer.live is None else layer.live.cpu()
+        seen = torch.full((batch,), layer.logical) if layer.lengths is None else layer.lengths
+        rest = seen - live.sum(-1)
+        old = _shift(cache, max(0, layer.physical + int(rest.max()) - layer.logical), old)
+        room = layer.logical - layer.physical
+        seen_by_stock = torch.cat((torch.arange(room) >= room - rest[:, None], live), dim=1)
+        _check_windows(cache, seen_by_stock, old)
+    else:
+        seen_by_stock = old
+    whole = torch.cat((old, new), dim=1)
+    if cache.columns.mask is not None or not whole.all():
+        cache.columns.mask = whole
+    cache.columns.prompted = layer.logical
+    return torch.cat((seen_by_stock, new), dim=1)
+
+
+def _shift(cache, columns: int, mask: torch.Tensor) -> torch.Tensor:
+    """Make room for `columns` more logical columns of padding on the left; returns the mask with them."""
+    if columns:
+        for layer in cache.layers:
+            if isinstance(layer, CompactLayer):
+                layer.logical += columns
+            elif hasattr(layer, "cumulative_length"):
+                layer.cumulative_length += columns
+        if cache.token_ids is not None:
+            cache.token_ids = pad(cache.token_ids, (columns, 0))
+    return pad(mask, (columns, 0), value=False)
+
+
+def _check_windows(cache, rewritten: torch.Tensor, natural: torch.Tensor) -> None:
+    """Raise where a sliding-window layer would read the columns that were rewritten for the compact ones."""
+    for index, layer in enumerate(cache.layers):
+        window = layer.keys.shape[2] if getattr(layer, "is_sliding", False) and layer.keys is not None else 0
+        if window and not torch.equal(rewritten[:, -window:], natural[:, -window:]):
+            raise ValueError(
+                f"sliding-window layer {index} reads the same mask columns as the unequal slots of this batch: use "
+                f"attn_implementation='still' (still.attention.register()), or rows of equal length"
+            )
