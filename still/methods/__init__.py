@@ -18,9 +18,10 @@ from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
 from .none import NoContext
-from .quantised import Int4, Int8, QuantisedCache, QuantisedLayer
+from .plain import PlainCache
+from .quantised import Int4, Int8, QuantisedLayer
 from .random import Random
-from .record import MethodRecord, measure
+from .record import MethodRecord, cache_nbytes, measure
 from .snapkv import SnapKV
 from .still import Still
 from .streaming_llm import StreamingLLM
@@ -51,29 +52,7 @@ def get(name: str, **hyper) -> Method:
 
 
 __all__ = [
-    "H2O",
-    "METHODS",
-    "NAMES",
-    "AttentionMatching",
-    "Cartridge",
-    "Eviction",
-    "ExpectedAttention",
-    "Full",
-    "Int4",
-    "Int8",
-    "KeyDiff",
-    "Knorm",
-    "LayerView",
-    "Method",
-    "MethodRecord",
-    "NoContext",
-    "QuantisedCache",
-    "QuantisedLayer",
-    "Random",
-    "SnapKV",
-    "Still",
-    "StreamingLLM",
-    "Truncation",
-    "get",
-    "measure",
+    "H2O", "METHODS", "NAMES", "AttentionMatching", "Cartridge", "Eviction", "ExpectedAttention", "Full", "Int4",
+    "Int8", "KeyDiff", "Knorm", "LayerView", "Method", "MethodRecord", "NoContext", "PlainCache", "QuantisedLayer",
+    "Random", "SnapKV", "Still", "StreamingLLM", "Truncation", "cache_nbytes", "get", "measure",
 ]  # fmt: skip

@@ -87,9 +87,10 @@ class Method:
             ValueError: the budget does not fit, or the reading lacks what the method needs.
         """
         rows = row_lengths(reading)
-        return self.build(model, reading, self.compact_rows(model, reading, rows, self.budgets(rows, slots, ratio)))
+        budgets = self.budgets(rows, slots, ratio)
+        return self.build(model, reading, self.compact_rows(model, reading, rows, budgets), budgets)
 
-    def build(self, model, reading: Reading, layers: dict[int, CompactKV]) -> Cache:
+    def build(self, model, reading: Reading, layers: dict[int, CompactKV], budgets: list[int]) -> Cache:
         """A `StillCache` of compact layers; sliding-window and linear-attention layers are copied as they are."""
         from ..cache import StillCache
 
@@ -100,6 +101,7 @@ class Method:
             source=reading.cache,
             token_ids=reading.input_ids,
             attention_mask=reading.attention_mask,
+            row_slots=budgets,
             provenance={"method": self.name, "options": self.options(), "query_aware": self.query_aware},
         )
 

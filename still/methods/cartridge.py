@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.nn.functional import kl_div
 from transformers.cache_utils import Cache
 
@@ -79,7 +80,7 @@ class Cartridge(Method):
         def build() -> Cache:
             pairs = zip(layers, state["slots"][::2], state["slots"][1::2], strict=True)
             dtype = reading.cache.layers[layers[0]].keys.dtype
-            return self.build(model, reading, {i: CompactKV(k.to(dtype), v.to(dtype)) for i, k, v in pairs})
+            return self.build(model, reading, {i: CompactKV(k.to(dtype), v.to(dtype)) for i, k, v in pairs}, [count])
 
         self.train(model, full, build, [text.to(reading.input_ids.device) for text in texts], state)
         if self.checkpoint is not None:
@@ -98,7 +99,7 @@ class Cartridge(Method):
                 text = texts[index].reshape(1, -1)
                 with torch.no_grad():
                     wanted = self.log_probs(model, full.clone(), text)
-                with torch.enable_grad():
+                with torch.enable_grad(), allow_mutation_on_saved_tensors():  # recurrent states are updated in place
                     loss = kl_div(self.log_probs(model, build(), text), wanted, log_target=True, reduction="sum")
                     parts = torch.autograd.grad(loss / text.shape[-1] / self.batch, slots)
                 grads = [total + part for total, part in zip(grads, parts, strict=True)]

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from ..rope import full_attention_layers
 from ..types import Reading
 from .base import Method, row_lengths
-from .record import cache_nbytes
+from .plain import PlainCache
 
 STORED = torch.float16
 
@@ -195,45 +194,6 @@ class QuantisedLayer(DynamicLayer):
         return (codes.float() * spread[0].float() + spread[1].float()).to(self.dtype)
 
 
-class QuantisedCache(Cache):
-    """A full cache whose full-attention layers are packed; used as a `StillCache` is.
-
-    Attributes:
-        token_ids: `[batch, tokens]` of the context.
-        attention_mask: `[batch, tokens]`, or None.
-    """
-
-    def __init__(self, layers: list, token_ids: torch.Tensor, attention_mask: torch.Tensor | None = None):
-        super().__init__(layers=layers)
-        self.token_ids, self.attention_mask = token_ids, attention_mask
-
-    def prompt(self, question_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Input ids and attention mask of context and question, for `generate(**..., past_key_values=cache)`."""
-        rows = self.token_ids.shape[0]
-        question_ids = question_ids.to(self.token_ids.device).reshape(-1, question_ids.shape[-1]).expand(rows, -1)
-        mask = torch.ones_like(self.token_ids) if self.attention_mask is None else self.attention_mask
-        return {
-            "input_ids": torch.cat([self.token_ids, question_ids], dim=-1),
-            "attention_mask": nn.functional.pad(mask, (0, question_ids.shape[-1]), value=1),
-        }
-
-    def clone(self) -> QuantisedCache:
-        """An independent copy, so that one cache answers many questions."""
-        return copy.deepcopy(self)
-
-    @property
-    def slots(self) -> int:
-        """Entries per KV head: all tokens."""
-        return self.get_seq_length()
-
-    logical_length = physical_length = slots
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales, raw tokens and the other layers' states."""
-        return cache_nbytes(self)
-
-
 @dataclass
 class Int8(Method):
     """The full cache in 8 bits. The budget is ignored; the ratio is one of bytes.
@@ -249,8 +209,8 @@ class Int8(Method):
     synthesis: ClassVar[bool] = True
     bits: ClassVar[int] = 8
 
-    def compact(self, model, reading: Reading, slots: int | None = None, ratio: float | None = None) -> QuantisedCache:
-        """A `QuantisedCache`; layers that are not full attention are copied."""
+    def compact(self, model, reading: Reading, slots: int | None = None, ratio: float | None = None) -> PlainCache:
+        """A `PlainCache`; layers that are not full attention are copied."""
         packed, rows = set(full_attention_layers(model.config)), row_lengths(reading)
         with torch.no_grad():
             layers = [
@@ -259,7 +219,7 @@ class Int8(Method):
                 else copy.deepcopy(layer)
                 for index, layer in enumerate(reading.cache.layers)
             ]
-        return QuantisedCache(layers, reading.input_ids, reading.attention_mask)
+        return PlainCache(layers, reading.input_ids, reading.attention_mask)
 
 
 @dataclass

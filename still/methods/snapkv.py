@@ -76,5 +76,5 @@ class SnapKV(Eviction):
         rows = row_lengths(reading)
         asked = read_after(model, reading, self.question_ids, queries=True)
         longer = [tokens + self.question_ids.shape[-1] for tokens in rows]
-        layers = self.compact_rows(model, asked, longer, self.budgets(rows, slots, ratio))
-        return self.build(model, reading, layers)
+        budgets = self.budgets(rows, slots, ratio)
+        return self.build(model, reading, self.compact_rows(model, asked, longer, budgets), budgets)

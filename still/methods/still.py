@@ -38,8 +38,9 @@ class Still(Method):
 
     def compact(self, model, reading: Reading, slots: int | None = None, ratio: float | None = None) -> Cache:
         """Warns outside the lengths and ratios that the compactor was trained on."""
-        tokens = max(row_lengths(reading))
-        self.compactor.check_trained(tokens, ratio if ratio is not None else tokens / slots)
+        rows = row_lengths(reading)
+        kept = self.budgets(rows, slots, ratio)
+        self.compactor.check_trained(max(rows), max(rows) / max(kept) if ratio is None else ratio)
         return super().compact(model, reading, slots, ratio)
 
     def compact_view(self, view: LayerView) -> CompactKV:

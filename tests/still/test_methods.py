@@ -83,9 +83,11 @@ def check_counts(name: str, pairs: list[tuple[int, int]]) -> None:
         queries = torch.randn(1, 4, tokens, 64, generator=generator)
         kept = method.compact_layer(0, keys, values, torch.arange(tokens), slots, queries, rotary)
         assert kept.keys.shape == kept.values.shape == (1, 2, slots, 64), (tokens, slots)
-        assert kept.keys.isfinite().all() and kept.values.isfinite().all()
+        assert kept.keys.isfinite().all()
+        assert kept.values.isfinite().all()
         where = places(keys, kept.keys)
-        assert where.min() >= 0 and (where.diff(dim=-1) > 0).all(), (tokens, slots)
+        assert where.min() >= 0, (tokens, slots)
+        assert (where.diff(dim=-1) > 0).all(), (tokens, slots)
 
 
 @pytest.mark.parametrize("name", BUDGETED)
@@ -168,7 +170,8 @@ def test_snapkv_with_the_question_votes_with_the_question():
     model, reading = reading_of("qwen3", 48)
     question = random_ids(1, 6, seed=9)
     snapkv = methods.get("snapkv", question_ids=question)
-    assert snapkv.query_aware and not methods.get("snapkv").query_aware
+    assert snapkv.query_aware
+    assert not methods.get("snapkv").query_aware
     asked = read_after(model, reading, question, queries=True)
     kept = snapkv.compact_rows(model, asked, [54], [10])
     whole = read(model, asked.input_ids, queries=True)
