@@ -14,7 +14,7 @@ from still.eval.tasks import find_tasks, load_task
 def test_the_room_imports_no_torch_no_transformers_and_no_numpy():
     code = (
         "import sys, pkgutil, importlib, still.eval\n"
-        "for found in pkgutil.walk_packages(still.eval.__path__, "still.eval."): importlib.import_module(found.name)\n"
+        "for found in pkgutil.walk_packages(still.eval.__path__, 'still.eval.'): importlib.import_module(found.name)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'tokenizers', 'still.harness', 'still.kernels', 'still.methods'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
