@@ -269,12 +269,13 @@ def _means(group: list[Result]) -> dict[tuple[str, str], float]:
     return {key: fmean(values) for key, values in seen.items()}
 
 
-def committed_rows(folder: str | Path, rows: Sequence[Row]) -> list[Row]:
+def committed_rows(folder: str | Path, rows: Sequence[Row], only: str = "*.csv") -> list[Row]:
     """Rows of earlier runs that stand in for methods that were not computed: same model, same difficulty.
 
     Args:
         folder: of CSV files that a sweep wrote.
         rows: what was computed; a row of the same task, method and ratio wins over a committed one.
+        only: pattern of the files' names.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -285,7 +286,7 @@ def committed_rows(folder: str | Path, rows: Sequence[Row]) -> list[Row]:
     known = {(row["task"], row["method"], row["ratio"]) for row in rows}
     alike = {(row["task"], row["model"], row["digest"]) for row in rows}
     found = []
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(folder.glob(only)):
         with open(path, encoding="utf-8", newline="") as file:
             for text in csv.DictReader(file):
                 if not {"task", "method", "ratio", "model", "digest", "source"} <= set(text):
@@ -293,7 +294,7 @@ def committed_rows(folder: str | Path, rows: Sequence[Row]) -> list[Row]:
                 row = {name: value if name in TEXT_COLUMNS else _typed(value) for name, value in text.items()}
                 key = row["task"], row["method"], row["ratio"]
                 if key not in known and (row["task"], row["model"], row["digest"]) in alike:
-                    found.append({**row, "source": path.name})
+                    found.append({**row, "source": path.name if row["source"] == COMPUTED else row["source"]})
     return found
 
 

@@ -22,7 +22,7 @@ from .. import methods, models
 from ..compactor import StillCompactor
 from ..eval.judge import exact_judge
 from ..eval.questions import Question, QuestionSet
-from ..methods.base import Method, MethodRecord, cache_nbytes, measure
+from ..methods import Method, MethodRecord, cache_nbytes, measure
 from ..prompts import PromptFormat, render, render_alone, render_answer
 from ..provenance import provenance
 from ..reading import read
@@ -160,7 +160,7 @@ class Bench:
                 compactor = StillCompactor.from_pretrained(where, model=self.model).eval().requires_grad_(False)
                 seed = compactor.config.seed or 0
                 if seed in found:
-                    raise ValueError(f"{found[seed][0]} and {where} have the same training seed {seed}; name one of them")
+                    raise ValueError(f"{found[seed][0]} and {where} have the same training seed {seed}; name one")
                 found[seed] = (where, compactor)
         chosen = {seed: found[seed] for seed in self.config.seeds if seed in found}
         if missing := [seed for seed in self.config.seeds if seed not in found]:
