@@ -97,7 +97,7 @@ class LayerPerceiver(nn.Module):
         width = config.latent_width or source
         if width < source or width % 2:
             raise ValueError(
-                f"latent_width is {width}; the identity start needs an even width of {source} (twice the head dim) or more"
+                f"latent_width is {width}; the identity start needs an even width of {source} (2 x head dim) or more"
             )
         self.bank = nn.Parameter(torch.zeros(1 if config.shared_bank else kv_heads, config.bank, width))
         self.blocks = nn.ModuleList(Block(width, source, config) for _ in range(config.blocks))

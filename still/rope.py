@@ -25,7 +25,7 @@ def full_attention_layers(config) -> list[int]:
         kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
     layers = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     if not layers:
-        raise ValueError(f"{config.model_type} has no full-attention layer (it has {sorted(set(kinds))}); nothing grows")
+        raise ValueError(f"{config.model_type} has no full-attention layer (only {sorted(set(kinds))}): nothing grows")
     return layers
 
 
@@ -67,7 +67,7 @@ class Rotary:
         ropes = config.rope_parameters or {}
         kinds = {rope.get("rope_type") for rope in ropes.values() if isinstance(rope, dict)} | {ropes.get("rope_type")}
         if moving := kinds & set(MOVING_ROPES):
-            raise ValueError(f"rope type {moving.pop()!r} changes with the length and cannot be undone; use llama3, yarn")
+            raise ValueError(f"rope type {moving.pop()!r} changes with the length and cannot be undone")
         rotary = cls(module, getattr(config, "layer_types", None))
         rotary._check_pairs(decoder, full_attention_layers(config)[0])
         return rotary

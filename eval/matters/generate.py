@@ -39,11 +39,13 @@ class Difficulty:
     @property
     def digest(self) -> str:
         """Eight hex digits that change with any field and with the sentences themselves."""
-        from . import templates, words
+        from . import words
 
         text = json.dumps(
-            [asdict(self), repr(ATTRIBUTES), FILLERS, VALUE_FILLERS, templates.pick.__name__]
-            + [words.STEMS, words.ENDINGS, words.TRADES, words.GIVEN_NAMES, words.HELD_OUT_SHARE],
+            [
+                *(asdict(self), repr(ATTRIBUTES), FILLERS, VALUE_FILLERS),
+                *(words.STEMS, words.ENDINGS, words.TRADES, words.GIVEN_NAMES, words.HELD_OUT_SHARE),
+            ],
             sort_keys=True,
         )
         return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -170,8 +172,8 @@ def generate_matter(
     documents = []
     for number, body in enumerate(sentences):
         rng.shuffle(body)
-        name = f"amendment-{number + 1}.txt" if number == last and amended and last > 0 else f"document-{number + 1}.txt"
-        documents.append(Document(name, " ".join(body)))
+        kind = "amendment" if number == last and amended and last > 0 else "document"
+        documents.append(Document(f"{kind}-{number + 1}.txt", " ".join(body)))
     return Matter(seed, difficulty, split, tuple(documents), tuple(facts))
 
 

@@ -23,7 +23,7 @@ class Attribute:
 ATTRIBUTES = (
     Attribute(
         "fee", "sum",
-        ("The fee due to {c} is {v}.", "{c} earns a fee of {v}.", "A fee of {v} is due to {c}.",
+        ("The fee due to {c} is {v}.", "{c} earns a fee of {v}.", "To {c} falls a fee of {v}.",
          "The adviser owes {c} a fee of {v}.", "For its work {c} invoices {v}."),
         ("The fee due to {c} is now {v}.", "The fee of {c} changes to {v}.", "{c} earns a new fee of {v}.",
          "The fee of {c} was reset to {v}."),
@@ -32,7 +32,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "rent", "sum",
-        ("The rent paid by {c} is {v}.", "{c} pays a rent of {v}.", "Rent of {v} falls on {c}.",
+        ("The rent paid by {c} is {v}.", "{c} pays a rent of {v}.", "On {c} falls a rent of {v}.",
          "The landlord bills {c} a rent of {v}.", "As tenant {c} pays {v}."),
         ("The rent paid by {c} is now {v}.", "The rent of {c} changes to {v}.", "{c} pays a new rent of {v}.",
          "The rent of {c} was reset to {v}."),
@@ -41,7 +41,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "loan", "sum",
-        ("The loan made to {c} is {v}.", "{c} borrows {v}.", "A loan of {v} goes to {c}.",
+        ("The loan made to {c} is {v}.", "{c} borrows {v}.", "To {c} goes a loan of {v}.",
          "The lender grants {c} a loan of {v}.", "As borrower {c} draws {v}."),
         ("The loan made to {c} is now {v}.", "The loan of {c} changes to {v}.", "{c} takes a new loan of {v}.",
          "The loan of {c} was reset to {v}."),
@@ -50,7 +50,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "cap", "sum",
-        ("The liability of {c} is capped at {v}.", "{c} is liable up to {v}.", "A cap of {v} protects {c}.",
+        ("The liability of {c} is capped at {v}.", "{c} is liable up to {v}.", "For {c} there is a cap of {v}.",
          "The contract caps claims on {c} at {v}.", "No claim on {c} may exceed {v}."),
         ("The liability of {c} is now capped at {v}.", "The cap of {c} changes to {v}.",
          "{c} has a new cap of {v}.", "The cap of {c} was reset to {v}."),
@@ -59,8 +59,8 @@ ATTRIBUTES = (
     ),
     Attribute(
         "expiry", "date",
-        ("The term of {c} ends on {v}.", "{c} is bound until {v}.", "On {v} the term of {c} ends.",
-         "The licence of {c} expires on {v}.", "After {v} {c} is free."),
+        ("The term of {c} ends on {v}.", "{c} is bound until {v}.", "For {c} the term ends on {v}.",
+         "The licence of {c} expires on {v}.", "As for {c} it is free after {v}."),
         ("The term of {c} now ends on {v}.", "The end date of {c} changes to {v}.",
          "{c} is now bound until {v}.", "The end date of {c} was reset to {v}."),
         ("When does the term of {c} end?", "Until when is {c} bound?", "State the end date of {c}.",
@@ -68,7 +68,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "signing", "date",
-        ("The deed of {c} was signed on {v}.", "{c} signed on {v}.", "On {v} the deed of {c} was signed.",
+        ("The deed of {c} was signed on {v}.", "{c} signed on {v}.", "For {c} the deed was signed on {v}.",
          "The contract with {c} is dated {v}.", "The signature of {c} bears the date {v}."),
         ("The deed of {c} is now dated {v}.", "The signing date of {c} changes to {v}.",
          "{c} signed again on {v}.", "The signing date of {c} was reset to {v}."),
@@ -77,7 +77,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "delivery", "date",
-        ("Delivery to {c} is due on {v}.", "{c} expects delivery on {v}.", "On {v} the goods reach {c}.",
+        ("Delivery to {c} is due on {v}.", "{c} expects delivery on {v}.", "To {c} the goods come on {v}.",
          "The carrier delivers to {c} on {v}.", "The shipment for {c} lands on {v}."),
         ("Delivery to {c} is now due on {v}.", "The delivery date of {c} changes to {v}.",
          "{c} now expects delivery on {v}.", "The delivery date of {c} was reset to {v}."),
@@ -86,7 +86,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "hearing", "date",
-        ("The claim of {c} is heard on {v}.", "{c} appears in court on {v}.", "On {v} the court hears {c}.",
+        ("The claim of {c} is heard on {v}.", "{c} appears in court on {v}.", "For {c} the court sits on {v}.",
          "The hearing of {c} is set for {v}.", "The judge sees {c} on {v}."),
         ("The claim of {c} is now heard on {v}.", "The hearing date of {c} changes to {v}.",
          "{c} now appears in court on {v}.", "The hearing date of {c} was reset to {v}."),
@@ -95,15 +95,15 @@ ATTRIBUTES = (
     ),
     Attribute(
         "counsel", "person",
-        ("The counsel of {c} is {v}.", "{c} is advised by {v}.", "{v} acts as counsel for {c}.",
-         "The lawyer named by {c} is {v}.", "In this matter {v} speaks for {c}."),
+        ("The counsel of {c} is {v}.", "{c} is advised by {v}.", "For {c} the counsel is {v}.",
+         "The lawyer named by {c} is {v}.", "On behalf of {c} speaks {v}."),
         ("The counsel of {c} is now {v}.", "The counsel of {c} changes to {v}.", "{c} is now advised by {v}.",
          "The new lawyer of {c} is {v}."),
         ("Who is the counsel of {c}?", "Who advises {c}?", "Name the counsel of {c}.", "Who speaks for {c}?"),
     ),
     Attribute(
         "director", "person",
-        ("The director of {c} is {v}.", "{c} is led by {v}.", "{v} serves as director of {c}.",
+        ("The director of {c} is {v}.", "{c} is led by {v}.", "For {c} the director is {v}.",
          "The board of {c} is chaired by {v}.", "At the head of {c} stands {v}."),
         ("The director of {c} is now {v}.", "The director of {c} changes to {v}.", "{c} is now led by {v}.",
          "The new director of {c} is {v}."),
@@ -112,7 +112,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "guarantor", "person",
-        ("The guarantor of {c} is {v}.", "{c} is backed by {v}.", "{v} signs as guarantor of {c}.",
+        ("The guarantor of {c} is {v}.", "{c} is backed by {v}.", "For {c} the guarantor is {v}.",
          "The debts of {c} are secured by {v}.", "Behind {c} stands {v}."),
         ("The guarantor of {c} is now {v}.", "The guarantor of {c} changes to {v}.", "{c} is now backed by {v}.",
          "The new guarantor of {c} is {v}."),
@@ -122,7 +122,7 @@ ATTRIBUTES = (
     Attribute(
         "account", "reference",
         ("The account of {c} is number {v}.", "{c} holds account number {v}.",
-         "Account number {v} belongs to {c}.", "Payments reach {c} on account number {v}.",
+         "To {c} belongs account number {v}.", "Payments reach {c} on account number {v}.",
          "The bank knows {c} as number {v}."),
         ("The account of {c} is now number {v}.", "The account of {c} changes to number {v}.",
          "{c} now holds account number {v}.", "The account of {c} was reset to number {v}."),
@@ -132,7 +132,7 @@ ATTRIBUTES = (
     Attribute(
         "docket", "reference",
         ("The docket of {c} is number {v}.", "{c} appears under docket number {v}.",
-         "Docket number {v} belongs to {c}.", "The court lists {c} as number {v}.",
+         "To {c} belongs docket number {v}.", "The court lists {c} as number {v}.",
          "The clerk filed {c} under number {v}."),
         ("The docket of {c} is now number {v}.", "The docket of {c} changes to number {v}.",
          "{c} now appears under docket number {v}.", "The docket of {c} was reset to number {v}."),
@@ -142,7 +142,7 @@ ATTRIBUTES = (
     Attribute(
         "permit", "reference",
         ("The permit of {c} is number {v}.", "{c} trades under permit number {v}.",
-         "Permit number {v} belongs to {c}.", "The ministry gave {c} permit number {v}.",
+         "To {c} belongs permit number {v}.", "The ministry gave {c} permit number {v}.",
          "The register shows {c} as number {v}."),
         ("The permit of {c} is now number {v}.", "The permit of {c} changes to number {v}.",
          "{c} now trades under permit number {v}.", "The permit of {c} was reset to number {v}."),

@@ -17,4 +17,9 @@ def context_messages(matter: Matter) -> list[dict]:
 def question_messages(fact: Fact, answer: bool = False) -> list[dict]:
     """A question, with its answer when `answer` is set."""
     messages = [{"role": "user", "content": fact.question}]
-    return [*messages, {"role": "assistant", "content": fact.value}] if answer else messages
+    return [*messages, {"role": "assistant", "content": answer_text(fact)}] if answer else messages
+
+
+def answer_text(fact: Fact) -> str:
+    """How the pocket answers: the party, then the value."""
+    return f"{fact.party}: {fact.value}"

@@ -13,7 +13,8 @@ from ...eval.matters import generate_matter
 
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>", "<|memo|>")
 
-# One role token, a space (so that a word is the same token here as inside a sentence), the text, one end token. A call's arguments follow <|call|> as JSON.
+# One role token, a space (so that a word is the same token here as inside a sentence), the text, one end token.
+# A call's arguments follow <|call|> as JSON.
 CHAT_TEMPLATE = """\
 {%- if tools %}<|system|> Tools: {{ tools | tojson }}<|end|>{% endif %}
 {%- for message in messages %}<|{{ message.role }}|>{% if message.content %} {{ message.content }}{% endif %}
@@ -33,9 +34,9 @@ def train_tokenizer(vocab_size: int = 4096, matters: int = 1500) -> PreTrainedTo
     """
     digits = [("".join(group)) for size in (1, 2, 3) for group in product("0123456789", repeat=size)]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(digits) + 10,  # the ten digits are in both counts

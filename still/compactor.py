@@ -1,0 +1,352 @@
+"""`StillCompactor`: one small Perceiver per full-attention layer turns a full KV cache into a compact one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .budgets import resolve_slots
+from .cache import StillCache
+from .config import StillConfig
+from .perceiver import LayerPerceiver
+from .reading import read
+from .rope import Rotary, full_attention_layers, rotate, unrotate
+from .types import CompactKV, Reading
+
+WEIGHTS, CONFIG = "compactor.safetensors", "compactor.json"
+
+
+def fingerprint(model) -> str:
+    """Sixteen hex digits of everything in a model's config that shapes its KV cache."""
+    config = model.config.get_text_config(decoder=True)
+    shape = {
+        name: getattr(config, name, None)
+        for name in (
+            "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "vocab_size", "rope_parameters", "layer_types", "sliding_window",
+        )
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class StillCompactor(nn.Module, ModelHubMixin):
+    """Compacts the KV cache of one frozen model.
+
+    Attributes:
+        config: what it is and what it was trained on.
+        layers: a `LayerPerceiver` for each full-attention layer, by layer index.
+    """
+
+    def __init__(self, config: StillConfig, head_dim: int, kv_heads: int, layers: list[int]):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleDict({str(i): LayerPerceiver(head_dim, kv_heads, config) for i in layers})
+        self.rotary: Rotary | None = None
+        self.model_config = None
+
+    @classmethod
+    def for_model(cls, model, slots: int | None = None, ratio: float | None = None, **options) -> StillCompactor:
+        """A fresh compactor for `model`: untrained, it keeps a strided subset of the tokens.
+
+        Args:
+            model: a Hugging Face causal language model with rotary embeddings.
+            slots: trained slots per KV head, or
+            ratio: tokens per slot at the trained chunk (`chunk`, 1,024 tokens unless given in `options`).
+            **options: fields of `StillConfig`.
+
+        Raises:
+            ValueError: the model cannot be compacted, or an option has no such value.
+        """
+        options.setdefault("chunk", StillConfig.chunk)
+        if slots is not None or ratio is not None:
+            options["bank"] = resolve_slots(options["chunk"], slots, ratio)
+        config = StillConfig(**options)
+        config.base_model = config.base_model or getattr(model.config, "_name_or_path", "") or ""
+        config.base_revision = config.base_revision or getattr(model.config, "_commit_hash", "") or ""
+        config.base_fingerprint = fingerprint(model)
+        return cls._shaped(config, model).bind(model)
+
+    @classmethod
+    def _shaped(cls, config: StillConfig, model) -> StillCompactor:
+        text = model.config.get_text_config(decoder=True)
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(config, head_dim, text.num_key_value_heads, full_attention_layers(text))
+
+    def bind(self, model) -> StillCompactor:
+        """Tie the compactor to `model`'s rotary tables and device. The model itself is not stored.
+
+        Raises:
+            ValueError: the compactor was made for a model of another shape.
+        """
+        theirs = fingerprint(model)
+        if self.config.base_fingerprint and theirs != self.config.base_fingerprint:
+            raise ValueError(
+                f"this compactor was made for {self.config.base_model or 'another model'} "
+                f"(fingerprint {self.config.base_fingerprint}), not for {model.config._name_or_path or 'this one'} "
+                f"({theirs}): load the model that it was trained on"
+            )
+        self.rotary = Rotary.for_model(model)
+        self.model_config = model.config
+        return self.to(device=model.device, dtype=torch.float32)
+
+    def compact_layer(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, slots: int
+    ) -> CompactKV:
+        """Compact one layer of equally long rows.
+
+        Args:
+            layer: index of a full-attention layer.
+            keys: `[batch, kv_heads, tokens, head_dim]`, rotated at `positions`.
+            values: `[batch, kv_heads, tokens, head_dim]`.
+            positions: logical positions `[tokens]` or `[batch, tokens]`.
+            slots: how many slots to keep.
+
+        Returns:
+            Compact slots in the dtype of `keys`, rotated at positions spread evenly over the span.
+        """
+        if self.rotary is None:
+            raise RuntimeError("the compactor is not bound to a model: call compactor.bind(model) first")
+        positions = positions[None] if positions.ndim == 1 else positions
+        dtype = keys.dtype
+        with torch.autocast(keys.device.type, enabled=False):
+            stripped = unrotate(keys.float(), *self.rotary.cos_sin(layer, positions))
+            small, mixed, beta, where = self.layers[str(layer)](stripped, values.float(), positions, slots)
+            small = rotate(small, *self.rotary.cos_sin(layer, where))
+        return CompactKV(small.to(dtype), mixed.to(dtype), None if beta is None else beta.to(dtype))
+
+    def slot_positions(self, positions: torch.Tensor, slots: int) -> torch.Tensor:
+        """Logical positions `[batch or 1, slots]` at which `compact_layer` rotates its slots."""
+        positions = positions[None] if positions.ndim == 1 else positions
+        return next(iter(self.layers.values())).latent_positions(positions, slots)
+
+    def compact(
+        self,
+        reading: Reading | Cache,
+        slots: int | None = None,
+        ratio: float | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> StillCache:
+        """Compact a full cache in one pass; the full cache is left as it was.
+
+        Args:
+            reading: what `still.reading.read` returned, or a full cache of the context alone.
+            slots: slots per KV head, or
+            ratio: tokens per slot. Rows of a padded batch each get the slots of their own length.
+            input_ids: `[batch, tokens]` of the context, kept in the cache to check later prompts.
+            attention_mask: `[batch, tokens]` for left-padded rows.
+        """
+        if isinstance(reading, Reading):
+            cache, input_ids, attention_mask = reading.cache, reading.input_ids, reading.attention_mask
+        else:
+            cache = reading
+        tokens = cache.get_seq_length()
+        rows = _row_lengths(cache, attention_mask)
+        layers = self.compact_rows(cache, rows, slots, ratio)
+        self.check_trained(max(rows), ratio if ratio is not None else max(rows) / slots)
+        return StillCache.from_layers(
+            self.model_config,
+            layers,
+            tokens,
+            source=cache,
+            token_ids=input_ids,
+            attention_mask=attention_mask,
+            provenance=self.provenance(),
+        )
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        model,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        slots: int | None = None,
+        ratio: float | None = None,
+        *,
+        chunk: int | None = None,
+        mode: str = "append",
+        keep_last: int | None = None,
+    ) -> StillCache:
+        """Read a context with the frozen model and compact it; one longer than a chunk goes chunk by chunk.
+
+        A chunk is read with the slots so far as its past and one raw chunk held back ahead of compaction, so raw
+        keys and values never exceed two chunks.
+
+        Args:
+            model: the frozen model that the compactor is bound to.
+            input_ids: `[batch, tokens]`.
+            attention_mask: `[batch, tokens]` for left-padded rows.
+            slots: slots per KV head in all, or
+            ratio: tokens per slot.
+            chunk: tokens compacted in one pass; the trained chunk unless given.
+            mode: "append" (slots grow with the context) or "recompact" (one size for any context).
+            keep_last: raw tokens held back while reading; one chunk unless given.
+        """
+        if input_ids.ndim != 2 or input_ids.shape[1] < 1:
+            raise ValueError(f"input_ids has shape {list(input_ids.shape)}; it must be [batch, 1 or more tokens]")
+        tokens, chunk = input_ids.shape[1], chunk or self.config.chunk
+        budget = resolve_slots(tokens, slots, ratio)
+        if tokens <= chunk:
+            return self.compact(read(model, input_ids, attention_mask), slots, ratio)
+        if mode == "append":
+            size = {"ratio": ratio if ratio is not None else tokens / budget}
+        else:
+            size = {"slots": budget}
+        cache = StillCache(
+            self, **size, keep_last=chunk if keep_last is None else keep_last, mode=mode, chunk=chunk,
+            attention_mask=attention_mask, config=model.config,
+        )  # fmt: skip
+        decoder = model.get_decoder()
+        for start in range(0, tokens, chunk):
+            piece = slice(start, start + chunk)
+            mask = None if attention_mask is None else attention_mask[:, piece]
+            decoder(**cache.continuation(input_ids[:, piece], mask), past_key_values=cache, use_cache=True)
+        cache.token_ids, cache.provenance = input_ids, self.provenance()
+        return cache.compact(keep_last=0, partial=True)
+
+    def provenance(self) -> dict:
+        """What a cache made by this compactor records of it."""
+        return {"method": "still", "compactor": json.loads(self.config.to_json())}
+
+    def compact_rows(self, cache: Cache, rows: list[int], slots=None, ratio=None) -> dict[int, CompactKV]:
+        """Compact every full-attention layer of left-padded rows, each from its own tokens.
+
+        Args:
+            rows: real tokens in each row of the batch.
+
+        Returns:
+            For each layer `CompactKV` as wide as the row with most slots; shorter rows stand on the right.
+        """
+        budgets = [resolve_slots(n, None if slots is None else min(slots, n), ratio) for n in rows]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, key in enumerate(zip(rows, budgets, strict=True)):
+            groups.setdefault(key, []).append(row)
+        out = {}
+        for name in self.layers:
+            layer = int(name)
+            keys, values = cache.layers[layer].keys, cache.layers[layer].values
+            device = keys.device
+            parts = {}
+            for (length, count), members in groups.items():
+                which = slice(None) if len(groups) == 1 else torch.tensor(members, device=device)
+                positions = torch.arange(length, device=device)
+                parts[length, count] = self.compact_layer(
+                    layer, keys[which, :, -length:], values[which, :, -length:], positions, count
+                )
+            out[layer] = _join_rows(parts, groups, max(budgets))
+        return out
+
+    def check_trained(self, tokens: int, ratio: float) -> list[str]:
+        """Warn where a context or a ratio lies outside what was trained; returns the warnings' texts."""
+        notes = []
+        config = self.config
+        if config.trained_lengths and not config.trained_lengths[0] <= tokens <= config.trained_lengths[-1]:
+            low, high = config.trained_lengths[0], config.trained_lengths[-1]
+            notes.append(f"a context of {tokens} tokens lies outside the trained {low} to {high}")
+        if config.trained_ratios and not min(config.trained_ratios) <= ratio <= max(config.trained_ratios) + 1:
+            low, high = min(config.trained_ratios), max(config.trained_ratios)
+            notes.append(f"a ratio of {ratio:g}x lies outside the trained {low:g}x to {high:g}x")
+        for note in notes:
+            warnings.warn(f"{note}: expect worse answers", stacklevel=3)
+        return notes
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write `compactor.safetensors` and `compactor.json` into a folder (and push with `push_to_hub=True`)."""
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        shape = {
+            "head_dim": next(iter(self.layers.values())).key_head.out_features,
+            "kv_heads": next(iter(self.layers.values())).kv_heads,
+            "layers": [int(name) for name in self.layers],
+        }
+        state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        partial = save_directory / (WEIGHTS + ".tmp")
+        save_file(state, partial, metadata={"format": "pt", **{k: json.dumps(v) for k, v in shape.items()}})
+        (save_directory / CONFIG).write_text(self.config.to_json())
+        partial.replace(save_directory / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, model=None, **kwargs) -> StillCompactor:
+        """Load a compactor from a folder or the Hub, and bind it to `model` when one is given.
+
+        Raises:
+            FileNotFoundError: the folder lacks the compactor's files.
+            ValueError: the weights do not fit the config, or the model is another one.
+        """
+        return super().from_pretrained(pretrained_model_name_or_path, model=model, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, revision=None, cache_dir=None, force_download=False,
+                         local_files_only=False, token=None, model=None, **_):  # fmt: skip
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                    local_files_only=local_files_only, token=token, allow_patterns=[WEIGHTS, CONFIG],
+                )
+            )  # fmt: skip
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no {name}; it is no folder of StillCompactor.save_pretrained")
+        config = StillConfig.from_json((folder / CONFIG).read_text())
+        state = load_file(folder / WEIGHTS)
+        layers = sorted({int(name.split(".")[1]) for name in state})
+        first = f"layers.{layers[0]}."
+        bank = state[first + "bank"]
+        head_dim = state[first + "key_head.weight"].shape[0]
+        kv_heads = bank.shape[0]
+        if config.shared_bank:
+            if model is None:
+                raise ValueError("a compactor with a shared bank needs model= to know the number of KV heads")
+            kv_heads = model.config.get_text_config(decoder=True).num_key_value_heads
+        compactor = cls(config, head_dim, kv_heads, layers)
+        try:
+            compactor.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
+        return compactor if model is None else compactor.bind(model)
+
+
+def _row_lengths(cache: Cache, attention_mask: torch.Tensor | None) -> list[int]:
+    tokens = cache.get_seq_length()
+    if tokens < 1:
+        raise ValueError("the cache is empty; read a context into it first")
+    if attention_mask is None:
+        layer = next(layer for layer in cache.layers if getattr(layer, "keys", None) is not None)
+        return [tokens] * layer.keys.shape[0]
+    if attention_mask.shape[-1] != tokens:
+        raise ValueError(f"the attention mask covers {attention_mask.shape[-1]} tokens, the cache holds {tokens}")
+    rows = attention_mask.long().sum(-1).tolist()
+    if min(rows) < 1:
+        raise ValueError(f"row {rows.index(min(rows))} of the batch has no token")
+    return rows
+
+
+def _join_rows(parts: dict, groups: dict, width: int) -> CompactKV:
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    batch = sum(len(members) for members in groups.values())
+    joined: list[torch.Tensor | None] = []
+    for tensors in zip(*parts.values(), strict=True):
+        if tensors[0] is None:
+            joined.append(None)
+            continue
+        rows: list[torch.Tensor | None] = [None] * batch
+        for tensor, members in zip(tensors, groups.values(), strict=True):
+            pad = width - tensor.shape[2]
+            padded = nn.functional.pad(tensor, (0,) * (2 * (tensor.ndim - 3)) + (pad, 0))
+            for index, row in enumerate(members):
+                rows[row] = padded[index]
+        joined.append(torch.stack(rows))
+    return CompactKV(*joined)
