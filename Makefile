@@ -18,7 +18,7 @@ RESULTS      ?= results/quickstart
 
 VENV := .venv$(if $(TRANSFORMERS),-transformers-$(subst *,x,$(TRANSFORMERS)))
 LINT := .venv-lint
-PIP   = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PIP   = $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
 
 # Two workers of one thread each are faster on small models than one of two, and the same on every machine.
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/pytest -n $(WORKERS) --dist worksteal
@@ -29,7 +29,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 quickstart: $(VENV)/.installed-plot
-	$(VENV)/bin/still sweep --preset quickstart --out $(RESULTS)
+	$(VENV)/bin/still sweep --preset quickstart --output $(RESULTS)
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not full" $(ARGS)
@@ -50,7 +50,7 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@touch $@
 
 $(LINT)/.installed: pyproject.toml | $(LINT)/bin/python
-	$(LINT)/bin/python -m pip install --quiet --disable-pip-version-check '$(RUFF)'
+	$(LINT)/bin/python -m pip install --quiet --quiet --disable-pip-version-check '$(RUFF)'
 	@touch $@
 
 $(sort $(VENV)/bin/python $(LINT)/bin/python):

@@ -141,9 +141,10 @@ examples:
 
         from . import models
         from .cache import StillCache
+        from .cache_io import read_header
         from .prompts import PromptFormat, render_question
 
-        about = StillCache.describe(args.file)
+        about = read_header(args.file)["description"]
         made_with = about["provenance"]
         name = args.model or made_with.get("model")
         if not name:
@@ -198,9 +199,17 @@ examples:
 
     def run(self, args: argparse.Namespace) -> int:
         """Print the description."""
-        from .cache import StillCache
+        from .cache_io import read_header, verify_data
 
-        about = StillCache.describe(args.file, verify=args.verify)
+        header = read_header(args.file)
+        if args.verify:
+            verify_data(args.file)
+        about = {
+            "file": str(args.file),
+            "file_bytes": args.file.stat().st_size,
+            "sha256": header["sha256"] + (" (verified)" if args.verify else ""),
+            **header["description"],
+        }
         if args.json:
             print(json.dumps(about, indent=2, default=str))
             return 0
@@ -262,7 +271,7 @@ def _file_provenance(
         revision=args.revision or getattr(loaded.model.config, "_commit_hash", None),
         prompt_format=form,
         documents=texts,
-        compactor=None if args.method != "still" else str(args.compactor or loaded.compactors[0]),
+        compactor_source=None if args.method != "still" else str(args.compactor or loaded.compactors[0]),
         budget=budget,
         seconds=round(seconds, 3),
     )

@@ -87,6 +87,8 @@ def load(
 
     named = find(name)
     where = str(named.path) if named else name
+    if Path(where).is_dir() and not (Path(where) / "config.json").exists():
+        raise FileNotFoundError(f"the folder {where} holds no model that transformers can load: it has no config.json")
     if attn_implementation == "still":
         from .attention import register
 
@@ -106,10 +108,7 @@ def load(
 
 def _not_found(name: str, problem: OSError) -> str:
     known = ", ".join(names()) or "none"
-    folder = Path(name)
-    if folder.is_dir():
-        missing = [file for file in ("config.json", "tokenizer_config.json") if not (folder / file).exists()]
-        lacks = f"it has no {' and no '.join(missing)}" if missing else str(problem).splitlines()[0]
-        return f"the folder {name} holds no model that transformers can load: {lacks}"
+    if Path(name).is_dir():
+        return f"the folder {name} holds no model that transformers can load: {str(problem).splitlines()[0]}"
     reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
     return f"no model {name!r}: not a name that comes with still ({known}), not a folder, and the Hub says: {reason}"
