@@ -1,0 +1,101 @@
+"""Training rows of the pocket base: a matter and all its questions, from easy matters to standard ones."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from ...eval.matters import Difficulty, generate_matter
+from ...eval.matters.templates import ATTRIBUTES, pick
+from ...eval.matters.words import GIVEN_NAMES, SURNAMES, TRADES, draw_company, draw_value
+from .dialogue import INSTRUCTION, answer_text, context_messages
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What rows of one stage look like.
+
+    Attributes:
+        facts: facts in a matter.
+        lists: share of rows that are bare lists of `party: value`.
+        uniform: share of rows whose facts all have one attribute, so that only the party tells them apart.
+        small: share of the lists that use a small vocabulary and no punctuation.
+        until: go on once this share of the questions is answered wholly right (a running mean).
+    """
+
+    facts: int
+    lists: float
+    uniform: float
+    small: float
+    until: float
+
+
+STAGES = (
+    Stage(8, 0.4, 0.4, 0.2, 0.8),
+    Stage(16, 0.1, 0.4, 0.0, 0.8),
+    Stage(32, 0.05, 0.25, 0.0, 0.8),
+    Stage(64, 0.0, 0.1, 0.0, 2.0),
+)
+
+
+class Rows:
+    """Draws rows of token ids and labels from the training split, seeded."""
+
+    def __init__(self, tokenizer, seed: int):
+        self.tokenizer = tokenizer
+        self.rng = random.Random(f"pocket base {seed}")
+
+    def row(self, stage: Stage) -> tuple[list[int], list[int]]:
+        """Ids and labels of one matter with every question asked once, in random order."""
+        kind = self.rng.random()
+        if kind < stage.lists + stage.uniform:
+            context, pairs = self._uniform(stage, bare=kind < stage.lists)
+        else:
+            context, pairs = self._matter(stage)
+        self.rng.shuffle(pairs)
+        questions = [f"<|user|> {question}<|end|><|assistant|>" for question, _ in pairs]
+        answers = [f" {answer}<|end|>" for _, answer in pairs]
+        encoded = self.tokenizer(questions + answers)["input_ids"]
+        ids, labels = list(context), [IGNORE] * len(context)
+        for asked, told in zip(encoded[: len(pairs)], encoded[len(pairs) :], strict=True):
+            ids += asked + told
+            labels += [IGNORE] * len(asked) + told
+        return ids, labels
+
+    def _matter(self, stage: Stage) -> tuple[list[int], list[tuple[str, str]]]:
+        documents = max(2, min(4, stage.facts // 8))
+        matter = generate_matter(
+            self.rng.randrange(1 << 40), Difficulty("curriculum", stage.facts, documents=documents), "train"
+        )
+        ids = self.tokenizer.apply_chat_template(context_messages(matter), tokenize=True, return_dict=False)
+        return ids, [(fact.question, answer_text(fact)) for fact in matter.facts]
+
+    def _uniform(self, stage: Stage, bare: bool) -> tuple[list[int], list[tuple[str, str]]]:
+        """One document whose facts share an attribute: sentences of templates, or a bare list."""
+        rng = self.rng
+        small = bare and rng.random() < stage.small
+        attribute = rng.choice(ATTRIBUTES)
+        parties: dict[str, None] = {}
+        while len(parties) < stage.facts:
+            parties[_small_company(rng) if small else draw_company(rng, "train")] = None
+        sentences, pairs = [], []
+        for party in parties:
+            if small:
+                value = f"{rng.choice(GIVEN_NAMES[::4])} {rng.choice(SURNAMES[::8])}"
+                sentences.append(f"{party} {value}.")
+                pairs.append((party, f"{party} {value}"))
+                continue
+            value = draw_value(attribute.kind, rng, "train")
+            statement = "{c}: {v}." if bare else rng.choice(pick(attribute.statements, unseen=False))
+            question = "{c}:" if bare else rng.choice(pick(attribute.questions, unseen=False))
+            sentences.append(statement.format(c=party, v=value))
+            pairs.append((question.format(c=party), f"{party}: {value}"))
+        rng.shuffle(sentences)
+        text = f"<|user|> {INSTRUCTION}<|end|><|tool|> document-1.txt: {' '.join(sentences)}<|end|>"
+        return self.tokenizer(text)["input_ids"], pairs
+
+
+def _small_company(rng: random.Random) -> str:
+    return f"{rng.choice(SURNAMES[::8])} {rng.choice(TRADES[::4])}"
