@@ -11,6 +11,7 @@ import difflib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
 from typing import Protocol
@@ -132,7 +133,9 @@ def _build_parser(
 def _run(command: Command, args: argparse.Namespace) -> int:
     show = getattr(args, "traceback", False) or os.environ.get("STILL_TRACEBACK", "") not in ("", "0")
     try:
-        code = command.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = command.run(args)
         sys.stdout.flush()
         return int(code or 0)
     except KeyboardInterrupt:
@@ -164,6 +167,11 @@ def _message(problem: BaseException) -> str:
     if isinstance(problem, ModuleNotFoundError) and str(problem).startswith("No module named"):
         return f"{problem}; install the package, or the extra of still-kv that brings it"
     return str(problem) or type(problem).__name__
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: object, **_: object) -> None:
+    """One line, without the place in the code: what still warns of lies in the caller's data."""
+    print(f"still: {'' if category is UserWarning else category.__name__ + ' '}warning: {message}", file=sys.stderr)
 
 
 def _complain(message: str) -> int:

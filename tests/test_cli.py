@@ -39,6 +39,9 @@ class Show:
         if args.what == "sleep":
             print("started", flush=True)
             time.sleep(60)
+        if args.what == "warn":
+            import warnings
+            warnings.warn("a ratio of 99x lies outside the trained 2x to 64x")
         return 3 if args.what == "three" else None
 COMMANDS = {"show": Show()}
 '''
@@ -112,6 +115,13 @@ def test_a_defect_keeps_its_traceback(plugins):
     done = still("show", "defect", env=plugins)
     assert done.returncode == 1
     assert "KeyError: 'defect'" in done.stderr
+
+
+def test_a_warning_is_one_line(plugins):
+    done = still("show", "warn", env=plugins)
+    assert done.returncode == 0
+    assert "still: warning: a ratio of 99x lies outside the trained 2x to 64x" in done.stderr.splitlines()
+    assert "showroom.py" not in done.stderr
 
 
 def test_an_interrupt_says_how_to_go_on(plugins):
