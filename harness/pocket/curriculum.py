@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ...eval.matters import Difficulty, generate_matter
 from ...eval.matters.templates import ATTRIBUTES, pick
 from ...eval.matters.words import GIVEN_NAMES, SURNAMES, TRADES, draw_company, draw_value
-from .dialogue import INSTRUCTION, answer_text, context_messages
+from .dialogue import answer_text, context_messages
+from .tokenizer import INSTRUCTION
 
 IGNORE = -100
 

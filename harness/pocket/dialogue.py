@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from ...eval.matters import Fact, Matter
-from .tokenizer import escape
-
-INSTRUCTION = "Read the matter and answer from it."
+from .tokenizer import INSTRUCTION, escape
 
 
 def context_messages(matter: Matter) -> list[dict]:

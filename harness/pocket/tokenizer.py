@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ...eval.matters import generate_matter
 
+INSTRUCTION = "Read the matter and answer from it."
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>", "<|memo|>")
 
 # One role token, a space (so that a word is the same token here as inside a sentence), the text, one end token.
@@ -52,6 +53,7 @@ def train_tokenizer(vocab_size: int = 4096, matters: int = 1500) -> PreTrainedTo
         eos_token="<|end|>",
         extra_special_tokens=list(SPECIALS[2:]),
         chat_template=CHAT_TEMPLATE,
+        prompt_format={"style": "turns", "instruction": INSTRUCTION},  # how `still.prompts` shows it documents
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
