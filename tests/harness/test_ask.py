@@ -1,0 +1,107 @@
+"""Asking many questions of one cache: the tokens of `generate`, and likelihoods of a plain forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import VOCAB, random_ids, tiny_model
+from transformers import DynamicCache
+
+from still import methods
+from still.harness.ask import Prompt, ask
+from still.reading import read
+
+STOP = tuple(range(5, 13))
+LIMIT = 9
+
+
+@pytest.fixture(scope="module", params=["qwen3", "gemma3", "qwen3_next"])
+def asked(request):
+    """A model, a context's cache, questions of unequal length, and what `generate` answers to each."""
+    model = tiny_model(request.param)
+    context = random_ids(1, 40)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(context, past_key_values=cache)
+    questions = [random_ids(length, seed=length).tolist() for length in (4, 9, 13, 5)]
+    answers = []
+    for question in questions:
+        out = model.generate(
+            torch.cat([context, torch.tensor([question])], 1), past_key_values=copy.deepcopy(cache), do_sample=False,
+            max_new_tokens=LIMIT, eos_token_id=list(STOP), pad_token_id=0,
+        )  # fmt: skip
+        answer = out[0, 40 + len(question) :].tolist()
+        answers.append(answer[:-1] if answer[-1] in STOP else answer)
+    return model, context, cache, questions, answers
+
+
+@pytest.mark.parametrize("kept", ["none", "half", "all"])
+def test_answers_are_those_of_generate(asked, kept):
+    """Whatever the right answer is, and wherever the model leaves it, the answer is generate's."""
+    model, _, cache, questions, answers = asked
+    share = {"none": 0, "half": 0.5, "all": 1}[kept]
+    right = [answer[: int(share * len(answer))] + [20] * (kept != "all") + [STOP[0]] for answer in answers]
+    before = [layer.keys.clone() for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    got = ask(model, cache, Prompt(questions, right, STOP), max_new_tokens=LIMIT)
+    assert got.outputs == answers
+    after = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert cache.get_seq_length() == 40
+
+
+def test_cross_entropy_and_kl_are_those_of_a_plain_forward(asked):
+    model, context, cache, questions, _ = asked
+    right = [[30, 31, STOP[0]], [32, STOP[1]], [33, 34, 35, 36, STOP[2]], [STOP[3]]]
+    prompt = Prompt(questions, right, STOP)
+    full = ask(model, cache, prompt, keep_distributions=True)
+    empty = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(context[:, :7], past_key_values=empty)
+    other = ask(model, empty, prompt, teacher=full.distributions, keep_distributions=True)
+    again = ask(model, cache, prompt, teacher=full.distributions)
+    assert max(again.kl) < 1e-4
+    for row, (question, answer) in enumerate(zip(questions, right, strict=True)):
+        ids = torch.cat([context, torch.tensor([[*question, *answer]])], 1)
+        with torch.no_grad():
+            log_probs = model(ids).logits[0, -len(answer) - 1 : -1].float().log_softmax(-1)
+        expected = -log_probs[range(len(answer)), answer].sum().item()
+        assert full.cross_entropy[row] == pytest.approx(expected, abs=2e-3)
+        theirs = other.distributions[row]
+        kl = torch.nn.functional.kl_div(theirs, log_probs, reduction="sum", log_target=True).item()
+        assert other.kl[row] == pytest.approx(kl, abs=2e-3)
+        assert theirs.shape == (len(answer), VOCAB)
+
+
+def test_a_compact_cache_and_a_quantised_one_are_asked_like_generate_asks_them():
+    model = tiny_model("qwen3")
+    reading = read(model, random_ids(1, 40), queries=True)
+    questions = [random_ids(length, seed=length).tolist() for length in (6, 3)]
+    for name in ("snapkv", "int4"):
+        cache = methods.get(name).compact(model, reading, ratio=4)
+        expected = []
+        for question in questions:
+            fed = cache.prompt(torch.tensor([question]))
+            out = model.generate(
+                **fed, past_key_values=cache.clone(), do_sample=False, max_new_tokens=LIMIT, eos_token_id=list(STOP),
+                pad_token_id=0,
+            )  # fmt: skip
+            answer = out[0, fed["input_ids"].shape[1] :].tolist()
+            expected.append(answer[:-1] if answer[-1] in STOP else answer)
+        got = ask(model, cache, Prompt(questions, [[20, STOP[0]], [STOP[0]]], STOP), max_new_tokens=LIMIT)
+        assert got.outputs == expected, name
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Prompt([], [], STOP), "no question"),
+        (Prompt([[3]], [[]], STOP), "no tokens"),
+        (Prompt([[3]], [[20]], STOP), "does not end"),
+    ],
+)
+def test_a_prompt_that_cannot_be_asked_is_refused(prompt, message):
+    model = tiny_model("qwen3")
+    with pytest.raises(ValueError, match=message):
+        ask(model, DynamicCache(config=model.config), prompt)
