@@ -24,8 +24,8 @@ class LayerView:
         values: `[batch, kv_heads, tokens, head_dim]`.
         positions: logical positions `[tokens]` or `[batch, tokens]`.
         slots: how many slots to keep, between 1 and `tokens`.
-        queries: rotated queries `[batch, query_heads, tokens, head_dim]` times the layer's softmax scale, so that
-            `queries @ keys^T` are the attention logits; None unless the method needs them.
+        queries: rotated queries `[batch, query_heads, tokens, head_dim]` in fp32 times the layer's softmax scale, so
+            that `queries @ keys^T` are the attention logits; None unless the method needs them.
         rotary: the model's rotary tables; None unless the method needs them.
     """
 
@@ -143,18 +143,20 @@ class Method:
             groups.setdefault(shape, []).append(row)
         layers = {}
         for layer in full_attention_layers(model.config):
-            source, scale = reading.cache.layers[layer], attention_scale(model, layer) if self.needs_queries else 1.0
+            source = reading.cache.layers[layer]
             parts = []
             for (tokens, slots), members in groups.items():
-                at = torch.tensor(members, device=source.keys.device)
-                queries = reading.queries[layer][at, :, -tokens:] * scale if self.needs_queries else None
-                positions = torch.arange(tokens, device=source.keys.device)
+                at = slice(None) if len(groups) == 1 else torch.tensor(members, device=source.keys.device)
                 keys, values = source.keys[at, :, -tokens:], source.values[at, :, -tokens:]
+                queries = None
+                if self.needs_queries:
+                    queries = reading.queries[layer][at, :, -tokens:].float() * attention_scale(model, layer)
+                positions = torch.arange(tokens, device=keys.device)
                 kv = self.compact_layer(layer, keys, values, positions, slots, queries, rotary)
                 if kv.keys.shape[2] != slots or kv.values.shape[2] != slots:
                     raise RuntimeError(f"{self.name} kept {kv.keys.shape[2]} slots in layer {layer}, not {slots}")
-                parts.append((at, kv))
-            layers[layer] = join_rows(parts, max(budgets))
+                parts.append(kv)
+            layers[layer] = join_rows(parts, list(groups.values()), max(budgets))
         return layers
 
     def options(self) -> dict[str, Any]:
@@ -188,16 +190,19 @@ def row_lengths(reading: Reading) -> list[int]:
     return reading.attention_mask.long().sum(-1).tolist()
 
 
-def join_rows(parts: list[tuple[torch.Tensor, CompactKV]], width: int) -> CompactKV:
-    """One `CompactKV` of all rows from groups `(rows, CompactKV)`; narrower groups get zeros on the left."""
-    order = torch.cat([rows for rows, _ in parts]).argsort()
+def join_rows(parts: list[CompactKV], rows: list[list[int]], width: int) -> CompactKV:
+    """One `CompactKV` of all rows from groups of them; narrower groups get columns of zeros on the left."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([row for group in rows for row in group]).argsort()
     joined = []
-    for tensors in zip(*(kv for _, kv in parts), strict=True):
+    for tensors in zip(*parts, strict=True):
         if tensors[0] is None:
             joined.append(None)
             continue
         inner = (0, 0) if tensors[0].ndim == 4 else ()
-        joined.append(torch.cat([nn.functional.pad(x, (*inner, width - x.shape[2], 0)) for x in tensors])[order])
+        whole = torch.cat([nn.functional.pad(x, (*inner, width - x.shape[2], 0)) for x in tensors])
+        joined.append(whole[order.to(whole.device)])
     return CompactKV(*joined)
 
 

@@ -19,5 +19,6 @@ class KeyDiff(Eviction):
 
     def score(self, view: LayerView) -> torch.Tensor:
         """Minus the cosine between each key and the mean of the normalised keys, `[batch, kv_heads, tokens]`."""
-        anchor = normalize(view.keys, dim=-1).mean(dim=2, keepdim=True)
-        return -cosine_similarity(view.keys, anchor, dim=-1)
+        keys = view.keys.float()
+        anchor = normalize(keys, dim=-1).mean(dim=2, keepdim=True)
+        return -cosine_similarity(keys, anchor, dim=-1)

@@ -18,4 +18,4 @@ class Knorm(Eviction):
 
     def score(self, view: LayerView) -> torch.Tensor:
         """Minus the norm of each key, `[batch, kv_heads, tokens]`."""
-        return -view.keys.norm(dim=-1)
+        return -view.keys.float().norm(dim=-1)
