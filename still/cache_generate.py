@@ -39,7 +39,7 @@ def check_generate(cache, generation_config, model_kwargs: dict) -> None:
     if chunk is not None and Version(transformers.__version__) < CHUNKS_CONTINUE_FROM:
         raise ValueError(
             f"prefill_chunk_size={chunk} makes transformers {transformers.__version__} read the whole prompt again "
-            f"into a cache that already holds its beginning: leave it out, or install transformers {CHUNKS_CONTINUE_FROM}"
+            f"into a cache that holds its beginning: leave it out, or install transformers {CHUNKS_CONTINUE_FROM}"
         )
     layer = cache.compact_layers[0]
     stock = layer.config._attn_implementation != attention.NAME
