@@ -57,6 +57,7 @@ one. `pocket` comes with its own. The other methods need no training."""
             help="folder or Hub id of a trained compactor; `untrained` for a fresh one, which keeps every RATIO-th "
             "token (default: the one that comes with the model)",
         )  # fmt: skip
+        parser.add_argument("--dtype", metavar="NAME", default="auto", help="such as bfloat16 (default: as saved)")
         _add_model_flags(parser)
         add_pass_through(parser, "option")
         parser.set_defaults(option={})
@@ -149,8 +150,8 @@ examples:
         name = args.model or made_with.get("model")
         if not name:
             raise ValueError(f"{args.file} does not say which model it belongs to; pass --model")
-        attention = "still" if about["beta"] else None
-        loaded = models.load(name, args.device, args.dtype, attention, args.revision or made_with.get("revision"))
+        revision = args.revision or made_with.get("revision")
+        loaded = models.load(name, args.device, about["dtype"], "still" if about["beta"] else None, revision)
         cache = StillCache.load(args.file, loaded.model, verify=args.verify)
         form = made_with.get("prompt_format")
         form = PromptFormat(**form) if form else PromptFormat.of(loaded.tokenizer)
@@ -223,7 +224,6 @@ COMMANDS = {"compact": Compact(), "ask": Ask(), "inspect": Inspect()}
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--dtype", metavar="NAME", default="auto", help="float32, bfloat16, ... (default: as saved)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the model on the Hub")
 
 

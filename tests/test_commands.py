@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -100,6 +99,12 @@ def test_inspect_tells_how_the_file_was_made(work, capsys):
     assert str(tokens) in table
 
 
+def test_a_question_is_asked_in_the_dtype_of_the_file(work, capsys):
+    assert compact("--dtype", "bfloat16", "--slots", "5") == 0
+    assert main(["ask", "lease.safetensors", QUESTION, "--max-new-tokens", "2"]) == 0
+    assert f"{2 * 2 * 2 * 5 * 64 * 2 / 1000:.3g} kB" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_methods_offered_are_those_that_a_file_can_hold():
     assert set(METHODS) == {name for name, method in methods.METHODS.items() if not method.fixed_size}
 
@@ -130,15 +135,11 @@ def test_a_trained_compactor_is_taken_from_its_folder(work, capsys):
     assert not torch.equal(trained.layers[1].values, fresh.layers[1].values)
 
 
-def test_a_document_from_stdin(work, base):
-    still = [sys.executable, "-m", "still.cli"]
-    command = [*still, "compact", "model", "-", "--compactor", "untrained", "-o", "x.safetensors"]
-    done = subprocess.run(command, input=LEASE, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "stdin" in done.stderr
-    asked = [*still, "ask", "x.safetensors", QUESTION, "--max-new-tokens", "2"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_a_document_from_stdin(work, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(LEASE))
+    assert main(["compact", "model", "-", "--compactor", "untrained", "-o", "lease.safetensors"]) == 0
+    assert "stdin" in capsys.readouterr().err
+    assert main(["ask", "lease.safetensors", QUESTION, "--max-new-tokens", "2"]) == 0
 
 
 def test_a_plugin_names_a_model(work, base, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = SETUP["tool"]["setuptools"]["package-dir"]
-CORE = {"torch", "transformers", "einops", "safetensors", "huggingface_hub", "numpy", "tokenizers", "tqdm"}
+CORE = {"torch", "transformers", "einops", "safetensors", "huggingface_hub", "numpy", "packaging", "tokenizers", "tqdm"}
 """What an installation without extras brings, as import names."""
 
 
