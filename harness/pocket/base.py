@@ -35,7 +35,7 @@ class BaseRecipe:
         seed: of the start and of the rows.
     """
 
-    steps: int = 800
+    steps: int = 600
     tokens: int = 12_000
     learning_rate: float = 1.5e-3
     warmup: int = 50
@@ -73,7 +73,7 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
     rows = Rows(tokenizer, recipe.seed)
     step, stage, mean, in_stage = 0, 0, 0.0, 0
     if (output / STATE).exists():
-        state = torch.load(output / STATE, weights_only=False)  # our own file, of this machine
+        state = torch.load(output / STATE, weights_only=True)
         if state["recipe"] != asdict(recipe):
             raise ValueError(f"{output} holds a run of {state['recipe']}, not of {asdict(recipe)}; take another folder")
         model.load_state_dict(state["model"])
@@ -83,6 +83,8 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
     start = time.monotonic()
     model.train()
     while step < recipe.steps and time.monotonic() - start < 60 * minutes:
+        if STAGES[stage].is_over(mean, in_stage):
+            stage, in_stage = stage + 1, 0
         now = STAGES[stage]
         count = max(2, round(recipe.tokens / (now.facts * 32 + 20)))
         ids, labels = _batch([rows.row(now) for _ in range(count)])
@@ -105,8 +107,6 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
         if step % 10 == 0:
             elapsed = (time.monotonic() - start) / 60
             report(f"step {step} {elapsed:.1f} min, {now.facts} facts: loss {loss.item():.3f}, right {mean:.3f}")
-        if mean > now.until and in_stage > 10:
-            stage, in_stage = stage + 1, 0
         if step % 50 == 0 or step == recipe.steps:
             _save(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))
     _save(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))

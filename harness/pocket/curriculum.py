@@ -23,7 +23,9 @@ class Stage:
         lists: share of rows that are bare lists of `party: value`.
         uniform: share of rows whose facts all have one attribute, so that only the party tells them apart.
         small: share of the lists that use a small vocabulary and no punctuation.
-        until: go on once this share of the questions is answered wholly right (a running mean).
+        until: go on once this share of the questions is answered wholly right (a running mean),
+            or after `at_most` steps.
+        amended: share of a matter's facts that a later document supersedes.
     """
 
     facts: int
@@ -31,13 +33,19 @@ class Stage:
     uniform: float
     small: float
     until: float
+    at_most: int | None = None
+    amended: float = 0.125
+
+    def is_over(self, right: float, steps: int) -> bool:
+        """Whether to go on after `steps` steps, with this running mean of right answers."""
+        return (right > self.until and steps > 10) or (self.at_most is not None and steps >= self.at_most)
 
 
 STAGES = (
     Stage(8, 0.4, 0.4, 0.2, 0.8),
     Stage(16, 0.1, 0.4, 0.0, 0.8),
-    Stage(32, 0.05, 0.25, 0.0, 0.8),
-    Stage(64, 0.0, 0.1, 0.0, 2.0),
+    Stage(32, 0.05, 0.25, 0.0, 0.8, at_most=136),
+    Stage(64, 0.0, 0.1, 0.0, until=2.0, amended=0.3),
 )
 
 
@@ -67,9 +75,8 @@ class Rows:
 
     def _matter(self, stage: Stage) -> tuple[list[int], list[tuple[str, str]]]:
         documents = max(2, min(4, stage.facts // 8))
-        matter = generate_matter(
-            self.rng.randrange(1 << 40), Difficulty("curriculum", stage.facts, documents=documents), "train"
-        )
+        difficulty = Difficulty("curriculum", stage.facts, stage.amended, documents=documents)
+        matter = generate_matter(self.rng.randrange(1 << 40), difficulty, "train")
         ids = self.tokenizer.apply_chat_template(context_messages(matter), tokenize=True, return_dict=False)
         return ids, [(fact.question, answer_text(fact)) for fact in matter.facts]
 

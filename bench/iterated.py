@@ -1,0 +1,114 @@
+"""Contexts longer than one pass: read in chunks and appended or compacted again, against one pass over all.
+
+    python bench/iterated.py --difficulty standard --chunk 288 --count 20      # 4 chunks of a standard matter
+    python bench/iterated.py --difficulty long --chunk 1152 --count 8          # 4 trained chunks
+
+Prints pass rates with intervals clustered by matter, by depth of the fact, beside floor and ceiling; appends the
+rows to bench/rows/iterated.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from pathlib import Path
+
+import torch
+
+from still import models
+from still.eval.judge import exact_judge
+from still.eval.stats import clustered_rate
+from still.harness.ask import Prompt, ask
+from still.harness.cells import SweepConfig
+from still.harness.question_sets import question_sets
+from still.harness.sweep import Bench
+from still.prompts import render, render_alone, render_answer
+from still.provenance import provenance
+
+ROWS = Path(__file__).parent / "rows" / "iterated.csv"
+QUARTERS = ("0-25 %", "25-50 %", "50-75 %", "75-100 %")
+
+
+def caches(bench: Bench, compactor, ids: torch.Tensor, chunk: int, ratio: float) -> dict:
+    """Every way to a cache of this context, by name."""
+    model, tokens = bench.model, ids.shape[1]
+    ways = {"full": bench.read(ids[0].tolist()).cache}
+    if tokens <= compactor.config.chunk:
+        ways["one pass"] = compactor.prefill(model, ids, ratio=ratio)
+    for keep, name in ((chunk, "append"), (0, "append, no raw chunk held back")):
+        ways[name] = compactor.prefill(model, ids, ratio=ratio, chunk=chunk, keep_last=keep)
+    ways["recompact"] = compactor.prefill(model, ids, slots=int(chunk / ratio), chunk=chunk, mode="recompact")
+    return ways
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--difficulty", default="standard")
+    parser.add_argument("--chunk", type=int, default=288)
+    parser.add_argument("--ratio", type=float, default=8)
+    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the compactors' training")
+    args = parser.parse_args()
+    config = SweepConfig(
+        model=args.model, compactor=(args.model,), difficulty=args.difficulty, count=args.count,
+        seeds=tuple(args.seeds), methods=("still",),
+    )  # fmt: skip
+    loaded = models.load(args.model, device="cpu", dtype="float32")
+    bench = Bench(config, loaded)
+    ends = (bench.tokenizer.eos_token_id,)
+    rates: dict[str, list[list[bool]]] = {}
+    deep: dict[str, list[list[bool]]] = {}
+    sizes: dict[str, list[int]] = {}
+    tokens = []
+    for each in question_sets(config, "matters", bench.count_tokens):
+        ids, questions = render(bench.tokenizer, each.documents, [q.text for q in each.questions], bench.form)
+        answers = [render_answer(bench.tokenizer, q.text, q.answer, bench.form) for q in each.questions]
+        context = torch.tensor([ids])
+        tokens.append(len(ids))
+        alone, floor_questions = render_alone(bench.tokenizer, [q.text for q in each.questions], bench.form)
+        ways = {("none", 0): (bench.read(alone).cache, floor_questions)}
+        for seed, compactor in bench.compactors.items():
+            for name, cache in caches(bench, compactor, context, args.chunk, args.ratio).items():
+                ways[name, seed] = (cache, questions)
+        seen: dict[str, list[bool]] = {}
+        for (name, _), (cache, asked) in ways.items():
+            out = ask(bench.model, cache, Prompt(asked, answers, ends)).outputs
+            right = [exact_judge(bench.text(o), q).passed for o, q in zip(out, each.questions, strict=True)]
+            seen.setdefault(name, []).extend(right)
+            parts = deep.setdefault(name, [[] for _ in QUARTERS])
+            for question, passed in zip(each.questions, right, strict=True):
+                parts[min(3, int(4 * question.tags["depth"]))].append(passed)
+            physical = getattr(cache, "physical_length", None) or cache.get_seq_length()
+            sizes.setdefault(name, []).append(physical)
+        for name, right in seen.items():
+            rates.setdefault(name, []).append(right)
+    made = provenance(vars(args), args.seeds[0], "cpu", model=loaded.name)
+    print(f"{len(tokens)} {args.difficulty} matters of {min(tokens)} to {max(tokens)} tokens, chunks of {args.chunk}, "
+          f"{args.ratio:g}x, compactor seeds {list(bench.compactors)}")  # fmt: skip
+    rows = []
+    for name, clusters in rates.items():
+        passed = [float(right) for part in clusters for right in part]
+        rate = clustered_rate(passed, [place for place, part in enumerate(clusters) for _ in part])
+        quarters = [sum(part) / len(part) if part else float("nan") for part in deep[name]]
+        print(f"{name:32s} {rate.estimate:7.1%} [{rate.low:.1%}, {rate.high:.1%}]  columns {statistics.mean(sizes[name]):7.1f}"
+              "  by depth " + "  ".join(f"{q:.1%}" for q in quarters))  # fmt: skip
+        rows.append({
+            "difficulty": args.difficulty, "tokens": round(statistics.mean(tokens)), "chunk": args.chunk,
+            "ratio": args.ratio, "way": name, "pass_rate": rate.estimate, "low": rate.low, "high": rate.high,
+            **dict(zip(QUARTERS, quarters, strict=True)), "columns": statistics.mean(sizes[name]),
+            "matters": len(tokens), "seeds": " ".join(map(str, bench.compactors)), "model": loaded.name,
+            "device": made["device"]["name"], "commit": (made["git"] or {}).get("commit", ""),
+        })  # fmt: skip
+    ROWS.parent.mkdir(exist_ok=True)
+    fresh = not ROWS.exists()
+    with ROWS.open("a", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
