@@ -85,7 +85,7 @@ one. `pocket` comes with its own. The other methods need no training."""
         form = PromptFormat.of(loaded.tokenizer)
         ids = torch.tensor([render(loaded.tokenizer, documents, (), form)[0]], device=loaded.model.device)
         tokens = ids.shape[-1]
-        slots = resolve_slots(tokens, args.slots, ratio)
+        resolve_slots(tokens, args.slots, ratio)
         _check_length(loaded, tokens)
         _say(f"reading {tokens:,} tokens of {', '.join(name for name, _ in documents)} with {loaded.name}")
         started = time.perf_counter()
@@ -96,8 +96,8 @@ one. `pocket` comes with its own. The other methods need no training."""
         )
         cache.save(args.output)
         _say(
-            f"{args.output}: {_size_of(cache)}, {tokens:,} tokens in {slots:,} slots ({tokens / slots:.3g}x) "
-            f"by {args.method} in {seconds:.1f} s"
+            f"{args.output}: {_size_of(cache)}, {tokens:,} tokens in {cache.slots:,} slots "
+            f"({tokens / cache.slots:.3g}x) by {args.method} in {seconds:.1f} s"
         )
         return 0
 
