@@ -18,9 +18,7 @@ from .types import Reading
 _capture: ContextVar[tuple[set[int], dict[int, torch.Tensor]] | None] = ContextVar("still_capture", default=None)
 
 
-def read(
-    model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, queries: bool = False
-) -> Reading:
+def read(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, queries: bool = False) -> Reading:
     """Read a context once with the frozen model; no logits of the context are computed.
 
     Args:
