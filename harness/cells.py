@@ -39,7 +39,8 @@ class SweepConfig:
         model: causal language model: `pocket`, a folder or a Hub id
         compactor: trained STILL compactors: the name of a model that brings its own, folders (a folder of folders is
             one compactor per seed), or Hub ids
-        tasks: `matters`, `matters-unseen` (templates that training never shows), `ruler`, or paths of question sets
+        tasks: `matters`, `matters-unseen` (templates that training never shows), `ruler`, `ruler/TASK`, or paths of
+            question sets and LAB tasks; `TASK:METHOD+METHOD` computes only these methods of it
         difficulty: of the synthetic matters
         methods: rows to compute; `full` and `none` are always among them
         ratios: context tokens per slot
@@ -83,6 +84,18 @@ class SweepConfig:
         if self.questions < 0:
             raise ValueError(f"questions is {self.questions}; it must be 0 (all) or more")
         object.__setattr__(self, "methods", tuple(dict.fromkeys((CEILING, FLOOR, *self.methods))))
+        self.methods_of  # noqa: B018 - refuses a task that is named twice
+
+    @property
+    def methods_of(self) -> dict[str, tuple[str, ...]]:
+        """For each task, without its own list of methods, the methods to compute."""
+        found = {}
+        for entry in self.tasks:
+            task, _, own = entry.partition(":")
+            if task in found:
+                raise ValueError(f"the task {task!r} is named twice; name it once, with all its methods")
+            found[task] = tuple(dict.fromkeys((CEILING, FLOOR, *own.split("+")))) if own else self.methods
+        return found
 
     def to_json(self) -> dict:
         """The fields as JSON types."""
@@ -95,7 +108,7 @@ class SweepConfig:
 
 
 PRESETS = {
-    "quickstart": SweepConfig(tasks=("matters", "matters-unseen"), count=12, questions=32),
+    "quickstart": SweepConfig(tasks=("matters", "matters-unseen:still+still-untrained"), count=12, questions=32),
 }
 
 
@@ -136,9 +149,10 @@ def cells_of(
     """The cells of one question set, ceiling and floor first.
 
     Args:
+        task: a key of `config.methods_of`.
         seeds: for each method that depends on a seed, the seeds to run; the others get one cell.
     """
-    for method in config.methods:
+    for method in config.methods_of[task]:
         for ratio in (None,) if method in WITHOUT_RATIO else config.ratios:
             for seed in seeds.get(method, (None,)):
                 yield Cell(task, set_id, method, ratio, seed)
@@ -245,16 +259,16 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file so that a reader finds the old file, the new one or none, never half of one."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write a JSON file in one step."""
+    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old one, the new one or none, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

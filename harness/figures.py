@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cells import CEILING, CONTROLS, FLOOR, QUANTISED
+from .cells import CEILING, CONTROLS, FLOOR, QUANTISED, write_file
 from .rows import COMPUTED, Row
 
 INK, FAINT, GRID = "#1f2328", "#6e7681", "#e6e8eb"
@@ -62,7 +63,6 @@ RC = {
     "ytick.labelcolor": INK,
     "text.color": INK,
     "svg.fonttype": "none",
-    "svg.hashsalt": "still",
     "figure.facecolor": "white",
 }
 
@@ -104,23 +104,24 @@ def save(figure, stem: str | Path) -> list[Path]:
     import matplotlib
 
     stem = Path(stem)
-    stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
+    image = io.BytesIO()
     with matplotlib.rc_context(RC):
-        figure.savefig(paths[0], dpi=200)
-        paths[1].write_text(svg(figure), encoding="utf-8")
+        figure.savefig(image, format="png", dpi=200)
+    write_file(paths[0], image.getvalue())
+    write_file(paths[1], svg(figure, stem.name).encode())
     return paths
 
 
-def svg(figure) -> str:
-    """The figure as an SVG element that a page can hold, without a date: the same rows give the same text."""
+def svg(figure, name: str) -> str:
+    """The figure as an SVG element: the same rows give the same text, and two names no id in common."""
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context({**RC, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
 
 
 def _figure(width: float, height: float, panels: int, **options):

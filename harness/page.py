@@ -119,6 +119,7 @@ COLUMNS = (
     ("questions", lambda r: f"{r['questions']:,}"),
     ("seeds", lambda r: r["seeds"]),
     ("source", lambda r: r["source"]),
+    ("notes", lambda r: r.get("warnings") or ""),
 )
 
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cells import CEILING, CONTROLS, FLOOR, QUANTISED, CellStore, write_json, write_text
+from .cells import CEILING, CONTROLS, FLOOR, QUANTISED, CellStore, write_file, write_json
 from .figures import STYLES, draw, save, size, style_of
 from .page import html_page
 from .rows import COMPUTED, Row, breakdown, committed_rows, compare, make_rows
@@ -36,20 +36,20 @@ def write_report(folder: str | Path, committed: str | Path | None = None) -> str
     rows, parts, pairs = make_rows(results, store.header), breakdown(results), compare(results)
     kept = store.folder / "committed.csv"
     if committed is not None and (earlier := committed_rows(committed, rows)):
-        write_text(kept, to_csv(earlier))
+        write_file(kept, to_csv(earlier).encode())
     if kept.exists():
         rows += committed_rows(store.folder, rows, only=kept.name)
     for name, table_rows in (("rows", rows), ("facts", parts), ("comparisons", pairs)):
-        write_text(store.folder / f"{name}.csv", to_csv(table_rows))
+        write_file(store.folder / f"{name}.csv", to_csv(table_rows).encode())
     write_json(store.folder / "rows.json", {"provenance": store.header["provenance"], "rows": rows})
     shown = []
-    for task in store.config.tasks:
+    for task in store.config.methods_of:
         note = conditions(rows, task)
         for name, figure in draw(rows, parts, task, note).items():
-            stem = store.folder / "figures" / (name if len(store.config.tasks) == 1 else f"{name}-{_plain(task)}")
+            stem = store.folder / "figures" / (name if len(store.config.methods_of) == 1 else f"{name}-{_plain(task)}")
             shown.append((task, name, save(figure, stem)[1].read_text(encoding="utf-8")))
-    write_text(store.folder / "report.html", html_page(store.header, rows, parts, pairs, shown))
-    return "\n\n".join(table(rows, task) for task in store.config.tasks)
+    write_file(store.folder / "report.html", html_page(store.header, rows, parts, pairs, shown).encode())
+    return "\n\n".join(table(rows, task) for task in store.config.methods_of)
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -107,7 +107,9 @@ def table(rows: Sequence[Row], task: str) -> str:
         notes.append("* from committed rows, not computed here.")
     if any(row["query_aware"] for row in rows):
         notes.append("(q) query-aware.")
-    return "\n".join([*lines, " ".join(notes)])
+    warned = [row for row in rows if row.get("warnings")]
+    notes += dict.fromkeys(f"{_label(at, row['method'], [row['ratio']])}: {row['warnings']}." for row in warned)
+    return "\n".join([*lines, *notes])
 
 
 def _mean(rows: Sequence[Row | None]) -> float:

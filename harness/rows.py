@@ -52,7 +52,7 @@ def _by_set(results: Iterable[Result]) -> dict[tuple, Result]:
 def _order(row: Row, config: SweepConfig) -> tuple:
     methods = [CEILING, FLOOR, *LEARNED, *(name for name in config.methods)]
     place = methods.index(row["method"]) if row["method"] in methods else len(methods)
-    tasks = list(config.tasks)
+    tasks = list(config.methods_of)
     return tasks.index(row["task"]) if row["task"] in tasks else len(tasks), place, row["ratio"] or 0
 
 
@@ -114,6 +114,7 @@ def _row(task: str, method: str, ratio: float | None, group: list[Result], ends:
         "digest": _one(str(result["source"].get("digest", "")) for result in group),
         "model": header["inputs"]["model"],
         "compactor": _one(str(record["options"].get("label", "")) for record in records),
+        "warnings": _one(text for result in group for text in result["warnings"]),
         "options": json.dumps({k: v for k, v in records[0]["options"].items() if k not in ("label", "seed")}),
         "device": _one(stamp["device"]["name"] for stamp in stamps),
         "commit": _one(_commit(stamp) for stamp in stamps),
@@ -299,7 +300,7 @@ def committed_rows(folder: str | Path, rows: Sequence[Row], only: str = "*.csv")
 
 
 TEXT_COLUMNS = ("task", "method", "seeds", "pass_by_seed", "difficulty", "digest", "model", "compactor", "options",
-                "device", "commit", "versions", "source", "interval")  # fmt: skip
+                "device", "commit", "versions", "source", "interval", "warnings")  # fmt: skip
 
 
 def _typed(value: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,11 +49,13 @@ def run_sweep(
     Raises:
         ValueError: a method, task or seed has no such name, or the folder holds another sweep's results.
     """
-    check_methods(config.methods)
+    every = tuple(dict.fromkeys(name for names in config.methods_of.values() for name in names))
+    check_methods(every)
     loaded = models.load(config.model, device=device, dtype=config.dtype)
-    bench = Bench(config, loaded)
-    tasks = {task: question_sets(config, task, bench.count_tokens) for task in config.tasks}
-    if "still-wrong-matter" in config.methods and (lone := [task for task, sets in tasks.items() if len(sets) < 2]):
+    bench = Bench(config, loaded, every)
+    tasks = {task: question_sets(config, task, bench.count_tokens) for task in config.methods_of}
+    lone = [task for task, names in config.methods_of.items() if "still-wrong-matter" in names and len(tasks[task]) < 2]
+    if lone:
         raise ValueError(f"still-wrong-matter asks of another question set, but {lone[0]} has only one; raise --count")
     record = provenance(config, seed=config.first, device=loaded.model.device, model=loaded.name)
     inputs = {
@@ -96,13 +99,14 @@ class Bench:
         seeds: for each method that depends on a seed, the seeds to run.
     """
 
-    def __init__(self, config: SweepConfig, loaded: models.LoadedModel) -> None:
+    def __init__(self, config: SweepConfig, loaded: models.LoadedModel, names: Sequence[str]) -> None:
         self.config, self.model, self.tokenizer = config, loaded.model, loaded.tokenizer
         self.form = PromptFormat.of(self.tokenizer)
         self.attention = self.model.config._attn_implementation
         self.compactors: dict[int, StillCompactor] = {}
         self.compactor_names: dict[int, str] = {}
-        if {"still", "still-wrong-matter"} & set(config.methods):
+        self.needs_queries = any(methods.METHODS[name].needs_queries for name in names if name in methods.METHODS)
+        if {"still", "still-wrong-matter"} & set(names):
             self._load_compactors(loaded)
         trained = tuple(self.compactors)
         self.seeds = {"still": trained, "still-wrong-matter": trained, "random": config.seeds}
@@ -217,14 +221,17 @@ class Sitting:
 
     def result(self, cell: Cell) -> dict:
         """Compute a cell: what its cache was, and what it answered to each question."""
-        if cell.method == CEILING:
-            record, asked = self._ceiling.record, self._ceiling.asked
-        elif cell.method == FLOOR:
-            record, asked = self._floor()
-        else:
-            record, asked = self._compacted(cell)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)  # a row says itself what lies outside the training
+            if cell.method == CEILING:
+                record, asked = self._ceiling.record, self._ceiling.asked
+            elif cell.method == FLOOR:
+                record, asked = self._floor()
+            else:
+                record, asked = self._compacted(cell)
         return {
             "record": record.to_dict(),
+            "warnings": list(dict.fromkeys(str(each.message) for each in caught if each.category is UserWarning)),
             "facts": self.set.source["facts"],
             "source": self.set.source,
             "questions": [self._row(question, place, asked) for place, question in enumerate(self.set.questions)],
@@ -248,8 +255,7 @@ class Sitting:
     def _compacted(self, cell: Cell) -> tuple[MethodRecord, Asked]:
         method, ceiling = self.bench.method(cell), self._ceiling
         reading = self._wrong_reading if cell.method == "still-wrong-matter" else self._reading
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "a (context|ratio) of")  # the report says what was trained
+        with torch.no_grad():
             cache, record = measure(method, self.bench.model, reading, ratio=cell.ratio)
         with self.bench.attending(method):
             asked = self._ask(cache, self._rendered[1], ceiling.reference, teacher=ceiling.asked.distributions)
@@ -298,9 +304,7 @@ class Sitting:
 
     @cached_property
     def _reading(self) -> Reading:
-        config = self.bench.config
-        queries = any(methods.METHODS[name].needs_queries for name in config.methods if name in methods.METHODS)
-        return self.bench.read(self._rendered[0], queries=queries)
+        return self.bench.read(self._rendered[0], queries=self.bench.needs_queries)
 
     @cached_property
     def _wrong_reading(self) -> Reading:

@@ -34,12 +34,11 @@ def folder(tmp_path_factory):
     tokenizer = train_tokenizer(matters=60)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=64,
-                num_attention_heads=2, num_key_value_heads=1, eos_token_id=1, pad_token_id=0, bos_token_id=None,
-            )  # fmt: skip
-        )
+        shape = Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=64,
+            num_attention_heads=2, num_key_value_heads=1, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+        )  # fmt: skip
+        model = Qwen3ForCausalLM(shape)
         for name, weight in model.named_parameters():
             if "_proj" in name:
                 weight.data.mul_(6)
@@ -214,6 +213,17 @@ def test_files_of_question_sets_are_a_task(folder, tmp_path):
     config = settings(folder, tasks=(str(tmp_path / "sets"),), methods=("truncation",), ratios=(2,))
     results = sweep(config, tmp_path / "out").results()
     assert {result["cell"]["set_id"] for result in results} == {"matter-tiny-held_out-3", "matter-tiny-held_out-4"}
+
+
+def test_a_task_may_name_its_own_methods(folder, tmp_path):
+    config = settings(folder, tasks=("matters", "matters-unseen:knorm"), methods=("truncation",), ratios=(2,))
+    cells = [result["cell"] for result in sweep(config, tmp_path / "out").results()]
+    assert {(cell["task"], cell["method"]) for cell in cells} == {
+        ("matters", "full"), ("matters", "none"), ("matters", "truncation"),
+        ("matters-unseen", "full"), ("matters-unseen", "none"), ("matters-unseen", "knorm"),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="'matters' is named twice"):
+        settings(folder, tasks=("matters", "matters:knorm"))
 
 
 def test_ruler_is_a_task(folder, tmp_path):
