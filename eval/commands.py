@@ -56,12 +56,13 @@ def _configure_matters(parser: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--seeds", type=parse_seeds, default=[0], metavar="A:B", help="7, 0:20 or 1,3,5:8; default: 0"
     )
-    generate.add_argument("--family", choices=["practice", "contracts", "firm-knowledge"], default="practice")
+    families = ["practice", "contracts", "firm-knowledge"]
+    generate.add_argument("--family", choices=families, default="practice", help="of LAB (default: practice)")
     generate.add_argument("--output", required=True, metavar="DIR", help="tasks go to DIR/tasks; goes on where it was")
     generate.set_defaults(verb_run=_generate_matters)
     show = verbs.add_parser("show", help="print a matter and what can be asked of it", description=_show_matter.__doc__)
     _add_matter_options(show)
-    show.add_argument("--seed", type=int, default=0)
+    show.add_argument("--seed", type=int, default=0, help="which matter (default: 0)")
     show.add_argument("--json", action="store_true", help="print the question set as JSON")
     show.set_defaults(verb_run=_show_matter)
 
@@ -100,7 +101,7 @@ def _configure_ruler(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--task", choices=list(TASKS), default="niah_single_2", help="default: niah_single_2")
     parser.add_argument("--tokens", type=int, default=4096, help="most tokens of the context (default: 4096)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="which sample (default: 0)")
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
