@@ -18,6 +18,11 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
+def holds(text: str, value: str) -> bool:
+    """Whether a text holds a value, compared word by word."""
+    return f" {normalise(value)} " in f" {normalise(text)} "
+
+
 def shingles(text: str) -> set[int]:
     """Hashes of every run of five normalised words."""
     words = normalise(text).split()

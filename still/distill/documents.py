@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from .rendering import Renderer
@@ -100,10 +101,19 @@ def _convert(path: Path) -> str:
         raise ValueError(f"{path} cannot be converted to text: {error}") from error
 
 
-def is_held_out(document: Document, share: float, seed: int) -> bool:
-    """Whether a document's contexts are kept for validation; depends on its name and the seed alone."""
-    digest = hashlib.sha256(f"{seed}:{document.name}".encode()).digest()
-    return int.from_bytes(digest[:8]) / 2**64 < share
+def held_out_names(documents: Sequence[Document], share: float, seed: int) -> set[str]:
+    """Names of the documents that are kept for validation: about a share of them, and at least one of several.
+
+    Which ones depends on each name and the seed, so that documents added later leave the others where they were.
+    """
+
+    def draw(document: Document) -> float:
+        digest = hashlib.sha256(f"{seed}:{document.name}".encode()).digest()
+        return int.from_bytes(digest[:8]) / 2**64
+
+    if share == 0 or len(documents) < 2:
+        return set()
+    return {doc.name for doc in documents if draw(doc) < share} or {min(documents, key=draw).name}
 
 
 def cut(
@@ -114,44 +124,44 @@ def cut(
     A document whose rest is under half of `length` is continued with the next one. What is left at the end counts
     as `short_context` in `dropped` when it is under a quarter.
     """
-    parts: list[tuple[str, list[str]]] = []
+    pieces: list[tuple[str, str, int]] = []  # name, sentence, tokens
+    frame: dict[tuple[str, ...], int] = {}
 
-    def made() -> tuple[tuple[str, str], ...]:
-        return tuple((name, " ".join(pieces)) for name, pieces in parts)
+    def parts(chosen: list[tuple[str, str, int]]) -> tuple[tuple[str, str], ...]:
+        return tuple(
+            (name, " ".join(part[1] for part in group)) for name, group in groupby(chosen, lambda part: part[0])
+        )
 
-    def size() -> int:
-        return len(renderer.context(list(made())))
+    def tokens(chosen: list[tuple[str, str, int]]) -> int:
+        """About as many tokens as the context of these pieces has; making the context counts them exactly."""
+        names = tuple(dict.fromkeys(piece[0] for piece in chosen))
+        if names not in frame:
+            frame[names] = len(renderer.context([(name, "A") for name in names]))
+        return frame[names] + sum(piece[2] for piece in chosen)
 
-    tokens = 0  # an estimate that never is too low by much; `size` has the last word
+    def emit(chosen: list[tuple[str, str, int]]) -> Iterator[Context]:
+        """The context of these pieces; returns those at the end that do not fit."""
+        rest: list[tuple[str, str, int]] = []
+        while chosen and (size := len(renderer.context(list(parts(chosen))))) > length:
+            rest.insert(0, chosen[-1])
+            chosen = chosen[:-1]
+        if not chosen:
+            raise ValueError(f"a context of {length} tokens has no room for a piece of {rest[0][0]}; make it longer")
+        yield Context(parts(chosen), size, length, split)
+        return rest
+
     for document in documents:
-        parts.append((document.name, []))
         for sentence, cost in _sentences(document.text, length // 4, renderer):
-            if any(pieces for _, pieces in parts) and tokens + cost > length:
-                yield from _emit(made, size, parts, length, split)
-                parts[:] = [(document.name, [])]
-                tokens = 0
-            if not parts[-1][1]:
-                tokens = len(renderer.context([*made()[:-1], (document.name, sentence)]))
-            else:
-                tokens += cost
-            parts[-1][1].append(sentence)
-        if tokens >= length // 2:
-            yield from _emit(made, size, parts, length, split)
-            parts, tokens = [], 0
-    if parts and tokens >= length // 4:
-        yield from _emit(made, size, parts, length, split)
-    elif parts:
+            piece = (document.name, sentence, cost)
+            if pieces and tokens([*pieces, piece]) > length:
+                pieces = yield from emit(pieces)
+            pieces.append(piece)
+        if tokens(pieces) >= length // 2:
+            pieces = yield from emit(pieces)
+    if pieces and tokens(pieces) >= length // 4:
+        pieces = yield from emit(pieces)
+    if pieces:
         dropped["short_context"] += 1
-
-
-def _emit(made, size, parts, length, split) -> Iterator[Context]:
-    """The context of `parts`, without the last sentences while it is too long."""
-    parts[:] = [part for part in parts if part[1]]
-    while parts and (tokens := size()) > length:
-        parts[-1][1].pop()
-        parts[:] = [part for part in parts if part[1]]
-    if parts:
-        yield Context(made(), tokens, length, split)
 
 
 def _sentences(text: str, longest: int, renderer: Renderer) -> Iterator[tuple[str, int]]:

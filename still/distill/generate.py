@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from ..provenance import provenance
 from .answers import Answerer
 from .config import DataConfig
-from .dedup import normalise, unique
-from .documents import Context, cut, is_held_out, read_documents
+from .dedup import holds, normalise, unique
+from .documents import Context, cut, held_out_names, read_documents
 from .journal import Journal, write_atomically
 from .questions import Asked, parse, prompt
 from .rendering import Renderer
@@ -81,11 +81,12 @@ def generate(
     plan = {"model": base.name, "fingerprint": _fingerprint(base.model), **asdict(config)}
     _check_plan(output, plan)
 
+    apart = held_out_names(found, config.held_out, config.seed)
     contexts = []
     for length in config.context_tokens:
         cuts = []
         for split in ("train", "validation"):
-            chosen = [doc for doc in found if is_held_out(doc, config.held_out, config.seed) == (split == "validation")]
+            chosen = [doc for doc in found if (doc.name in apart) == (split == "validation")]
             cuts += cut(chosen, length, renderer, split, dropped)
         # Over both splits, so that no validation context repeats a training one.
         contexts += unique(((context.text, context) for context in cuts), config.near, dropped)
@@ -152,7 +153,7 @@ def _answer(context: Context, reply: str, answerer: Answerer, renderer: Renderer
                         "answer": answer.text,
                         "kind": one.kind,
                         "reference": one.reference,
-                        "agrees": _says(answer.text, one.reference),
+                        "agrees": holds(answer.text, one.reference),
                     }
                 )
     row = {
@@ -173,16 +174,11 @@ def _flaw(asked: Asked, answer, guess) -> str:
         return "answer_empty"
     if not answer.ended:
         return "answer_too_long"
-    if normalise(guess.text) == normalise(answer.text) or _says(guess.text, asked.reference):
+    if normalise(guess.text) == normalise(answer.text) or holds(guess.text, asked.reference):
         return "answered_without_context"
-    if asked.kind == "edit" and not _says(answer.text, asked.reference):
+    if asked.kind == "edit" and not holds(answer.text, asked.reference):
         return "edit_not_followed"
     return ""
-
-
-def _says(text: str, value: str) -> bool:
-    """Whether a text holds a value, word by word."""
-    return f" {normalise(value)} " in f" {normalise(text)} "
 
 
 def _check_plan(output: Path, plan: dict) -> None:

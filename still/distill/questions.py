@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .dedup import normalise
+from .dedup import holds, normalise
 from .documents import Context
 
 KINDS = ("fact", "string", "edit")
@@ -122,7 +122,7 @@ def _flaw(item: object, context: Context, known: set[str], edits: dict) -> str:
             return "sentence_edited_twice"
         if normalise(item["sentence"]) == normalise(item["edited"]):
             return "edit_changes_nothing"
-        if normalise(item["answer"]) in normalise(item["sentence"]):
+        if holds(item["sentence"], item["answer"]):
             return "edit_keeps_the_answer"
     return ""
 
