@@ -14,6 +14,7 @@ PERSON = Question("2", "Who is the counsel of Ashbourne Coal?", "Ada Hartley", (
 DATE = Question("3", "When is Ashbourne Coal free?", "12 March 1987", ("1 May 1950",), {"kind": "date"})
 REFERENCE = Question("4", "What is the account number of Ashbourne Coal?", "123/456", (), {"kind": "reference"})
 SEVERAL = Question("5", "Name the numbers for big-cat.", "1234567, 7654321", (), {}, ("1234567", "7654321"))
+KEYED = Question("7", "What is the number for 77-abc?", "1234567", (), {"kind": "number"})
 CHAIN = Question("6", "Which variables are 12345?", "ABCDE, FGHIJ", (), {"kind": "variable"}, ("ABCDE", "FGHIJ"))
 
 
@@ -32,11 +33,13 @@ CHAIN = Question("6", "Which variables are 12345?", "ABCDE, FGHIJ", (), {"kind":
         (PERSON, "The counsel of Ashbourne Coal is Ada Hartley."),
         (PERSON, "Ashbourne Coal is advised by Ada Hartley, its counsel. Ms Hartley acts for it."),
         (PERSON, "Counsel: Ada Hartley"),
+        (PERSON, "It is the Counsel Ada Hartley"),
         (PERSON, "Ada Hartley's firm"),
         (DATE, "12  March\n1987"),
         (DATE, "Ashbourne Coal is free after 12 March 1987."),
         (REFERENCE, "It is account number 123/456."),
         (SEVERAL, "They are 7654321 and 1234567."),
+        (KEYED, "The number for 77-abc is 1234567."),
         (CHAIN, "ABCDE, FGHIJ are assigned 12345."),
     ],
 )
@@ -101,7 +104,8 @@ def test_one_right_value_passes(question, answer):
         (SUM, "The fee is $482,913. No, it is not $482,913."),
         (SUM, "It was previously $482,913."),
         (SUM, "It is no longer $482,913"),
-        (PERSON, "Either Ada Hartley"),
+        (PERSON, "It is either Ada Hartley"),
+        (SUM, "It is the old rent or $482,913"),
     ],
 )
 def test_anything_else_fails(question, answer):
@@ -115,6 +119,7 @@ def test_a_superseded_value_fails_and_is_counted_as_stale():
         verdict = exact_judge(answer, SUM)
         assert (verdict.label, verdict.stale) == ("fail", True), answer
     assert exact_judge("clara fairfield", PERSON).stale
+    assert exact_judge("Ada Hartley after clara fairfield", PERSON).passed is False
     assert not exact_judge("$1,100,222", SUM).stale
     assert not exact_judge("$999,999", SUM).stale
 
@@ -133,6 +138,7 @@ def test_recall_counts_whole_values_whatever_the_label():
     assert exact_judge("1234567, 9999999", SEVERAL).recall == 0.5
     assert exact_judge("$482,913 or $1", SUM).recall == 1.0
     assert exact_judge("$1,482,913", SUM).recall == 0.0
+    assert exact_judge("1.123/456", REFERENCE).recall == 0.0
 
 
 def test_on_matters_right_answers_pass_and_everything_else_in_them_fails():

@@ -117,3 +117,12 @@ def test_no_criterion_names_a_value_of_the_distractors(tmp_path):
         present = [each["expect"] for each in task["criteria"] if not each["expect"].get("absent")]
         assert len(absent) == 2
         assert not set(absent) & {value for each in present for value in (each["value"], *each["superseded"])}
+
+
+def test_a_value_that_a_party_is_bound_by_is_no_distractor():
+    matter = generate_matter(3)
+    (value, *_) = [each["expect"]["value"] for each in lab_task(matter, "practice").task["criteria"][-2:]]
+    bound = replace(matter, facts=(*matter.facts, replace(matter.facts[0], id="C-065", value=value)))
+    absent = [each["expect"] for each in lab_task(bound, "practice").task["criteria"] if each["expect"].get("absent")]
+    assert len(absent) == 2
+    assert value not in {each["value"] for each in absent}

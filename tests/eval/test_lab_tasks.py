@@ -159,7 +159,9 @@ def test_documents_that_would_leak_the_rubric_are_refused(folder):
     (folder / "documents" / "link.json").symlink_to(folder / "task.json")
     with pytest.raises(LabTaskError, match=r"link\.json"):
         load_task(folder).agent_view()
-    for docs_dir in (".", "corporate-commercial", "..", "/"):
+    elsewhere = folder.parents[2] / "elsewhere"
+    elsewhere.mkdir()
+    for docs_dir in (".", "corporate-commercial", "..", "/", "../elsewhere", str(elsewhere)):
         rewrite(folder, docs_dir=docs_dir)
         with pytest.raises(LabTaskError, match="docs_dir"):
             load_task(folder).agent_view()
