@@ -26,6 +26,7 @@ from .cache_layer import CompactLayer
 from .cache_prompt import make_continuation, make_prompt
 from .cache_rows import Columns, left_padded_lengths, widen
 from .cache_slots import append_slots, slots_of_rows
+from .cache_states import copy_state, differentiable
 from .rope import full_attention_layers
 from .types import CompactKV
 
@@ -103,7 +104,7 @@ class StillCache(Cache):
         compact = set(full_attention_layers(self.config))
         layers = DynamicCache(config=self.config).layers
         layers = [
-            CompactLayer(index, self.config, self.columns, policy) if index in compact else layer
+            CompactLayer(index, self.config, self.columns, policy) if index in compact else differentiable(layer)
             for index, layer in enumerate(layers)
         ]
         super().__init__(layers=layers, **offload)
@@ -379,6 +380,9 @@ class StillCache(Cache):
                 setattr(other, name, getattr(self, name))
         return other
 
+    def __deepcopy__(self, memo: dict) -> StillCache:
+        return self.clone()
+
     def describe(self) -> dict[str, Any]:
         """What the cache is, in plain values: model, lengths, slots, bytes, provenance."""
         return cache_io.describe(self)
@@ -391,17 +395,3 @@ class StillCache(Cache):
     def load(cls, path: str | Path, model: Any, verify: bool = False, **options) -> StillCache:
         """Open a saved cache, memory-mapped. See `still.cache_io.load`."""
         return cache_io.load(cls, path, model, verify=verify, **options)
-
-
-def copy_state(layer):
-    """An independent copy of a layer that is not compacted."""
-
-    def clone(value):
-        if isinstance(value, dict):
-            return {key: clone(item) for key, item in value.items()}
-        return value.clone() if isinstance(value, torch.Tensor) else value
-
-    other = copy.copy(layer)
-    other.__dict__.update({name: clone(value) for name, value in vars(layer).items()})
-    return other
-

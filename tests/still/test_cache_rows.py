@@ -124,7 +124,7 @@ def grow(model, mask=None, **options):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "still"])
-@pytest.mark.parametrize("rows", [(56, 20), (56, 3, 40), (36, 56)])
+@pytest.mark.parametrize("rows", [(56, 20), (56, 3, 40), (36, 56), (20, 9)])
 @pytest.mark.parametrize("mode", ["append", "recompact"])
 def test_self_compacting_rows_equal_the_rows_alone(mode, rows, attention):
     """Lengths at which nothing falls due while the answer is decoded: there, stock attention puts compaction off."""
