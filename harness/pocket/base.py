@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ...eval.matters.words import TRADES
 from .curriculum import IGNORE, STAGES, Rows
 from .induction import induction_start, pocket_config
 from .tokenizer import train_tokenizer
@@ -66,7 +67,8 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
     """
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
-    model = induction_start(pocket_config(len(tokenizer)), recipe.seed)
+    names = [tokenizer.encode(f" {trade}")[-1] for trade in TRADES]
+    model = induction_start(pocket_config(len(tokenizer)), names, recipe.seed)
     decays = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW([{"params": decays}, {"params": rest}], betas=(0.9, 0.98), weight_decay=0.0)

@@ -42,10 +42,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(8, 0.4, 0.4, 0.2, 0.8),
-    Stage(16, 0.1, 0.4, 0.0, 0.8),
-    Stage(32, 0.05, 0.25, 0.0, 0.8, at_most=136),
-    Stage(64, 0.0, 0.1, 0.0, until=2.0, amended=0.3),
+    Stage(8, 0.2, 0.2, 0.0, 0.7),
+    Stage(16, 0.1, 0.2, 0.0, 0.75, at_most=100, amended=0.25),
+    Stage(32, 0.05, 0.2, 0.0, 0.8, at_most=100, amended=0.25),
+    Stage(64, 0.0, 0.1, 0.0, until=2.0, amended=0.25),
 )
 
 
