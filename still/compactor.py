@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers.cache_utils import Cache
 
 from .budgets import resolve_slots
 from .cache import StillCache
+from .cache_compaction import MODES
 from .config import StillConfig
 from .perceiver import LayerPerceiver
-from .reading import read
+from .reading import check_mask, read
 from .rope import Rotary, full_attention_layers, rotate, unrotate
 from .types import CompactKV, Reading
 
@@ -51,6 +53,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
         self.layers = nn.ModuleDict({str(i): LayerPerceiver(head_dim, kv_heads, config) for i in layers})
         self.rotary: Rotary | None = None
         self.model_config = None
+        self._hub_mixin_config = None  # the mixin would write a second config, as it was at the start
 
     @classmethod
     def for_model(cls, model, slots: int | None = None, ratio: float | None = None, **options) -> StillCompactor:
@@ -65,6 +68,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
         Raises:
             ValueError: the model cannot be compacted, or an option has no such value.
         """
+        Rotary.for_model(model)  # refuses models that cannot be compacted
         options.setdefault("chunk", StillConfig.chunk)
         if slots is not None or ratio is not None:
             options["bank"] = resolve_slots(options["chunk"], slots, ratio)
@@ -144,13 +148,22 @@ class StillCompactor(nn.Module, ModelHubMixin):
             ratio: tokens per slot. Rows of a padded batch each get the slots of their own length.
             input_ids: `[batch, tokens]` of the context, kept in the cache to check later prompts.
             attention_mask: `[batch, tokens]` for left-padded rows.
+
+        Raises:
+            ValueError: the budget fits no row, or the cache, the ids and the mask do not belong together.
         """
         if isinstance(reading, Reading):
             cache, input_ids, attention_mask = reading.cache, reading.input_ids, reading.attention_mask
         else:
             cache = reading
         tokens = cache.get_seq_length()
+        if input_ids is not None and input_ids.shape[-1] != tokens:
+            raise ValueError(
+                f"the cache holds {tokens} tokens and input_ids {input_ids.shape[-1]}: a forward has moved the cache "
+                f"on since it read the context; read the context again"
+            )
         rows = _row_lengths(cache, attention_mask)
+        resolve_slots(max(rows), slots, ratio)
         layers = self.compact_rows(cache, rows, slots, ratio)
         self.check_trained(max(rows), ratio if ratio is not None else max(rows) / slots)
         return StillCache.from_layers(
@@ -188,28 +201,40 @@ class StillCompactor(nn.Module, ModelHubMixin):
             slots: slots per KV head in all, or
             ratio: tokens per slot.
             chunk: tokens compacted in one pass; the trained chunk unless given.
-            mode: "append" (slots grow with the context) or "recompact" (one size for any context).
+            mode: "append" (each chunk gets the slots of its own length at the ratio, rounded down) or "recompact" (one
+                size for any context, at most a chunk).
             keep_last: raw tokens held back while reading; one chunk unless given.
+
+        Raises:
+            ValueError: the context is empty, the mask is no left padding, or the budget or the mode makes no sense.
         """
-        if input_ids.ndim != 2 or input_ids.shape[1] < 1:
-            raise ValueError(f"input_ids has shape {list(input_ids.shape)}; it must be [batch, 1 or more tokens]")
-        tokens, chunk = input_ids.shape[1], chunk or self.config.chunk
+        check_mask(input_ids, attention_mask)
+        tokens, chunk = input_ids.shape[1], self.config.chunk if chunk is None else chunk
+        if mode not in MODES or chunk < 1:
+            raise ValueError(f"mode is {mode!r} and chunk {chunk}; mode must be one of {MODES}, chunk 1 or more tokens")
         budget = resolve_slots(tokens, slots, ratio)
         if tokens <= chunk:
             return self.compact(read(model, input_ids, attention_mask), slots, ratio)
         if mode == "append":
             size = {"ratio": ratio if ratio is not None else tokens / budget}
+        elif budget > chunk:
+            raise ValueError(
+                f"recompact keeps at most a chunk of {chunk} slots, not {budget}: take a ratio of {tokens / chunk:.3g} "
+                f"or more for {tokens} tokens, or mode='append'"
+            )
         else:
             size = {"slots": budget}
         cache = StillCache(
             self, **size, keep_last=chunk if keep_last is None else keep_last, mode=mode, chunk=chunk,
             attention_mask=attention_mask, config=model.config,
         )  # fmt: skip
+        cache.columns.warned = True  # padded rows compact between the chunks, in `continuation`
         decoder = model.get_decoder()
         for start in range(0, tokens, chunk):
-            piece = slice(start, start + chunk)
-            mask = None if attention_mask is None else attention_mask[:, piece]
-            decoder(**cache.continuation(input_ids[:, piece], mask), past_key_values=cache, use_cache=True)
+            ids = input_ids[:, start : start + chunk]
+            mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
+            inputs = cache.continuation(ids, mask) if start else _first_inputs(ids, mask)
+            decoder(**inputs, past_key_values=cache, use_cache=True)
         cache.token_ids, cache.provenance = input_ids, self.provenance()
         return cache.compact(keep_last=0, partial=True)
 
@@ -264,16 +289,18 @@ class StillCompactor(nn.Module, ModelHubMixin):
         return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        first = next(iter(self.layers.values()))
         shape = {
-            "head_dim": next(iter(self.layers.values())).key_head.out_features,
-            "kv_heads": next(iter(self.layers.values())).kv_heads,
+            "head_dim": first.key_head.out_features,
+            "kv_heads": first.kv_heads,
             "layers": [int(name) for name in self.layers],
         }
         state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        partial = save_directory / (WEIGHTS + ".tmp")
-        save_file(state, partial, metadata={"format": "pt", **{k: json.dumps(v) for k, v in shape.items()}})
-        (save_directory / CONFIG).write_text(self.config.to_json())
-        partial.replace(save_directory / WEIGHTS)
+        weights, config = (save_directory / f"{name}.tmp" for name in (WEIGHTS, CONFIG))
+        save_file(state, weights, metadata={"format": "pt", **{k: json.dumps(v) for k, v in shape.items()}})
+        config.write_text(self.config.to_json())
+        config.replace(save_directory / CONFIG)
+        weights.replace(save_directory / WEIGHTS)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, model=None, **kwargs) -> StillCompactor:
@@ -300,17 +327,15 @@ class StillCompactor(nn.Module, ModelHubMixin):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}; it is no folder of StillCompactor.save_pretrained")
         config = StillConfig.from_json((folder / CONFIG).read_text())
-        state = load_file(folder / WEIGHTS)
-        layers = sorted({int(name.split(".")[1]) for name in state})
-        first = f"layers.{layers[0]}."
-        bank = state[first + "bank"]
-        head_dim = state[first + "key_head.weight"].shape[0]
-        kv_heads = bank.shape[0]
-        if config.shared_bank:
-            if model is None:
-                raise ValueError("a compactor with a shared bank needs model= to know the number of KV heads")
-            kv_heads = model.config.get_text_config(decoder=True).num_key_value_heads
-        compactor = cls(config, head_dim, kv_heads, layers)
+        try:
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                shape = {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            compactor = cls(config, shape["head_dim"], shape["kv_heads"], shape["layers"])
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{folder / WEIGHTS} is no whole file of a compactor's weights ({error}): copy or train it again"
+            ) from error
         try:
             compactor.load_state_dict(state)
         except RuntimeError as error:
@@ -331,6 +356,12 @@ def _row_lengths(cache: Cache, attention_mask: torch.Tensor | None) -> list[int]
     if min(rows) < 1:
         raise ValueError(f"row {rows.index(min(rows))} of the batch has no token")
     return rows
+
+
+def _first_inputs(ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    if mask is None:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
 
 def _join_rows(parts: dict, groups: dict, width: int) -> CompactKV:

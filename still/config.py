@@ -54,6 +54,10 @@ class StillConfig:
         for name in ("bank", "chunk", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.feed_forward < 0:
+            raise ValueError(f"feed_forward is {self.feed_forward}; it must be a width, or 0 for none")
+        if self.rms_eps <= 0 or self.rope_base <= 1:
+            raise ValueError(f"rms_eps is {self.rms_eps} and rope_base {self.rope_base}; they must be above 0 and 1")
 
     def to_json(self) -> str:
         """The configuration as JSON text."""
@@ -64,9 +68,14 @@ class StillConfig:
         """Read `to_json`'s text.
 
         Raises:
-            ValueError: the text has a key that this version does not know.
+            ValueError: the text is no JSON object, or has a key that this version does not know.
         """
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the compactor's config is no JSON ({error}): is the file whole?") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"the compactor's config is a JSON {type(values).__name__}; it must be an object")
         unknown = set(values) - {item.name for item in fields(cls)}
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)} in the compactor's config; a newer version wrote it?")

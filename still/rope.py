@@ -7,13 +7,16 @@ The module knows the model's base, scaling (llama3, yarn, linear), partial rotar
 from __future__ import annotations
 
 import inspect
-import sys
+from weakref import WeakSet
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 # These change their frequencies with the length seen so far: a cached key cannot be un-rotated later.
 MOVING_ROPES = ("dynamic", "longrope")
+
+_checked: WeakSet[nn.Module] = WeakSet()
 
 
 def full_attention_layers(config) -> list[int]:
@@ -54,22 +57,24 @@ class Rotary:
 
     @classmethod
     def for_model(cls, model: nn.Module) -> Rotary:
-        """Find the model's rotary module and check that it pairs dimensions as `rotate` does.
+        """Find the model's rotary module, and check on a few tokens that `rotate` moves its keys as the model does.
 
         Raises:
-            ValueError: the model has no rotary module, or one that cannot be undone.
+            ValueError: the model has no rotary module, one that cannot be undone, or layers that rotate otherwise.
         """
         config = model.config.get_text_config(decoder=True)
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
         module = getattr(decoder, "rotary_emb", None)
         if module is None:
             raise ValueError(f"{config.model_type} has no rotary_emb; only models with rotary embeddings are supported")
-        ropes = config.rope_parameters or {}
+        ropes = getattr(config, "rope_parameters", None) or {}
         kinds = {rope.get("rope_type") for rope in ropes.values() if isinstance(rope, dict)} | {ropes.get("rope_type")}
         if moving := kinds & set(MOVING_ROPES):
             raise ValueError(f"rope type {moving.pop()!r} changes with the length and cannot be undone")
         rotary = cls(module, getattr(config, "layer_types", None))
-        rotary._check_pairs(decoder, full_attention_layers(config)[0])
+        if model not in _checked:
+            rotary._check_keys(decoder, config)
+            _checked.add(model)
         return rotary
 
     def cos_sin(self, layer: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,15 +89,41 @@ class Rotary:
         with torch.no_grad():
             return self.module(like, positions, *kind)
 
-    def _check_pairs(self, decoder: nn.Module, layer: int) -> None:
-        attention = getattr(decoder.layers[layer], "self_attn", None)
-        theirs = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        if theirs is None:
-            return
+    @torch.no_grad()
+    def _check_keys(self, decoder: nn.Module, config) -> None:
+        """Compare keys that the model caches for one token alone at two positions.
+
+        A token that sees itself alone has the same hidden states anywhere, so its keys differ by the rotation.
+        """
+        layers, positions = full_attention_layers(config), torch.tensor([3, 10])
+        ids = torch.tensor([i for i in range(4) if i != config.pad_token_id][:3]) % config.vocab_size
         device = next(decoder.parameters()).device
-        cos, sin = self.cos_sin(layer, torch.arange(3, 8, device=device))
-        head_dim = getattr(attention, "head_dim", cos.shape[-1])
-        x = torch.linspace(-1, 1, 5 * head_dim, device=device).reshape(1, 1, 5, head_dim)
-        if not torch.allclose(theirs(x, x, cos, sin)[1], rotate(x, cos, sin), atol=1e-5):
-            name = type(attention).__name__
-            raise ValueError(f"{name} pairs rotary dimensions in another way than split-half; it is not supported yet")
+        cache = DynamicCache(config=config)
+        decoder(
+            input_ids=ids.repeat_interleave(2)[:, None].to(device),
+            position_ids=positions.repeat(len(ids))[:, None].to(device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        heads, name = config.num_key_value_heads, config.model_type
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for layer in layers:
+            stored = cache.layers[layer] if layer < len(cache.layers) else None
+            keys, values = getattr(stored, "keys", None), getattr(stored, "values", None)
+            shapes = [None if x is None else list(x.shape[1::2]) for x in (keys, values)]
+            if shapes != [[heads, head_dim]] * 2:
+                raise ValueError(
+                    f"layer {layer} of {name} caches keys and values of [heads, head dim] {shapes[0]} and {shapes[1]}; "
+                    f"only layers that keep both as {[heads, head_dim]} can be compacted"
+                )
+            before, after = keys[0::2].float(), keys[1::2].float()
+            (cos, sin), (later_cos, later_sin) = (self.cos_sin(layer, p[None].to(device)) for p in positions)
+            if cos.shape[-1] <= head_dim:
+                moved = rotate(unrotate(before, cos, sin), later_cos, later_sin)
+                slack = 1e-3 if keys.dtype == torch.float32 else 0.05
+                if (moved - after).abs().max() <= slack * after.abs().max():
+                    continue
+            raise ValueError(
+                f"layer {layer} of {name} does not rotate its keys by split halves with the tables of rotary_emb "
+                f"(interleaved pairs, or no rotation in this layer?); such models are not supported"
+            )

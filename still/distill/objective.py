@@ -109,6 +109,9 @@ class Distiller(nn.Module):
             context_mask: `[batch, T]`, zeros at padding; None where no row is padded.
             turn_mask: `[batch, L]`, likewise.
             num_items_in_batch: divide the summed KL by this instead of by this batch's answer tokens.
+
+        Raises:
+            ValueError: no answer token is supervised, or a row has fewer tokens than slots.
         """
         tokens = context_ids.shape[1]
         if context_mask is None:
@@ -121,12 +124,14 @@ class Distiller(nn.Module):
         if not wanted.any():
             raise ValueError("no answer token is supervised in this batch: every label is IGNORE")
         gold = labels[:, 1:][wanted]
+        rows = context_mask.long().sum(-1).tolist()
+        if not 1 <= slots <= min(rows):
+            raise ValueError(f"slots is {slots}; it must lie between 1 and the {min(rows)} tokens of the shortest row")
 
         with torch.no_grad():
             full, hidden = self._teach(context_ids, turn_ids, mask, positions)
             teacher = self.model.get_output_embeddings()(hidden[:, :-1][wanted])
 
-        rows = context_mask.long().sum(-1).tolist()
         layers = self.compactor.compact_rows(full, rows, slots=slots)
         small = StillCache.from_layers(
             self.model.config, layers, tokens, source=full, token_ids=context_ids, attention_mask=context_mask

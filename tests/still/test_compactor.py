@@ -1,0 +1,346 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_perceiver import OPTIONS
+from tiny_models import CONFIGS, left_padded, random_ids, tiny_model
+
+from still import StillCompactor, attention, read, slots_for
+from still.rope import full_attention_layers
+
+
+def stirred(compactor: StillCompactor, amount: float = 0.03) -> StillCompactor:
+    """Away from the start, so that every part of it does something."""
+    with torch.no_grad():
+        for name, weight in compactor.named_parameters():
+            if not name.endswith("log_scale"):
+                weight.add_(amount * torch.randn_like(weight))
+    return compactor
+
+
+def checksum(cache) -> str:
+    digest = hashlib.sha256(str(cache.get_seq_length()).encode())
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            for tensor in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def full_logits(model, context, question):
+    return model(torch.cat((context, question), dim=1), use_cache=False).logits[:, context.shape[1] :]
+
+
+def answer(model, cache, question, mask=None):
+    return model(**cache.continuation(question, mask), past_key_values=cache).logits
+
+
+def model_for(options, kind="qwen3"):
+    if not options.get("beta"):
+        return tiny_model(kind)
+    attention.register()
+    return tiny_model(kind, attention="still")
+
+
+@torch.no_grad()
+def check_identity(model, options, tokens=40):
+    context, question = random_ids(2, tokens), random_ids(2, 5, seed=1)
+    reading = read(model, context)
+    cache = StillCompactor.for_model(model, slots=8, chunk=64, **options).compact(reading, ratio=1)
+    for layer in full_attention_layers(model.config):
+        ours, theirs = cache.layers[layer], reading.cache.layers[layer]
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=1e-4)
+    logits = answer(model, cache, question)
+    torch.testing.assert_close(logits, full_logits(model, context, question), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_as_many_slots_as_tokens_give_the_full_caches_logits(kind):
+    check_identity(tiny_model(kind), {})
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_every_option_starts_at_the_identity(options):
+    check_identity(model_for(options), options)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_option_starts_at_the_identity_on_every_family(kind, options):
+    check_identity(model_for(options, kind), options, tokens=64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_fewer_slots_are_the_keys_and_values_at_rounded_positions(kind):
+    model = tiny_model(kind)
+    compactor = StillCompactor.for_model(model, slots=8, chunk=64)
+    reading = read(model, random_ids(2, 53))
+    for slots in (1, 2, 7, 26, 52):
+        index = torch.linspace(0, 52, slots, dtype=torch.float64).round().long() if slots > 1 else torch.tensor([26])
+        cache = compactor.compact(reading, slots=slots)
+        assert (cache.slots, cache.logical_length) == (slots, 53)
+        for layer in full_attention_layers(model.config):
+            ours, theirs = cache.layers[layer], reading.cache.layers[layer]
+            torch.testing.assert_close(ours.keys, theirs.keys[:, :, index], rtol=0, atol=1e-4)
+            torch.testing.assert_close(ours.values, theirs.values[:, :, index], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_compacting_and_asking_leave_the_full_cache_alone(kind):
+    model = tiny_model(kind)
+    compactor = stirred(StillCompactor.for_model(model, slots=8, chunk=64))
+    reading = read(model, random_ids(2, 30))
+    before = checksum(reading.cache)
+    cache = compactor.compact(reading, ratio=3)
+    with torch.no_grad():
+        answer(model, cache, random_ids(2, 4))
+    assert checksum(reading.cache) == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("ratio", [1.5, 7])
+def test_left_padded_rows_equal_the_rows_alone(kind, ratio):
+    model = tiny_model(kind)
+    if kind == "gemma3":  # its windows read the same mask columns as the unequal slots of a stock cache
+        attention.register()
+        model.set_attn_implementation("still")
+    compactor = stirred(StillCompactor.for_model(model, slots=8, chunk=64))
+    rows, question = [random_ids(n, seed=n) for n in (48, 9, 30, 48)], random_ids(4, 5, seed=2)
+    ids, mask = left_padded(rows)
+    caches = compactor.prefill(model, ids, mask, ratio=ratio), compactor.compact(read(model, ids, mask), ratio=ratio)
+    for cache in caches:
+        assert cache.row_slots() == [slots_for(len(row), ratio) for row in rows]
+        logits = answer(model, cache, question)
+        for row, context in enumerate(rows):
+            alone = compactor.prefill(model, context[None], ratio=ratio)
+            expected = answer(model, alone, question[row : row + 1])
+            torch.testing.assert_close(logits[row : row + 1], expected, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("chunk", [40, 16])
+def test_an_identity_read_in_chunks_is_the_uncompacted_run(kind, chunk):
+    model = tiny_model(kind)
+    context, question = random_ids(1, 64), random_ids(1, 6, seed=3)
+    compactor = StillCompactor.for_model(model, slots=8, chunk=chunk)
+    for keep_last in (None, 0):
+        cache = compactor.prefill(model, context, ratio=1, keep_last=keep_last)
+        assert (cache.slots, cache.physical_length, cache.logical_length) == (64, 64, 64)
+        logits = answer(model, cache, question)
+        torch.testing.assert_close(logits, full_logits(model, context, question), rtol=0, atol=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("tokens", "ratio"), [(64, 4), (57, 3), (33, 1.7), (80, 16)])
+def test_slots_of_a_context_in_chunks_are_those_of_its_chunks(kind, tokens, ratio):
+    model = tiny_model(kind)
+    compactor = stirred(StillCompactor.for_model(model, slots=4, chunk=16))
+    cache = compactor.prefill(model, random_ids(2, tokens), ratio=ratio)
+    chunks = [min(16, tokens - start) for start in range(0, tokens, 16)]
+    assert cache.slots == cache.physical_length == sum(slots_for(n, ratio) for n in chunks)
+    assert cache.logical_length == tokens
+    assert torch.isfinite(answer(model, cache, random_ids(2, 3))).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_recompacting_keeps_one_size(kind):
+    model = tiny_model(kind)
+    compactor = stirred(StillCompactor.for_model(model, slots=4, chunk=16))
+    for tokens in (33, 64, 80):
+        cache = compactor.prefill(model, random_ids(1, tokens), slots=5, mode="recompact")
+        assert (cache.slots, cache.physical_length, cache.logical_length) == (5, 5, tokens)
+        assert torch.isfinite(answer(model, cache, random_ids(1, 3))).all()
+
+
+@torch.no_grad()
+def test_recompacting_spreads_the_slots_over_all_that_was_read():
+    model = tiny_model("qwen3", layers=1)  # the keys of one layer do not depend on what was compacted before
+    context = random_ids(1, 64)
+    cache = StillCompactor.for_model(model, slots=4, chunk=16).prefill(model, context, slots=8, mode="recompact")
+    assert cache.layers[0].slot_positions.tolist() == [[0, 9, 18, 27, 36, 45, 54, 63]]
+    full = read(model, context).cache.layers[0]
+    for ends in ("keys", "values"):  # a slot between two older ones is a mixture of both
+        ours, theirs = getattr(cache.layers[0], ends)[:, :, [0, -1]], getattr(full, ends)[:, :, [0, -1]]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [1, 2.5])
+def test_padded_rows_read_in_chunks(ratio):
+    """Equal to the rows alone where their own chunks begin at chunks of the batch, or nothing is lost."""
+    model = tiny_model("qwen3")
+    compactor = StillCompactor.for_model(model, slots=8, chunk=16)
+    rows = [random_ids(n, seed=n) for n in ((64, 32, 48) if ratio > 1 else (64, 23, 9))]
+    ids, mask = left_padded(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = compactor.prefill(model, ids, mask, ratio=ratio)
+    question = random_ids(3, 4, seed=9)
+    logits = answer(model, cache, question)
+    for row, context in enumerate(rows):
+        alone = compactor.prefill(model, context[None], ratio=ratio)
+        assert cache.row_slots()[row] == alone.slots
+        expected = answer(model, alone, question[row : row + 1])
+        torch.testing.assert_close(logits[row : row + 1], expected, rtol=0, atol=2e-3)
+
+
+def test_a_bf16_base_has_an_fp32_compactor():
+    model = tiny_model("qwen3").bfloat16()
+    compactor = StillCompactor.for_model(model, slots=8, chunk=64)
+    assert {p.dtype for p in compactor.parameters()} == {torch.float32}
+    cache = compactor.compact(read(model, random_ids(1, 24)), ratio=3)
+    assert cache.layers[0].keys.dtype == cache.layers[1].values.dtype == torch.bfloat16
+    (cache.layers[0].keys.float().sum() + cache.layers[1].values.float().sum()).backward()
+    assert compactor.layers["0"].key_head.weight.grad.dtype == torch.float32
+    for layer in (0, 1):
+        full = read(model, random_ids(1, 24)).cache.layers[layer]
+        identity = compactor.compact(read(model, random_ids(1, 24)), ratio=1).layers[layer]
+        torch.testing.assert_close(identity.keys, full.keys, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(identity.values, full.values, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_saving_and_loading_is_bit_exact(tmp_path, options):
+    model = tiny_model("qwen3_next")
+    saved = stirred(StillCompactor.for_model(model, slots=8, chunk=64, seed=5, **options))
+    saved.config.steps = 12  # as training sets it
+    saved.save_pretrained(tmp_path)
+    assert {"compactor.json", "compactor.safetensors"} <= {p.name for p in tmp_path.iterdir()} <= {
+        "compactor.json", "compactor.safetensors", "README.md",
+    }  # fmt: skip
+    for loaded in (StillCompactor.from_pretrained(tmp_path), StillCompactor.from_pretrained(tmp_path, model=model)):
+        assert loaded.config == saved.config
+        state = loaded.state_dict()
+        assert state.keys() == saved.state_dict().keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in saved.state_dict().items())
+    full = read(model, random_ids(1, 20)).cache.layers[1]
+    layer = (1, full.keys, full.values, torch.arange(20), 6)
+    pairs = zip(saved.compact_layer(*layer), loaded.compact_layer(*layer), strict=True)
+    assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    StillCompactor.for_model(tiny_model("qwen3"), slots=8, chunk=64, base_model="tiny").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("other", [{"layers": 3}, {"vocab_size": 96}, {"kind": "llama3"}])
+def test_another_model_is_refused(folder, other):
+    kind = other.pop("kind", "qwen3")
+    with pytest.raises(ValueError, match="made for tiny"):
+        StillCompactor.from_pretrained(folder, model=tiny_model(kind, **other))
+    other["kind"] = kind
+
+
+@pytest.mark.parametrize("name", ["compactor.json", "compactor.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        StillCompactor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, 20_000, -1])
+def test_truncated_weights_are_refused(folder, size):
+    file = folder / "compactor.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match="no whole file"):
+        StillCompactor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda config: {**config, "dropout": 0.1}, "dropout"),
+        (lambda config: {**config, "blocks": 0}, "blocks is 0"),
+        (lambda config: {**config, "blocks": 3}, "do not fit"),
+        (lambda config: {**config, "bank": 9}, "do not fit"),
+        (lambda config: [1], "must be an object"),
+    ],
+)
+def test_a_wrong_config_is_refused(folder, change, named):
+    file = folder / "compactor.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=named):
+        StillCompactor.from_pretrained(folder)
+
+
+def test_half_a_config_and_foreign_weights_are_refused(folder):
+    save_file(load_file(folder / "compactor.safetensors"), folder / "compactor.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="compactor's weights"):
+        StillCompactor.from_pretrained(folder)
+    (folder / "compactor.json").write_text('{"bank": 8,')
+    with pytest.raises(ValueError, match="no JSON"):
+        StillCompactor.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_lengths_and_ratios_outside_training_warn():
+    model = tiny_model("qwen3")
+    compactor = StillCompactor.for_model(model, slots=8, chunk=64)
+    compactor.config.trained_lengths, compactor.config.trained_ratios = [20, 50], [2.0, 8.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compactor.compact(read(model, random_ids(1, 40)), ratio=4)
+        compactor.compact(read(model, random_ids(1, 50)), slots=7)
+    for tokens, size, said in (
+        (51, {"ratio": 4}, "51 tokens lies outside the trained 20 to 50"),
+        (19, {"ratio": 4}, "19 tokens"),
+        (40, {"ratio": 16}, "16x lies outside the trained 2x to 8x"),
+        (40, {"slots": 40}, "1x lies outside"),
+    ):
+        with pytest.warns(UserWarning, match=said):
+            compactor.prefill(model, random_ids(1, tokens), **size)
+
+
+@torch.no_grad()
+def test_bad_input_is_named():
+    model = tiny_model("qwen3")
+    compactor = StillCompactor.for_model(model, slots=8, chunk=16)
+    ids, reading = random_ids(1, 12), read(model, random_ids(1, 12))
+    for call, error, said in (
+        (lambda: compactor.compact(reading, ratio=0.5), ValueError, "ratio is 0.5"),
+        (lambda: compactor.compact(reading, ratio=float("nan")), ValueError, "ratio is nan"),
+        (lambda: compactor.compact(reading, slots=13), ValueError, "slots is 13"),
+        (lambda: compactor.compact(reading, slots=0), ValueError, "slots is 0"),
+        (lambda: compactor.compact(reading), ValueError, "exactly one"),
+        (lambda: compactor.compact(reading, slots=3, ratio=4), ValueError, "exactly one"),
+        (lambda: compactor.prefill(model, ids[:, :0], ratio=2), ValueError, "1 token or more"),
+        (lambda: compactor.prefill(model, ids[0], ratio=2), ValueError, "batch, tokens"),
+        (lambda: compactor.prefill(model, ids, ratio=2, mode="merge"), ValueError, "merge"),
+        (lambda: compactor.prefill(model, ids, ratio=2, chunk=0), ValueError, "chunk 0"),
+        (lambda: compactor.prefill(model, ids, ids.flip(1) * 0, ratio=2), ValueError, "left padding"),
+        (
+            lambda: compactor.prefill(model, random_ids(1, 40), ratio=2, mode="recompact"),
+            ValueError, "at most a chunk of 16 slots, not 20",
+        ),
+        (lambda: compactor.compact(reading.cache, ratio=2, input_ids=ids[:, :9]), ValueError, "12 tokens and input_i"),
+        (lambda: StillCompactor.for_model(model, slots=3, ratio=2), ValueError, "exactly one"),
+        (lambda: StillCompactor.for_model(model, slots=2000), ValueError, "slots is 2000"),
+        (lambda: StillCompactor.for_model(model, slots=4, heads=3), TypeError, "heads"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=said):
+            call()
+    model(ids[:, :1], past_key_values=reading.cache)
+    with pytest.raises(ValueError, match="moved the cache on"):
+        compactor.compact(reading, ratio=2)
+
+
+def test_a_compactor_without_its_model_says_so(folder):
+    compactor = StillCompactor.from_pretrained(folder)
+    layer = torch.randn(1, 2, 9, 64)
+    with pytest.raises(RuntimeError, match="bind"):
+        compactor.compact_layer(0, layer, layer, torch.arange(9), 3)
