@@ -35,7 +35,7 @@ at one ratio all methods keep exactly the same number of slots, and bytes are me
 <b>Pass</b> is judged by exact value. <b>Stale</b> is the share of amended facts for which a superseded value was given.
 <b>KL</b> is KL(full || compact) and <b>CE</b> the cross-entropy of the reference answer, both in nats per token;
 <b>utilisation</b> is (none &minus; compact) / (none &minus; full). Intervals are 95&nbsp;%, clustered by context;
-all-pass has Wilson's. The reference answer is the full cache's own wording where that is right."""
+all-pass has Wilson's. Reference answers are those that the full cache gives rightly, in its own words."""
 
 
 def html_page(

@@ -29,7 +29,8 @@ def make_rows(results: Sequence[Result], header: dict) -> list[Row]:
 
     Returns:
         Rows in the order of the tasks, then ceiling and floor, then by method and ratio. Rates are shares, sizes
-        bytes, times seconds; `kl` and `cross_entropy` are nats per token of the reference answers.
+        bytes, times seconds; `kl` and `cross_entropy` are nats per token of the reference answers, of which there are
+        `likelihood_tokens`: answers that the full cache gives rightly, in its own words.
     """
     cells = _by_set(results)
     groups: dict[tuple, list[Result]] = defaultdict(list)
@@ -100,8 +101,9 @@ def _row(task: str, method: str, ratio: float | None, group: list[Result], ends:
         "recall": _rounded(fmean(each["recall"] for _, each in scored)) if scored else None,
         "stale_rate": _stale_rate(asked),
         "share_of_full": _rounded(rate.estimate / full_rate if rate and full_rate else None),
-        "kl": _rounded(sum(each["kl"] for each in asked) / tokens),
-        "cross_entropy": _rounded(sum(each["cross_entropy"] for each in asked) / tokens),
+        "kl": _rounded(sum(each["kl"] for each in asked) / tokens if tokens else None),
+        "cross_entropy": _rounded(sum(each["cross_entropy"] for each in asked) / tokens if tokens else None),
+        "likelihood_tokens": tokens,
         "utilisation": _utilisation(group, floor, ceiling),
         "compact_seconds": _rounded(median(record["seconds"] for record in records)),
         "read_seconds": _rounded(median(record["read_seconds"] for record in records)),

@@ -1,8 +1,8 @@
 """The sweep: methods x ratios x question sets x seeds, each cell computed once and kept.
 
 For each question set the context is read once; every method makes its cache from that reading, and all questions are
-asked of a copy of that cache. What the full cache answers is the ceiling, the teacher of every KL and, where it is
-right, the wording on which likelihoods are measured.
+asked of a copy of that cache. The full cache is the ceiling and the teacher of every KL; what it answers rightly is, in
+its own words, what likelihoods are measured on.
 """
 
 from __future__ import annotations
@@ -201,15 +201,18 @@ class _Ceiling:
     """The full cache on one question set.
 
     Attributes:
-        reference: the answers, as token ids, on which likelihoods are measured: the full cache's own wording where it
-            is right, the plain answer elsewhere. A model that answers in a sentence would otherwise be judged by how
-            badly it imitates a bare value.
+        reference: an answer to every question as token ids; likelihoods are measured on these. They are the full
+            cache's own words: a model that answers in a sentence would otherwise be judged by how badly it imitates a
+            bare value.
+        measured: whether the question's likelihoods count: those that the full cache answers rightly. Where it
+            answers none of a set, the plain right answers are the references, and all count.
         stop_ids: ids that end an answer.
     """
 
     record: MethodRecord
     asked: Asked
     reference: list[list[int]]
+    measured: list[bool]
     stop_ids: tuple[int, ...]
 
 
@@ -240,15 +243,16 @@ class Sitting:
     def _row(self, question: Question, place: int, asked: Asked) -> dict:
         output = self.bench.text(asked.outputs[place])
         verdict = exact_judge(output, question)
+        counts = self._ceiling.measured[place]
         return {
             "id": question.id,
             "output": output,
             "label": verdict.label,
             "stale": verdict.stale,
             "recall": round(verdict.recall, 6),
-            "cross_entropy": round(asked.cross_entropy[place], 6),
-            "kl": round(asked.kl[place], 6) if asked.kl else 0.0,
-            "tokens": len(self._ceiling.reference[place]),
+            "cross_entropy": round(asked.cross_entropy[place], 6) if counts else 0.0,
+            "kl": round(asked.kl[place], 6) if counts and asked.kl else 0.0,
+            "tokens": len(self._ceiling.reference[place]) if counts else 0,
             "tags": question.tags,
         }
 
@@ -280,18 +284,18 @@ class Sitting:
         plain = [ids if ids[-1] in ends or bench.form.style == "plain" else [*ids, ends[0]] for ids in plain]
         stop_ids = tuple(dict.fromkeys(end for end in (*ends, *(ids[-1] for ids in plain)) if end is not None))
         asked = self._ask(cache, questions, plain, stop_ids, keep_distributions=True)
-        reference, again = list(plain), []
-        for place, (question, output) in enumerate(zip(self.set.questions, asked.outputs, strict=True)):
-            own = [*output, plain[place][-1]]
-            if own != plain[place] and exact_judge(bench.text(output), question).passed:
-                reference[place] = own
-                again.append(place)
+        answers = zip(self.set.questions, asked.outputs, strict=True)
+        right = [bool(exact_judge(bench.text(output), question).passed) for question, output in answers]
+        if not any(right):
+            return _Ceiling(record, asked, plain, [True] * len(plain), stop_ids)
+        own = [[*output, ids[-1]] for output, ids in zip(asked.outputs, plain, strict=True)]
+        again = [place for place, ids in enumerate(own) if ids != plain[place]]
         if again:
-            some, own = [questions[place] for place in again], [reference[place] for place in again]
-            second = self._ask(cache, some, own, stop_ids, keep_distributions=True)
+            some = [questions[place] for place in again], [own[place] for place in again]
+            second = self._ask(cache, *some, stop_ids, keep_distributions=True)
             for place, entropy, distribution in zip(again, second.cross_entropy, second.distributions, strict=True):
                 asked.cross_entropy[place], asked.distributions[place] = entropy, distribution
-        return _Ceiling(record, asked, reference, stop_ids)
+        return _Ceiling(record, asked, own, right, stop_ids)
 
     def _ask(self, cache, questions: list[list[int]], answers: list[list[int]], stop_ids=None, **options) -> Asked:
         prompt = Prompt(questions, answers, stop_ids or self._ceiling.stop_ids)

@@ -215,6 +215,33 @@ def test_files_of_question_sets_are_a_task(folder, tmp_path):
     assert {result["cell"]["set_id"] for result in results} == {"matter-tiny-held_out-3", "matter-tiny-held_out-4"}
 
 
+def test_likelihoods_are_measured_on_the_right_answers_of_the_full_cache_in_its_own_words(folder, tmp_path):
+    """The tiny model's own answers become the right ones, all but one: then the full cache is a real ceiling."""
+    asked = settings(folder, count=1, questions=0, ratios=(1,), methods=("truncation", "still-untrained", "none"))
+    store = sweep(asked, tmp_path / "first")
+    answered = store.read(Cell("matters", "matter-tiny-held_out-0", "full"))["questions"]
+    own = {each["id"]: each["output"] for each in answered}
+    original = question_set(generate_matter(0, "tiny", "held_out"))
+    answers = [own[question.id] for question in original.questions]
+    questions = [
+        dataclasses.replace(question, answer=f"The answer: {answer}" if place == 0 else answer, wrong=(), answers=())
+        for place, (question, answer) in enumerate(zip(original.questions, answers, strict=True))
+    ]
+    dataclasses.replace(original, questions=tuple(questions)).save(tmp_path / "own.json")
+    store = sweep(dataclasses.replace(asked, tasks=(str(tmp_path / "own.json"),)), tmp_path / "second")
+    rows = {row["method"]: row for row in rows_of(store)}
+    full = next(result for result in store.results() if result["cell"]["method"] == "full")
+    right = [each["label"] == "pass" for each in full["questions"]]
+    assert sum(right) > len(right) / 2
+    assert not right[0]
+    assert [each["tokens"] > 0 for each in full["questions"]] == right
+    assert rows["full"]["cross_entropy"] < rows["none"]["cross_entropy"]
+    for method in ("truncation", "still-untrained"):  # at 1x both are the full cache
+        assert rows[method]["pass_rate"] == rows["full"]["pass_rate"]
+        assert rows[method]["kl"] == pytest.approx(0, abs=1e-4)
+        assert rows[method]["utilisation"] == pytest.approx(1, abs=1e-3)
+
+
 def test_a_task_may_name_its_own_methods(folder, tmp_path):
     config = settings(folder, tasks=("matters", "matters-unseen:knorm"), methods=("truncation",), ratios=(2,))
     cells = [result["cell"] for result in sweep(config, tmp_path / "out").results()]
