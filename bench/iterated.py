@@ -92,8 +92,9 @@ def main() -> None:
         passed = [float(right) for part in clusters for right in part]
         rate = clustered_rate(passed, [place for place, part in enumerate(clusters) for _ in part])
         quarters = [sum(part) / len(part) if part else float("nan") for part in deep[name]]
-        print(f"{name:32s} {rate.estimate:7.1%} [{rate.low:.1%}, {rate.high:.1%}]  columns {statistics.mean(sizes[name]):7.1f}"
-              "  by depth " + "  ".join(f"{q:.1%}" for q in quarters))  # fmt: skip
+        by_depth = "  ".join(f"{quarter:.1%}" for quarter in quarters)
+        columns = statistics.mean(sizes[name])
+        print(f"{name:32s} {rate.estimate:7.1%} [{rate.low:.1%}, {rate.high:.1%}]  columns {columns:7.1f}  {by_depth}")
         rows.append({
             "difficulty": args.difficulty, "tokens": round(statistics.mean(tokens)), "chunk": args.chunk,
             "ratio": args.ratio, "way": name, "pass_rate": rate.estimate, "low": rate.low, "high": rate.high,

@@ -36,7 +36,7 @@ class BaseRecipe:
         seed: of the start and of the rows.
     """
 
-    steps: int = 600
+    steps: int = 300
     tokens: int = 12_000
     learning_rate: float = 1.5e-3
     warmup: int = 50

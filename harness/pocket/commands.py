@@ -38,7 +38,7 @@ examples:
         from ...models import load
         from .compactors import recipe, train_compactor
 
-        base = load(args.base or str(args.output / "base"), device="cpu", dtype="float32")
+        base = load(args.base or str(args.output / "base"), device="cpu", dtype="bfloat16")
         folder = args.output / f"compactor-seed{args.seed}"
         scores = train_compactor(base, folder, recipe(args.seed))
         print(f"finished: {folder}, {scores}")

@@ -18,6 +18,9 @@ from .dialogue import answer_text
 LENGTHS = {288: 16, 576: 32, 1152: 64}
 """Facts of the matters that fit a length in tokens."""
 
+OFTEN = (8.0, 16.0)
+"""Ratios that are drawn twice as often as the others."""
+
 OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True}
 
 
@@ -46,7 +49,8 @@ class MatterRows:
 
     def __init__(self, tokenizer, config: TrainConfig):
         self.renderer = Renderer(tokenizer)
-        self.draws = Draws(config.seed, config.lengths, config.ratios, weights=[1, 1, 4])
+        ratios = [*config.ratios, *OFTEN]
+        self.draws = Draws(config.seed, config.lengths, ratios, weights=[1, 1, 4])
 
     def rows(self, draw: Draw, count: int, part: range) -> Sequence[Row]:
         """Matters as long as the draw says, from the training split."""
