@@ -35,12 +35,13 @@ OWN = {
     "eval_steps": "--eval-every", "num_train_epochs": "--steps", "remove_unused_columns": "", "ignore_data_skip": "",
     "save_strategy": "", "eval_strategy": "", "load_best_model_at_end": "", "auto_find_batch_size": "",
     "label_smoothing_factor": "", "save_only_model": "", "gradient_checkpointing": "", "activation_checkpointing": "",
+    "use_cpu": "--device",
 }  # fmt: skip
 """Arguments of the library trainer that have a flag here, or that would break this loop (no flag)."""
 
 
 def training_arguments(
-    config: TrainConfig, output: str | Path, options: dict[str, Any], world: int
+    config: TrainConfig, output: str | Path, options: dict[str, Any], world: int, cpu: bool
 ) -> TrainingArguments:
     """The library trainer's arguments.
 
@@ -49,6 +50,7 @@ def training_arguments(
         output: folder of the run.
         options: further arguments by name, those of `--trainer.NAME VALUE`.
         world: processes.
+        cpu: train on the CPU even where there is a GPU.
 
     Raises:
         ValueError: an option does not exist, or is set by a flag of ours.
@@ -83,6 +85,7 @@ def training_arguments(
         "eval_strategy": "steps" if config.eval_every else "no",
         "eval_steps": config.eval_every or None,
         "seed": config.seed,
+        "use_cpu": cpu,  # or several processes on CPUs would each think that they are alone
         "remove_unused_columns": False,
         "ignore_data_skip": True,
         "ddp_find_unused_parameters": False,
@@ -121,7 +124,8 @@ class DistillTrainer(Trainer):
         progress: bool = True,
     ):
         self.config, self.source, self.held_out, self.pad_id = config, source, list(held_out), pad_id
-        args = training_arguments(config, output, options or {}, _world())
+        cpu = next(distiller.model.parameters()).device.type == "cpu"
+        args = training_arguments(config, output, options or {}, _world(), cpu)
         self.first_step = 0
         self.scores: dict[str, float] = {}
         self._scored_at = -1
@@ -130,6 +134,8 @@ class DistillTrainer(Trainer):
         super().__init__(model=distiller, args=args, eval_dataset=self.held_out)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("the compactor trains with plain or DDP processes; turn FSDP and DeepSpeed off")
+        if self.args.world_size != _world():
+            raise ValueError(f"{_world()} processes were launched, and the trainer sees {self.args.world_size} of them")
         self.model_accepts_loss_kwargs = True  # the library counts answer tokens over the whole step for `compute_loss`
         self.metrics_file = MetricsFile(Path(output) / "metrics.jsonl")
         if progress:

@@ -4,6 +4,9 @@ import hashlib
 import json
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_text import tiny_base
 
 from still import StillCompactor
+from still.cli import main
 from still.distill.batches import DatasetRows
 from still.distill.checkpoints import is_complete, newest_complete
 from still.distill.config import TrainConfig
@@ -223,6 +227,7 @@ def test_training_goes_on_from_a_compactor(tmp_path):
         ({"learning_rate": 1}, "use --lr"),
         ({"remove_unused_columns": True}, "this loop depends on its value"),
         ({"no_such": 1}, "has no such field"),
+        ({"use_cpu": False}, "use --device"),
     ],
 )
 def test_arguments_of_the_library_trainer_pass_through_or_say_why_not(tmp_path, option, says):
@@ -288,3 +293,61 @@ def test_a_few_contexts_are_learnt_with_all_their_questions(tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     card = (tmp_path / "README.md").read_text()
     assert f"| 4x | {scores['kl_4x']:.3f} | {scores['accuracy_4x']:.1%} |" in card
+
+
+def test_the_command_trains_from_a_file(tmp_path, capsys):
+    base = tiny_base()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    turn = {"question": "What is due?", "answer": "7 pounds"}
+    rows = [{"id": str(i), "context": f"Clause {i}. The sum of {i} pounds is due.", "turns": [turn]} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = main(
+        [
+            "train", str(tmp_path / "base"), "--data", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / "out"),
+            "--device", "cpu", "--ratios", "2,4", "--steps", "2", "--batch", "2", "--held-out", "0.2",
+            "--compactor.blocks", "1", "--trainer.adam_epsilon", "1e-7",
+        ]
+    )  # fmt: skip
+    assert code == 0
+    assert "share" in capsys.readouterr().out or json.loads((tmp_path / "out" / "scores.json").read_text())["full"] == 0
+    trained = StillCompactor.from_pretrained(tmp_path / "out", model=base.model)
+    assert trained.config.blocks == 1
+    assert trained.config.trained_ratios == [2.0, 4.0]
+    (tmp_path / "rows.jsonl").write_text('{"id": "x", "context": "A.", "turns": [{"question": "Q?"}]}\n')
+    arguments = ["train", str(tmp_path / "base"), "--data", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / "b")]
+    assert main([*arguments, "--device", "cpu"]) == 2
+    assert "rows.jsonl:1: turns[0].answer is missing" in capsys.readouterr().err
+    assert main([*arguments, "--compactor.block", "1"]) == 2
+    assert "--compactor.block: a compactor has no such field" in capsys.readouterr().err
+
+
+TWO_PROCESSES = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_distill_train import QUICK, TrainConfig, random_rows, tiny_base, train
+torch.set_num_threads(1)
+config = TrainConfig(**{{**QUICK, "micro_batch": 1, "eval_every": 3}})
+train(tiny_base(), random_rows(8, spread=8), Path({out!r}), config, held_out=random_rows(3, seed=9), progress=False)
+"""
+
+
+@pytest.mark.full
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    config = TrainConfig(**{**QUICK, "micro_batch": 1, "eval_every": 3})
+    held_out = random_rows(3, seed=9)
+    train(tiny_base(), random_rows(8, spread=8), tmp_path / "one", config, held_out=held_out, progress=False)
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run(launch, check=True, capture_output=True, timeout=600)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 8
+    for first, second in zip(one, two, strict=True):
+        assert first == pytest.approx(second, rel=2e-2)
+    for name in ("kl", "grad_norm", "cross_entropy"):
+        assert [line[name] for line in one[:2]] == pytest.approx([line[name] for line in two[:2]], rel=1e-4)
