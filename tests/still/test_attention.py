@@ -13,6 +13,7 @@ from transformers.masking_utils import flash_attention_mask
 import still.attention
 from still.cache import StillCache
 from still.kernels.prefix_attention import merge_attention, prefix_attention, tail_attention
+from still.types import CompactKV
 
 T, QUESTION = 40, 6
 
@@ -83,14 +84,10 @@ def test_beta_weighs_slots():
     beta = torch.zeros(1, 2, 10)
     beta[..., 3] = torch.log(torch.tensor(2.0))
     cache = compact(ours, context, 10, beta=beta)
-    layers = {i: type("Twice", (), {})() for i in range(2)}
     twice = compact(stock, context, 10)
     order = [0, 1, 2, 3, 3, *range(4, 10)]
-    layers = {i: layer.keys[:, :, order] for i, layer in enumerate(twice.layers)}
-    values = {i: layer.values[:, :, order] for i, layer in enumerate(twice.layers)}
-    from still.types import CompactKV
-
-    twice = StillCache.from_layers(stock.config, {i: CompactKV(layers[i], values[i]) for i in layers}, T)
+    layers = {i: CompactKV(x.keys[:, :, order], x.values[:, :, order]) for i, x in enumerate(twice.layers)}
+    twice = StillCache.from_layers(stock.config, layers, T)
     wanted = stock(question, past_key_values=twice).logits
     torch.testing.assert_close(ours(question, past_key_values=cache).logits, wanted, atol=1e-5, rtol=0)
     plain = compact(ours, context, 10)
@@ -130,6 +127,19 @@ def test_padded_prefill_equals_sdpa():
     torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], atol=1e-5, rtol=0)
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(ours.generate(ids, **options), stock.generate(ids, **options))
+
+
+def test_questions_padded_behind_slots_with_beta():
+    model, context = tiny_model(attention="still"), random_ids(1, T)
+    beta = torch.randn(1, 2, 10, generator=torch.Generator().manual_seed(0))
+    asked = [random_ids(n, seed=n) for n in (6, 2)]
+    cache = compact(model, context, 10, beta=beta)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    together = model.generate(**cache.prompt(*left_padded(asked)), past_key_values=cache, **options)
+    for row, text in enumerate(asked):
+        alone = compact(model, context, 10, beta=beta)
+        out = model.generate(**alone.prompt(text), past_key_values=alone, **options)
+        assert torch.equal(together[row, -6:], out[0, -6:])
 
 
 def test_beams_repeat_beta():

@@ -149,7 +149,7 @@ def test_assisted_decoding_from_an_empty_cache(model, decoder):
     options |= {"do_sample": False, "max_new_tokens": 30}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole = growing(model, ratio=1)  # every token kept: rolling back must leave no trace
+        whole = growing(model, ratio=1, keep_last=0)  # every token kept: rolling back must leave no trace
         assisted = model.generate(ids, past_key_values=whole, **options)
         assert torch.equal(assisted, model.generate(ids, do_sample=False, max_new_tokens=30))
         cache = growing(model)
@@ -160,6 +160,20 @@ def test_assisted_decoding_from_an_empty_cache(model, decoder):
         feed(model, cache, random_ids(1, 1))
         feed(model, cache, random_ids(1, CHUNK))
     assert cache.slots == 16
+
+
+def test_compaction_waits_for_the_crop(model):
+    ids, question = random_ids(1, CHUNK), random_ids(1, 5, seed=1)
+    cache = growing(model, keep_last=0)
+    cache.activate_past_recording()
+    model(ids, past_key_values=cache)
+    cache.crop(-3)
+    assert (cache.slots, cache.physical_length, cache.logical_length) == (0, 13, 13)
+    model(ids[:, 13:], past_key_values=cache)
+    cache.crop(0)
+    assert (cache.slots, cache.physical_length) == (4, 4)
+    wanted = masked_logits(model, ids, question, strided(CHUNK, 4))
+    torch.testing.assert_close(model(question, past_key_values=cache).logits, wanted, atol=1e-4, rtol=0)
 
 
 def test_crop_reaches_raw_tokens_only(model):
