@@ -172,6 +172,7 @@ def generate_matter(
     documents = []
     for number, body in enumerate(sentences):
         rng.shuffle(body)
+        body = body or [FILLERS[0]]  # small matters may leave a document without a fact
         kind = "amendment" if number == last and amended and last > 0 else "document"
         documents.append(Document(f"{kind}-{number + 1}.txt", " ".join(body)))
     return Matter(seed, difficulty, split, tuple(documents), tuple(facts))

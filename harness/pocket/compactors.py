@@ -24,7 +24,7 @@ OFTEN = (8.0, 16.0)
 OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True}
 
 
-def recipe(seed: int, steps: int = 600) -> TrainConfig:
+def recipe(seed: int, steps: int = 420) -> TrainConfig:
     """How a compactor of the pocket is trained; only the seed differs between the three that ship."""
     return TrainConfig(
         ratios=[2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
