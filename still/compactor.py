@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -37,6 +38,20 @@ def fingerprint(model) -> str:
         )
     }  # fmt: skip
     return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Tables(NamedTuple):
+    """Rotary tables of one span of tokens, alike for all full-attention layers.
+
+    Attributes:
+        tokens: the model's cos and sin at the tokens' positions.
+        slots: the model's cos and sin at the slots' positions.
+        turns: the compactor's own tables of slots and tokens.
+    """
+
+    tokens: tuple[torch.Tensor, torch.Tensor]
+    slots: tuple[torch.Tensor, torch.Tensor]
+    turns: tuple[torch.Tensor, torch.Tensor]
 
 
 class StillCompactor(nn.Module, ModelHubMixin):
@@ -116,14 +131,22 @@ class StillCompactor(nn.Module, ModelHubMixin):
         Returns:
             Compact slots in the dtype of `keys`, rotated at positions spread evenly over the span.
         """
+        return self._compact(layer, keys, values, slots, self._tables(layer, positions, slots))
+
+    def _tables(self, layer: int, positions: torch.Tensor, slots: int) -> Tables:
         if self.rotary is None:
             raise RuntimeError("the compactor is not bound to a model: call compactor.bind(model) first")
         positions = positions[None] if positions.ndim == 1 else positions
+        where = self.slot_positions(positions, slots)
+        turns = self.layers[str(layer)].turns(positions, where)
+        return Tables(self.rotary.cos_sin(layer, positions), self.rotary.cos_sin(layer, where), turns)
+
+    def _compact(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: int, tables: Tables) -> CompactKV:
         dtype = keys.dtype
         with torch.autocast(keys.device.type, enabled=False):
-            stripped = unrotate(keys.float(), *self.rotary.cos_sin(layer, positions))
-            small, mixed, beta, where = self.layers[str(layer)](stripped, values.float(), positions, slots)
-            small = rotate(small, *self.rotary.cos_sin(layer, where))
+            stripped = unrotate(keys.float(), *tables.tokens)
+            small, mixed, beta = self.layers[str(layer)](stripped, values.float(), slots, tables.turns)
+            small = rotate(small, *tables.slots)
         return CompactKV(small.to(dtype), mixed.to(dtype), None if beta is None else beta.to(dtype))
 
     def slot_positions(self, positions: torch.Tensor, slots: int) -> torch.Tensor:
@@ -255,18 +278,18 @@ class StillCompactor(nn.Module, ModelHubMixin):
         groups: dict[tuple[int, int], list[int]] = {}
         for row, key in enumerate(zip(rows, budgets, strict=True)):
             groups.setdefault(key, []).append(row)
-        out = {}
+        out, tables = {}, {}  # full-attention layers share their tables
         for name in self.layers:
             layer = int(name)
             keys, values = cache.layers[layer].keys, cache.layers[layer].values
-            device = keys.device
-            parts = {}
+            device, parts = keys.device, {}
             for (length, count), members in groups.items():
                 which = slice(None) if len(groups) == 1 else torch.tensor(members, device=device)
-                positions = torch.arange(length, device=device)
-                parts[length, count] = self.compact_layer(
-                    layer, keys[which, :, -length:], values[which, :, -length:], positions, count
-                )
+                place = (length, count, device)
+                if place not in tables:
+                    tables[place] = self._tables(layer, torch.arange(length, device=device), count)
+                old = keys[which, :, -length:], values[which, :, -length:]
+                parts[length, count] = self._compact(layer, *old, count, tables[place])
             out[layer] = _join_rows(parts, groups, max(budgets))
         return out
 

@@ -15,14 +15,23 @@ from torch import nn
 from .config import StillConfig
 
 
-def own_rope(x: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
-    """The compactor's own rotary embedding of `x` `[batch, heads, n, width]` at positions `[batch or 1, n]`."""
-    half = x.shape[-1] // 2
-    inverse = base ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+def own_turns(positions: torch.Tensor, width: int, base: float) -> torch.Tensor:
+    """The compactor's own rotary embedding at positions `[rows, n]`, as complex `[rows, 1, n, width / 2]`."""
+    half = width // 2
+    inverse = base ** -(torch.arange(half, device=positions.device, dtype=torch.float32) / half)
     angle = positions.to(torch.float32)[:, None, :, None] * inverse
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.complex(angle.cos(), angle.sin())
+
+
+def own_rope(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Turn pairs of neighbouring dims of `x` `[batch, heads, n, width]`: one pass over memory, as complex numbers."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2)
+
+
+def in_pairs(rows: torch.Tensor) -> torch.Tensor:
+    """Rows `i` and `i + n / 2` of `[n, ...]`, which turn together, side by side."""
+    return rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class Attention(nn.Module):
@@ -36,15 +45,19 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learned_scale)
 
-    def forward(self, latents, source, rope=None):
-        """`latents` `[batch, heads, t, width]` are normalised already; `rope` turns (queries, keys)."""
-        query = F.normalize(self.query(latents), dim=-1)
-        key = F.normalize(self.key(source), dim=-1)
-        if rope is not None:
-            query, key = rope(query, key)
+    def forward(self, latents, source, turns=None):
+        """`latents` `[rows, heads, t, width]` are normalised already; `turns` rotate (queries, keys)."""
+        query, key = self._direction(self.query, latents, turns, 0), self._direction(self.key, source, turns, 1)
         # The scale goes into the queries: it may be learned, and sdpa takes a float.
-        mixed = F.scaled_dot_product_attention(query * self.log_scale.exp(), key, source, scale=1.0)
+        query = (query * self.log_scale.exp()).expand(len(source), -1, -1, -1)
+        mixed = F.scaled_dot_product_attention(query, key, source, scale=1.0)
         return self.output(self.value(mixed))  # W_v is linear, so it may follow the weighted sum
+
+    def _direction(self, linear: nn.Linear, x: torch.Tensor, turns, which: int) -> torch.Tensor:
+        if turns is None:
+            return F.normalize(linear(x), dim=-1)
+        # Any order of dims gives the same scores; neighbouring pairs turn fastest.
+        return own_rope(F.normalize(F.linear(x, in_pairs(linear.weight), in_pairs(linear.bias)), dim=-1), turns[which])
 
 
 class Block(nn.Module):
@@ -53,7 +66,6 @@ class Block(nn.Module):
     def __init__(self, width: int, source: int, config: StillConfig):
         super().__init__()
         self.eps = config.rms_eps
-        self.rope_base = config.rope_base
         self.cross = Attention(width, source, float(width), config.learned_scale)
         self.self_attention = Attention(width, width, float(width), config.learned_scale)
         hidden = config.feed_forward
@@ -65,16 +77,9 @@ class Block(nn.Module):
         """RMS norm without parameters; its slope at zero is `eps ** -0.5`."""
         return z * (z.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
-    def forward(self, z, source, latent_positions, token_positions):
-        """`z` `[batch, heads, t, width]`, `source` `[batch, heads, T, 2 * head_dim]`, positions `[batch or 1, n]`."""
-
-        def rope(query, key):
-            return (
-                own_rope(query, latent_positions, self.rope_base),
-                own_rope(key, token_positions, self.rope_base),
-            )
-
-        z = z + self.cross(self.rms(z), source, rope)
+    def forward(self, z, source, turns):
+        """`z` `[batch or 1, heads, t, width]`, `source` `[batch, heads, T, 2 * head_dim]`, `turns` of both."""
+        z = z + self.cross(self.rms(z), source, turns)
         normed = self.rms(z)
         z = z + self.self_attention(normed, normed)
         return z if self.feed_forward is None else z + self.feed_forward(self.rms(z))
@@ -105,6 +110,7 @@ class LayerPerceiver(nn.Module):
         self.value_head = nn.Linear(width, head_dim, bias=False)
         self.beta_head = nn.Linear(width, 1, bias=False) if config.beta else None
         self.fractional = config.fractional_positions
+        self.rope_base = config.rope_base
         self.kv_heads = kv_heads
         self.identity_start()
 
@@ -149,24 +155,27 @@ class LayerPerceiver(nn.Module):
         spread = first + (last - first) * steps
         return spread.float() if self.fractional else spread.round().long()
 
-    def forward(self, keys, values, positions, slots):
+    def turns(self, positions: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Own rotary tables of latents at `where` and of tokens at `positions`; the same in every layer."""
+        start, width = positions[:, :1], self.bank.shape[-1]  # small angles keep fp32 exact far into a context
+        return own_turns(where - start, width, self.rope_base), own_turns(positions - start, width, self.rope_base)
+
+    def forward(self, keys, values, slots, turns):
         """Compact one layer, in un-rotated space.
 
         Args:
             keys: un-rotated keys `[batch, kv_heads, T, head_dim]`, fp32.
             values: `[batch, kv_heads, T, head_dim]`, fp32.
-            positions: logical positions `[batch or 1, T]`.
             slots: how many slots to make.
+            turns: what `turns` gives for the tokens' positions and the latents'.
 
         Returns:
-            Un-rotated compact keys and values `[batch, kv_heads, slots, head_dim]`, beta
-            `[batch, kv_heads, slots]` or None, and the slots' positions `[batch or 1, slots]`.
+            Un-rotated compact keys and values `[batch, kv_heads, slots, head_dim]`, and beta
+            `[batch, kv_heads, slots]` or None.
         """
         source = torch.cat((keys, values), dim=-1)
-        where = self.latent_positions(positions, slots)
-        start = positions[:, :1]  # small angles keep fp32 exact far into a context
-        z = self.latents(slots).expand(keys.shape[0], -1, -1, -1)
+        z = self.latents(slots)[None]
         for block in self.blocks:
-            z = block(z, source, where - start, positions - start)
+            z = block(z, source, turns)
         beta = None if self.beta_head is None else self.beta_head(z).squeeze(-1)
-        return self.key_head(z), self.value_head(z), beta, where
+        return self.key_head(z), self.value_head(z), beta

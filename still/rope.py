@@ -34,11 +34,11 @@ def full_attention_layers(config) -> list[int]:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate `x` `[batch, heads, tokens, head_dim]` by tables `[batch or 1, tokens, rotary_dim]`, split-half pairs."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    half = cos.shape[-1] // 2
+    (cos, later_cos), (sin, later_sin) = (table.unsqueeze(1).split(half, dim=-1) for table in (cos, sin))
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * later_cos, first, later_sin)
+    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
 
 
 def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from still import StillConfig
-from still.perceiver import LayerPerceiver, own_rope
+from still.perceiver import LayerPerceiver, own_rope, own_turns
 
 HEAD_DIM, HEADS = 64, 2
 OPTIONS = {
@@ -24,6 +24,11 @@ def perceiver(**options) -> LayerPerceiver:
     return LayerPerceiver(HEAD_DIM, HEADS, StillConfig(**{"bank": 8, **options}))
 
 
+def run(layer, keys, values, positions, slots):
+    where = layer.latent_positions(positions, slots)
+    return *layer(keys, values, slots, layer.turns(positions, where)), where
+
+
 def tokens(count, batch=2, spread=1.0):
     return tuple(spread * torch.randn(batch, HEADS, count, HEAD_DIM) for _ in range(2))
 
@@ -33,7 +38,7 @@ def tokens(count, batch=2, spread=1.0):
 def test_as_many_slots_as_tokens_is_the_identity(options, count):
     keys, values = tokens(count, spread=3.0)
     with torch.no_grad():
-        small, mixed, beta, where = perceiver(**options)(keys, values, torch.arange(count)[None], count)
+        small, mixed, beta, where = run(perceiver(**options), keys, values, torch.arange(count)[None], count)
     torch.testing.assert_close(small, keys, rtol=0, atol=1e-4)
     torch.testing.assert_close(mixed, values, rtol=0, atol=1e-4)
     assert torch.equal(where, torch.arange(count)[None].to(where))
@@ -48,7 +53,8 @@ def test_fewer_slots_are_a_strided_copy(options, count, slots, first):
         pytest.skip("latents between tokens mix their neighbours")
     keys, values = tokens(count, batch=1)
     with torch.no_grad():
-        small, mixed, _, where = perceiver(**options)(keys, values, torch.arange(first, first + count)[None], slots)
+        positions = torch.arange(first, first + count)[None]
+        small, mixed, _, where = run(perceiver(**options), keys, values, positions, slots)
     index = torch.linspace(first, first + count - 1, slots, dtype=torch.float64).round().long() - first
     assert torch.equal(where, (first + index)[None].to(where))
     torch.testing.assert_close(small, keys[:, :, index], rtol=0, atol=1e-4)
@@ -58,9 +64,9 @@ def test_fewer_slots_are_a_strided_copy(options, count, slots, first):
 def test_rows_stand_at_positions_of_their_own():
     layer, (keys, values) = perceiver(), tokens(12)
     positions = torch.stack((torch.arange(12), torch.tensor([0, 3, 6, 9, *range(20, 28)])))
-    together = layer(keys, values, positions, 5)
+    together = run(layer, keys, values, positions, 5)
     for row in range(2):
-        alone = layer(keys[row : row + 1], values[row : row + 1], positions[row : row + 1], 5)
+        alone = run(layer, keys[row : row + 1], values[row : row + 1], positions[row : row + 1], 5)
         for part, single in zip(together, alone, strict=True):
             assert part is None or torch.allclose(part[row : row + 1].float(), single.float(), atol=1e-6)
 
@@ -75,10 +81,10 @@ def test_the_kernel_of_the_start_is_as_sharp_as_published():
     width, count, slots = 256, 8192, 1024
     unit = torch.full((1, 1, 1, width), width**-0.5)
     where = torch.linspace(0, count - 1, slots, dtype=torch.float64)[None, 100:130]
-    query = own_rope(unit.expand(-1, -1, 30, -1), where.float(), 10.0)
-    key = own_rope(unit.expand(-1, -1, count, -1), torch.arange(count)[None].float(), 10.0)
+    query = own_rope(unit.repeat(1, 1, 30, 1), own_turns(where, width, 10.0))
+    key = own_rope(unit.repeat(1, 1, count, 1), own_turns(torch.arange(count)[None], width, 10.0))
     nearest = (width * query @ key.transpose(-1, -2)).softmax(-1).amax(-1)
-    on_tokens = own_rope(unit.expand(-1, -1, 30, -1), where.round().float(), 10.0)
+    on_tokens = own_rope(unit.repeat(1, 1, 30, 1), own_turns(where.round(), width, 10.0))
     assert (width * on_tokens @ key.transpose(-1, -2)).softmax(-1).amax(-1).min() > 0.999
     assert 0.6 < nearest.mean() < 1
 
@@ -98,7 +104,7 @@ def test_a_learned_scale_gets_gradients_and_a_fixed_one_none():
     keys, values = tokens(12)
     for learned in (False, True):
         layer = perceiver(learned_scale=learned)
-        small, mixed, _, _ = layer(keys, values, torch.arange(12)[None], 4)
+        small, mixed, _, _ = run(layer, keys, values, torch.arange(12)[None], 4)
         (small.square().sum() + mixed.sum()).backward()
         assert (layer.blocks[0].cross.log_scale.grad is not None) == learned
 
@@ -109,9 +115,9 @@ def test_trained_weights_use_all_tokens_and_the_order_of_slots():
         for name, weight in layer.named_parameters():
             if not name.endswith("log_scale"):
                 weight.add_(0.05 * torch.randn_like(weight))
-        whole = layer(keys, values, torch.arange(12)[None], 4)[1]
+        whole = run(layer, keys, values, torch.arange(12)[None], 4)[1]
         values[0, 0, 5] += 1
-        touched = (layer(keys, values, torch.arange(12)[None], 4)[1] - whole).abs().amax(-1)[0]
+        touched = (run(layer, keys, values, torch.arange(12)[None], 4)[1] - whole).abs().amax(-1)[0]
     assert (touched[0] > 1e-6).all()
     assert not touched[1].any()  # heads are independent
 

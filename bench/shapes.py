@@ -1,0 +1,121 @@
+"""What the benches share: models of a real shape with random weights, their arithmetic, and rows of measurements.
+
+All arithmetic is in floating-point operations, two for a multiplication with its addition; matrix products alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from still.provenance import describe_device, git_state, versions
+
+ROWS = Path(__file__).parent / "rows"
+COLUMNS = (
+    "kernel", "provider", "mode", "metric", "unit", "x", "median", "p20", "p80", "config", "device", "version",
+    "commit",
+)  # fmt: skip
+SHAPES = {
+    "pocket": {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048, "attention_bias": True,
+    },
+    "qwen3-0.6b": {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 512,
+    },
+}  # fmt: skip
+TOKENS = {"pocket": 1050, "qwen3-0.6b": 4096, "tiny": 256}
+
+
+def shape_config(shape: str, **overrides):
+    """The configuration of one of `SHAPES`."""
+    from transformers import Qwen3Config
+
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    return Qwen3Config(**{
+        **SHAPES[shape], "max_position_embeddings": 40960, "rope_parameters": rope, "tie_word_embeddings": True,
+        "bos_token_id": None, "eos_token_id": None, **overrides,
+    })  # fmt: skip
+
+
+def random_model(shape: str, seed: int = 0, **overrides):
+    """A frozen model of that shape with random weights, in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(shape_config(shape, **overrides), attn_implementation="sdpa")
+    return model.float().eval().requires_grad_(False)
+
+
+def prefill_flops(shape: str, tokens: int, start: int = 0) -> float:
+    """Reading `tokens` tokens after `start` others, without logits; attention counts the causal half alone.
+
+    Per layer `2 n (2 h a + 2 h k + 3 h m)` and `4 a (n s + n^2 / 2)`: h hidden, a = query heads x d, k = KV heads x d,
+    m intermediate.
+    """
+    c = SHAPES[shape]
+    h, m, d = c["hidden_size"], c["intermediate_size"], c["head_dim"]
+    a, k = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
+    linear = 2 * tokens * (2 * h * a + 2 * h * k + 3 * h * m)
+    return c["num_hidden_layers"] * (linear + 4 * a * (tokens * start + tokens**2 / 2))
+
+
+def compaction_flops(shape: str, tokens: int, slots: int, blocks: int = 2) -> float:
+    """Compacting all layers of one row, canonical latents of width w = 2 d.
+
+    Per layer, KV head and block: keys `2 T w^2`; scores and weighted sum `4 t T w`; query, value and output `6 t w^2`;
+    self-attention `8 t w^2 + 4 t^2 w`. Per layer and KV head: the two heads `4 t w d`.
+    """
+    c = SHAPES[shape]
+    w = 2 * c["head_dim"]
+    block = 2 * tokens * w**2 + 4 * slots * tokens * w + 14 * slots * w**2 + 4 * slots**2 * w
+    return c["num_hidden_layers"] * c["num_key_value_heads"] * (blocks * block + 2 * slots * w**2)
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
+    """Wall times of `repeats` calls after one that is not counted."""
+    call()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+
+
+def append_rows(name: str, rows: Iterable[dict], config: dict, folder: Path = ROWS) -> Path:
+    """Append measurements to `rows/<name>.csv`; conditions are added to each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device, git = describe_device(), git_state() or {}
+    known = versions()
+    common = {
+        "config": json.dumps(config, sort_keys=True),
+        "device": f"{device['name']}, {os.cpu_count()} cores, {device.get('threads', '?')} threads",
+        "version": " ".join(f"{name} {known[name]}" for name in ("still-kv", "torch", "transformers") if name in known),
+        "commit": git.get("commit", "") + ("+changes" if git.get("dirty") else ""),
+    }
+    path = folder / f"{name}.csv"
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if fresh:
+            writer.writeheader()
+        writer.writerows({**row, **common} for row in rows)
+    return path
