@@ -108,7 +108,9 @@ class SweepConfig:
 
 
 PRESETS = {
-    "quickstart": SweepConfig(tasks=("matters", "matters-unseen:still+still-untrained"), count=12, questions=32),
+    "quickstart": SweepConfig(
+        tasks=("matters", "matters-unseen:still+still-untrained"), count=12, questions=32, max_new_tokens=16
+    ),
 }
 
 

@@ -77,6 +77,8 @@ def style_of(method: str) -> Style:
 def draw(rows: Sequence[Row], parts: Sequence[Row], task: str, note: str = "") -> dict[str, Any]:
     """The figures of one task by name: `pass_rate`, `likelihood` and, where questions carry tags, `facts`.
 
+    There is none as long as no method with a ratio was computed.
+
     Args:
         rows: of `make_rows`, committed ones among them.
         parts: of `breakdown`.
@@ -92,6 +94,8 @@ def draw(rows: Sequence[Row], parts: Sequence[Row], task: str, note: str = "") -
         raise ModuleNotFoundError("figures need matplotlib: pip install 'still-kv[plot]'") from problem
     rows = [row for row in rows if row["task"] == task]
     parts = [row for row in parts if row["task"] == task and row["method"] == "still"]
+    if not _series(rows):
+        return {}
     with matplotlib.rc_context(RC):
         figures = {"pass_rate": _pass_rate(rows, note), "likelihood": _likelihood(rows, note)}
         if parts:

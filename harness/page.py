@@ -64,7 +64,8 @@ def html_page(
         if "facts" in here:
             body.append("<h3>By kind of fact</h3>" + _figure(here["facts"]))
             body.append(_parts([row for row in parts if row["task"] == task]))
-        body.append("<h3>Likelihoods</h3>" + _figure(here.get("likelihood")))
+        if "likelihood" in here:
+            body.append("<h3>Likelihoods</h3>" + _figure(here["likelihood"]))
     command = header["provenance"].get("command")
     body.append("<h2>Provenance</h2>")
     body.append(f"<pre>{escape(command)}</pre>" if command else "")

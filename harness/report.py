@@ -42,14 +42,15 @@ def write_report(folder: str | Path, committed: str | Path | None = None) -> str
     for name, table_rows in (("rows", rows), ("facts", parts), ("comparisons", pairs)):
         write_file(store.folder / f"{name}.csv", to_csv(table_rows).encode())
     write_json(store.folder / "rows.json", {"provenance": store.header["provenance"], "rows": rows})
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
     shown = []
-    for task in store.config.methods_of:
+    for task in tasks:
         note = conditions(rows, task)
         for name, figure in draw(rows, parts, task, note).items():
             stem = store.folder / "figures" / (name if len(store.config.methods_of) == 1 else f"{name}-{_plain(task)}")
             shown.append((task, name, save(figure, stem)[1].read_text(encoding="utf-8")))
     write_file(store.folder / "report.html", html_page(store.header, rows, parts, pairs, shown).encode())
-    return "\n\n".join(table(rows, task) for task in store.config.methods_of)
+    return "\n\n".join(table(rows, task) for task in tasks)
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -212,6 +212,10 @@ def test_an_unfinished_sweep_is_reported_as_far_as_it_got(store):
     text = write_report(store.folder)
     assert "1 contexts of" in text
     assert "SnapKV" not in text
+    for path in (store.folder / "cells").rglob("*.json"):
+        if not path.name.startswith("none"):
+            path.unlink()
+    assert "no context" in write_report(store.folder)
 
 
 def test_a_folder_without_a_sweep_or_without_a_cell_is_refused(tmp_path):

@@ -18,6 +18,7 @@ from still import methods
 from still.budgets import slots_for
 from still.compactor import StillCompactor
 from still.eval.matters import generate_matter, question_set
+from still.eval.matters.lab_format import write_lab_tasks
 from still.harness.cells import CONTROLS, METHODS, WITHOUT_RATIO, Cell, CellStore, SweepConfig
 from still.harness.commands import COMMANDS
 from still.harness.pocket.tokenizer import train_tokenizer
@@ -213,6 +214,15 @@ def test_files_of_question_sets_are_a_task(folder, tmp_path):
     config = settings(folder, tasks=(str(tmp_path / "sets"),), methods=("truncation",), ratios=(2,))
     results = sweep(config, tmp_path / "out").results()
     assert {result["cell"]["set_id"] for result in results} == {"matter-tiny-held_out-3", "matter-tiny-held_out-4"}
+
+
+def test_lab_tasks_are_a_task(folder, tmp_path):
+    write_lab_tasks(tmp_path / "lab", "practice", (0, 1), "tiny")
+    config = settings(folder, tasks=(str(tmp_path / "lab"),), methods=("truncation",), ratios=(2,))
+    results = sweep(config, tmp_path / "out").results()
+    assert len({result["cell"]["set_id"] for result in results}) == 2
+    assert len(results) == 2 * 3
+    assert all(len(result["questions"]) == 3 for result in results)
 
 
 def test_likelihoods_are_measured_on_the_right_answers_of_the_full_cache_in_its_own_words(folder, tmp_path):
