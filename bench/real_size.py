@@ -117,8 +117,8 @@ def main() -> int:
                     "--ratio", ratio, "-o", file, "--device", "cpu"],
         "ask": ["ask", file, QUESTION, "--max-new-tokens", str(ANSWER_TOKENS), "--device", "cpu"],
         "train": ["train", model, "--data", str(folder / "rows.jsonl"), "-o", str(folder / "trained"),
-                  "--device", "cpu", "--steps", str(args.steps), "--batch", "1", "--ratios", ratio, "--lengths", str(2 * tokens),
-                  "--held-out", "0", "--save-every", str(args.steps), "--eval-every", "0"],
+                  "--device", "cpu", "--steps", str(args.steps), "--batch", "1", "--ratios", ratio,
+                  "--lengths", str(2 * tokens), "--held-out", "0", "--save-every", str(args.steps), "--eval-every", "0"],
     }  # fmt: skip
     flops, rows, results = arithmetic(args.shape, tokens, int(tokens / args.ratio), args.steps), [], []
     for name, command in commands.items():
