@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -107,6 +108,7 @@ def main() -> int:
     args = parser.parse_args()
     folder, tokens = args.folder, args.tokens or TOKENS[args.shape]
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "trained", ignore_errors=True)  # a finished run would not train again
     # In a process of its own: this one stays small, and a child's peak memory starts from its parent's.
     source = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; "
     source += f"import real_size; real_size.prepare(Path({str(folder)!r}), {args.shape!r}, {tokens}, {args.ratio})"
@@ -118,7 +120,8 @@ def main() -> int:
         "ask": ["ask", file, QUESTION, "--max-new-tokens", str(ANSWER_TOKENS), "--device", "cpu"],
         "train": ["train", model, "--data", str(folder / "rows.jsonl"), "-o", str(folder / "trained"),
                   "--device", "cpu", "--steps", str(args.steps), "--batch", "1", "--ratios", ratio,
-                  "--lengths", str(2 * tokens), "--held-out", "0", "--save-every", str(args.steps), "--eval-every", "0"],
+                  "--lengths", str(2 * tokens), "--held-out", "0", "--eval-every", "0",
+                  "--save-every", str(args.steps)],
     }  # fmt: skip
     flops, rows, results = arithmetic(args.shape, tokens, int(tokens / args.ratio), args.steps), [], []
     for name, command in commands.items():
