@@ -126,7 +126,10 @@ def test_a_warning_is_one_line(plugins):
 
 def test_an_interrupt_says_how_to_go_on(plugins):
     command = [sys.executable, "-m", "still.cli", "show", "sleep"]
-    process = subprocess.Popen(command, env=plugins, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=plugins, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     while process.stdout.readline() != "started\n":
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
