@@ -326,26 +326,23 @@ class StillCompactor(nn.Module, ModelHubMixin):
         weights.replace(save_directory / WEIGHTS)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, model=None, **kwargs) -> StillCompactor:
+    def from_pretrained(cls, pretrained_model_name_or_path, *, model=None, **download) -> StillCompactor:
         """Load a compactor from a folder or the Hub, and bind it to `model` when one is given.
+
+        Args:
+            pretrained_model_name_or_path: a folder of `save_pretrained`, or a Hub id.
+            model: the model that the compactor was trained for.
+            **download: what `huggingface_hub.snapshot_download` takes, such as `revision`, `token`, `cache_dir`.
 
         Raises:
             FileNotFoundError: the folder lacks the compactor's files.
             ValueError: the weights do not fit the config, or the model is another one.
         """
-        return super().from_pretrained(pretrained_model_name_or_path, model=model, **kwargs)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id, revision=None, cache_dir=None, force_download=False,
-                         local_files_only=False, token=None, model=None, **_):  # fmt: skip
-        folder = Path(model_id)
+        # Not the mixin's own: it looks for a config.json, and a base model's must not be mistaken for ours.
+        folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
-                    local_files_only=local_files_only, token=token, allow_patterns=[WEIGHTS, CONFIG],
-                )
-            )  # fmt: skip
+            name = str(pretrained_model_name_or_path)
+            folder = Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG], **download))
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}; it is no folder of StillCompactor.save_pretrained")

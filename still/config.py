@@ -22,6 +22,9 @@ class StillConfig:
         shared_bank: one bank for all KV heads of a layer.
         fractional_positions: leave latent positions between tokens instead of rounding them.
         learned_scale: learn the attention scale of each block, from its fixed start `latent_width`.
+        open_start: begin the parts that add nothing at first (later blocks, self-attention) with random queries and
+            keys and a scale of 8, so that gradients reach them; the start stays the identity. With the canonical
+            start they are saturated copies of one direction.
         rms_eps: added to the mean square of a latent before its root.
         rope_base: base of the compactor's own rotary embedding.
         base_model: name of the frozen model; `base_revision` its commit, `base_fingerprint` a hash of its shape.
@@ -40,6 +43,7 @@ class StillConfig:
     shared_bank: bool = False
     fractional_positions: bool = False
     learned_scale: bool = False
+    open_start: bool = False
     rms_eps: float = 1e-3
     rope_base: float = 10.0
     base_model: str = ""

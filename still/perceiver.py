@@ -14,6 +14,9 @@ from torch import nn
 
 from .config import StillConfig
 
+SCALE_GAIN = 10.0  # a scale is learned in its logarithm, at ten times the rate of the weights: it has far to go
+OPEN_SCALE = 8.0
+
 
 def own_turns(positions: torch.Tensor, width: int, base: float) -> torch.Tensor:
     """The compactor's own rotary embedding at positions `[rows, n]`, as complex `[rows, 1, n, width / 2]`."""
@@ -43,13 +46,13 @@ class Attention(nn.Module):
         self.key = nn.Linear(source, width)
         self.value = nn.Linear(source, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learned_scale)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale) / SCALE_GAIN), requires_grad=learned_scale)
 
     def forward(self, latents, source, turns=None):
         """`latents` `[rows, heads, t, width]` are normalised already; `turns` rotate (queries, keys)."""
         query, key = self._direction(self.query, latents, turns, 0), self._direction(self.key, source, turns, 1)
         # The scale goes into the queries: it may be learned, and sdpa takes a float.
-        query = (query * self.log_scale.exp()).expand(len(source), -1, -1, -1)
+        query = (query * (SCALE_GAIN * self.log_scale).exp()).expand(len(source), -1, -1, -1)
         mixed = F.scaled_dot_product_attention(query, key, source, scale=1.0)
         return self.output(self.value(mixed))  # W_v is linear, so it may follow the weighted sum
 
@@ -112,6 +115,7 @@ class LayerPerceiver(nn.Module):
         self.fractional = config.fractional_positions
         self.rope_base = config.rope_base
         self.kv_heads = kv_heads
+        self.open_start = config.open_start
         self.identity_start()
 
     @torch.no_grad()
@@ -138,6 +142,12 @@ class LayerPerceiver(nn.Module):
         self.value_head.weight[:, head_dim : 2 * head_dim] = torch.eye(head_dim)
         if self.beta_head is not None:
             nn.init.zeros_(self.beta_head.weight)
+        if self.open_start:
+            silent = [block.self_attention for block in self.blocks] + [block.cross for block in self.blocks[1:]]
+            for attention in silent:
+                nn.init.normal_(attention.query.weight, std=1 / width)
+                nn.init.normal_(attention.key.weight, std=1 / width)
+                nn.init.constant_(attention.log_scale, math.log(OPEN_SCALE) / SCALE_GAIN)
 
     def latents(self, slots: int) -> torch.Tensor:
         """The bank for `slots` slots `[heads, slots, width]`: itself at its trained size, else resampled linearly."""

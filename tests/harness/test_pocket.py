@@ -29,7 +29,7 @@ def tokenizer():
 
 
 def test_any_text_survives_and_every_group_of_digits_is_one_token(tokenizer):
-    text = "Rents of €1.234,50 – “naïve” ☃ 漢字\n\tthe end  "
+    text = "Rents of €1.234,50 — “naïve” ☃ 漢字\n\tthe end  "
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     for group in ("0", "07", "007", "482", "999"):
         assert len(tokenizer(group)["input_ids"]) == 1
@@ -67,7 +67,8 @@ def test_a_fresh_base_already_looks_at_the_name_it_is_asked_about(tokenizer):
     names = [tokenizer.encode(f" {trade}")[-1] for trade in TRADES]
     model = induction_start(pocket_config(len(tokenizer)), names).eval()
     model.set_attn_implementation("eager")
-    ids = tokenizer("The rent of Ashford Mining is $482,913. The fee of Oakgate Steel is $105,220. Ashford Mining: $482")
+    text = "The rent of Ashford Mining is $482,913. The fee of Oakgate Steel is $105,220. Ashford Mining: $482"
+    ids = tokenizer(text)
     with torch.no_grad():
         attention = model(torch.tensor([ids["input_ids"]]), output_attentions=True).attentions
     last = len(ids["input_ids"]) - 1

@@ -17,6 +17,7 @@ OPTIONS = {
     "fractional positions": {"fractional_positions": True},
     "wide latent": {"latent_width": 160},
     "learned scale": {"learned_scale": True},
+    "open start": {"open_start": True, "learned_scale": True},
 }
 
 
@@ -138,3 +139,16 @@ def test_trained_weights_use_all_tokens_and_the_order_of_slots():
 def test_options_without_sense_are_refused(options, named):
     with pytest.raises(ValueError, match=named):
         perceiver(**options)
+
+
+def test_an_open_start_lets_gradients_into_parts_that_add_nothing_yet():
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, HEADS, 24, HEAD_DIM)
+    moved = {}
+    for name in ("canonical", "open start"):
+        layer = perceiver(**OPTIONS[name])
+        with torch.no_grad():  # a first step has made the later block speak
+            torch.nn.init.eye_(layer.blocks[1].cross.output.weight)
+        run(layer, keys, values, torch.arange(24)[None], 6)[1].square().sum().backward()
+        moved[name] = layer.blocks[1].cross.key.weight.grad.norm().item()
+    assert moved["open start"] > 100 * moved["canonical"]
