@@ -21,7 +21,7 @@ LENGTHS = {288: 16, 576: 32, 1152: 64}
 OFTEN = (8.0, 16.0)
 """Ratios that are drawn twice as often as the others."""
 
-OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True, "open_start": True}
+OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True}
 
 
 def recipe(seed: int, steps: int = 420) -> TrainConfig:
