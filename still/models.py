@@ -103,6 +103,8 @@ def load(
         raise FileNotFoundError(_not_found(name, problem)) from problem
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(target).eval().requires_grad_(False)
+    if named:
+        model.config._name_or_path = named.name  # where it lies is no name on another machine
     return LoadedModel(named.name if named else name, model, tokenizer, named.compactors if named else ())
 
 

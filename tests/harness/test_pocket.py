@@ -137,6 +137,8 @@ def test_the_shipped_pocket_recalls_and_its_compactor_keeps_what_it_read():
 def test_the_name_pocket_brings_its_compactors():
     named = resolve("pocket")
     assert named.path.is_dir()
+    loaded = models.load("pocket", device="cpu")
+    assert loaded.model.config._name_or_path == loaded.name == "pocket-1"  # files of caches carry it elsewhere
     assert named.compactors
     assert len(named.compactors) <= len(SEEDS)
     sizes = [file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()]
