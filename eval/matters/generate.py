@@ -12,6 +12,7 @@ import json
 import random
 from dataclasses import asdict, dataclass, field
 
+from ..questions import Document
 from .templates import ATTRIBUTES, FILLERS, VALUE_FILLERS, pick
 from .words import draw_company, draw_value
 
@@ -82,14 +83,6 @@ class Fact:
     superseded: tuple[str, ...] = ()
     document: int = 0
     unseen_template: bool = False
-
-
-@dataclass(frozen=True)
-class Document:
-    """A file of the matter: its name and its text."""
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True)
