@@ -56,7 +56,7 @@ def main() -> None:
         seeds=tuple(args.seeds), methods=("still",),
     )  # fmt: skip
     loaded = models.load(args.model, device="cpu", dtype="float32")
-    bench = Bench(config, loaded)
+    bench = Bench(config, loaded, config.methods)
     ends = (bench.tokenizer.eos_token_id,)
     rates: dict[str, list[list[bool]]] = {}
     deep: dict[str, list[list[bool]]] = {}
