@@ -11,6 +11,7 @@ from typing import Any
 from .judge import Verdict
 from .questions import write_text
 from .tasks import LabTask
+from .verdicts import CriterionVerdict
 
 EXTRAS = "still"
 """The key that holds everything which LAB's format does not have."""
@@ -18,7 +19,7 @@ EXTRAS = "still"
 
 def build_scores(
     task: LabTask,
-    verdicts: Mapping[str, Verdict],
+    verdicts: Mapping[str, Verdict | CriterionVerdict],
     *,
     run_id: str,
     judge_model: str,
@@ -33,7 +34,7 @@ def build_scores(
     makes `score` and `all_pass` None, which is "unknown" and never a fail.
 
     Args:
-        verdicts: by criterion id.
+        verdicts: by criterion id; a `CriterionVerdict` leaves its details in our block's `verdicts`.
         cost: what the agent used, not the judge: input_tokens, output_tokens, wall_clock_seconds.
         doc_coverage: documents_read, total_documents and the lists, as in the run's metrics.
         scored_at: ISO time; now when left out.
@@ -75,6 +76,8 @@ def build_scores(
         "rubric_hashes": {each.id: each.rubric_hash for each in task.criteria},
         **(extras or {}),
     }
+    if detailed := [verdict.to_json() for _, verdict in given if isinstance(verdict, CriterionVerdict)]:
+        scores[EXTRAS]["verdicts"] = detailed
     return scores
 
 
