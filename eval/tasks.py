@@ -55,7 +55,7 @@ class Criterion:
     @property
     def is_distractor(self) -> bool:
         """It passes when something is *not* claimed."""
-        return self.title.upper().startswith("DISTRACTOR") or bool((self.expect or {}).get("absent"))
+        return "DISTRACTOR" in self.title.upper() or bool((self.expect or {}).get("absent"))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class LabTask:
         title: the only text of the task that a judge sees.
         instructions: what the agent is asked, from `task.json` or from `instructions.md` beside it.
         deliverables: name -> file name; None where the task has no map and a judge gets every output.
-        docs_dir: firm-knowledge: the shared store, relative to `tasks/`.
+        docs_dir: firm-knowledge: the shared store, relative to the task's folder (LAB's own) or to `tasks/`.
         own_id: firm-knowledge: the task's own number.
         raw: the file as it was read.
     """
@@ -120,6 +120,12 @@ class LabTask:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     @property
+    def practice_area(self) -> str:
+        """What results and splits are grouped by: the first part of the id, for contracts the first two."""
+        parts = self.id.split("/")
+        return "/".join(parts[: 2 if self.family == "contracts" and len(parts) > 2 else 1])
+
+    @property
     def documents_folder(self) -> Path | None:
         """The folder that the agent reads: the shared store where it is found, else `documents/`; None without.
 
@@ -128,11 +134,13 @@ class LabTask:
         """
         if self.docs_dir:
             root = self.folder.parents[self.id.count("/")]
-            store = root / self.docs_dir
-            if not _holds(root, store) or _holds(store, self.folder):
+            stores = [(base / self.docs_dir).resolve() for base in (self.folder, root)]
+            sound = [_holds(root, store) and not _holds(store, self.folder) for store in stores]
+            found = [index for index, store in enumerate(stores) if store.is_dir()]
+            if not any(sound) or (found and not sound[found[0]]):
                 raise LabTaskError(f"docs_dir {self.docs_dir!r} of {self.id} is no folder of documents under {root}")
-            if store.is_dir():
-                return store
+            if found:
+                return stores[found[0]]
         beside = self.folder / "documents"
         return beside if beside.is_dir() else None
 
@@ -264,8 +272,9 @@ def problems(task: LabTask) -> list[str]:
         ]
         if criterion.expect is not None and (missing := _missing_expectation(criterion.expect)):
             found.append(f"{criterion.id} has an 'expect' block without {missing}")
-    if task.docs_dir and task.documents_folder == task.folder / "documents":
-        found.append(f"docs_dir {task.docs_dir!r} is not there; documents/ beside the task is read instead")
+    if task.docs_dir and task.documents_folder in (None, task.folder / "documents"):
+        instead = "; documents/ beside the task is read instead" if task.documents_folder else ""
+        found.append(f"docs_dir {task.docs_dir!r} is not there{instead}")
     if not task.documents:
         found.append("it has no documents")
     return found

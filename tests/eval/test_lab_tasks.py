@@ -148,6 +148,38 @@ def test_the_agent_sees_no_rubric(tasks):
                 view.read(name)
 
 
+def test_harveys_own_docs_dir_is_relative_to_the_task(made, tmp_path):
+    root = shutil.copytree(made, tmp_path / "tasks")
+    folder = root / "firm-knowledge" / "tasks" / "002"
+    before = load_task(folder)
+    rewrite(folder, docs_dir="../../dms")
+    after = load_task(folder)
+    assert after.documents_folder == before.documents_folder == root / "firm-knowledge" / "dms"
+    assert len(after.documents) == 8
+    rewrite(folder, docs_dir="../../..")
+    with pytest.raises(LabTaskError, match="docs_dir"):
+        load_task(folder).agent_view()
+    shutil.rmtree(root / "firm-knowledge" / "dms")
+    rewrite(folder, docs_dir="../../dms")
+    assert load_task(folder).documents == ()
+    assert problems(load_task(folder)) == ["docs_dir '../../dms' is not there", "it has no documents"]
+
+
+def test_practice_areas_are_the_first_part_and_of_contracts_the_first_two(tasks):
+    areas = {task.practice_area for task in tasks}
+    assert {"firm-knowledge", "corporate-commercial"} <= areas
+    contracts = {task.practice_area for task in tasks if task.family == "contracts"}
+    assert contracts
+    assert all(area.startswith("contracts/") and area.count("/") == 1 for area in contracts)
+
+
+def test_a_distractor_is_named_anywhere_in_the_title(folder):
+    raw = load_task(folder).to_json()
+    raw["criteria"][0] |= {"title": "Does not treat the old lease as an issue (Distractor_001)", "expect": None}
+    (folder / "task.json").write_text(json.dumps(raw))
+    assert load_task(folder).criteria[0].is_distractor
+
+
 def test_unknown_keys_stay_out_of_the_agents_view_and_are_kept(folder):
     rewrite(folder, secret={"answer": "$1,234"}, weight=3)
     task = load_task(folder)
