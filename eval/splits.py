@@ -19,7 +19,6 @@ from typing import Any
 from .questions import write_text
 from .tasks import LabTask
 
-
 POOLED = "(small areas)"
 """The stratum of practice areas that are too small to give every side a task."""
 
