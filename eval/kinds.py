@@ -18,8 +18,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _NUMBER = r"(?:\d+|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)"
 _NOUNS = r"(?:issues|items|elements|points|factors|categories|provisions|risks|matters|documents|sections|deviations)"
 _COUNTING = re.compile(
-    rf"\b(?:at least|no fewer than|not fewer than|a minimum of)\s+(?!1\b){_NUMBER}(?:\s*\(\d+\))?\s*(?:%|percent|per cent)?"
-    rf"\s+(?:of\b|(?:[\w-]+\s+){{0,2}}{_NOUNS}\b)"
+    rf"\b(?:at least|no fewer than|not fewer than|a minimum of)\s+(?!1\b){_NUMBER}(?:\s*\(\d+\))?"
+    rf"\s*(?:%|percent|per cent)?\s+(?:of\b|(?:[\w-]+\s+){{0,2}}{_NOUNS}\b)"
     rf"|\bfewer than\s+(?!1\b){_NUMBER}\b(?!\s+(?:days|months|years|weeks))"
     rf"|\b{_NUMBER} (?:or more|out) of\b|\b\d+ of (?:the )?(?:following )?{_NUMBER}\b",
     re.IGNORECASE,
@@ -28,8 +28,8 @@ _NEGATED = (
     r"(?:do(?:es)? not|is not|are not|must not|never|avoids?|refrains?|contains? no|includes? no|makes? no|omits?)"
 )
 _ABSENCE = re.compile(
-    rf"^(?:(?:PASS (?:only )?(?:if|when|unless)[,:]?\s+)?(?:(?:the|an?|its?|no part of the)\s+)?(?:[\w'’-]+\s+){{0,4}}?)"
-    rf"{_NEGATED}\b|^(?:no|without)\b",
+    r"^(?:(?:PASS (?:only )?(?:if|when|unless)[,:]?\s+)?(?:(?:the|an?|its?|no part of the)\s+)?"
+    rf"(?:[\w'\u2019-]+\s+){{0,4}}?){_NEGATED}\b|^(?:no|without)\b",
     re.IGNORECASE,
 )
 _AMOUNT = re.compile(

@@ -93,13 +93,25 @@ def read_scores(path: str | Path) -> dict[str, Any]:
         ValueError: it lacks its verdicts, or one of them is neither pass, fail nor unscored.
     """
     scores = json.loads(Path(path).read_text(encoding="utf-8"))
+    check_scores(scores, str(path))
+    return scores
+
+
+def check_scores(scores: Any, where: str) -> None:
+    """Refuse what is no contents of a `scores.json`, naming `where` it stands.
+
+    Raises:
+        ValueError: it lacks its verdicts, one of them is neither pass, fail nor unscored, or two share an id.
+    """
     results = scores.get("criteria_results") if isinstance(scores, dict) else None
     if not isinstance(results, list):
-        raise ValueError(f"{path} has no criteria_results; it is no scores.json")
+        raise ValueError(f"{where} has no criteria_results; it is no scores.json")
     for result in results:
         if result.get("verdict") not in ("pass", "fail", "unscored"):
-            raise ValueError(f"{path}: criterion {result.get('id')!r} has verdict {result.get('verdict')!r}")
-    return scores
+            raise ValueError(f"{where}: criterion {result.get('id')!r} has verdict {result.get('verdict')!r}")
+    ids = [result.get("id") for result in results]
+    if twice := sorted({str(each) for each in ids if ids.count(each) > 1}):
+        raise ValueError(f"{where} has several verdicts for {', '.join(twice)}; a criterion has one")
 
 
 def verdicts_of(scores: Mapping[str, Any]) -> dict[str, Verdict]:

@@ -17,7 +17,7 @@ from still.eval.tasks import FAMILIES, find_tasks, load_task
         (
             "absence",
             "Letter does not disclose the fee letter",
-            "PASS if the letter does not disclose them. FAIL if so.",
+            "PASS if it does not disclose them. FAIL if so.",
         ),
         ("absence", "Precision", "Does not assert any matter outside this list: 1003-00001."),
         ("absence", "Clean copy", "PASS if the agreement contains no tracked changes. FAIL if it contains any."),
@@ -32,7 +32,7 @@ from still.eval.tasks import FAMILIES, find_tasks, load_task
         (
             "presence",
             "Identifies Zurich seat (ISSUE_002)",
-            "PASS if it flags Section 3.1. FAIL if it does not flag it.",
+            "PASS if it flags Section 3.1. FAIL if it does not.",
         ),
         ("presence", "Explains", "PASS if it explains at least one consequence, such as the FAA."),
         ("presence", "Limitations", "PASS if it says that the 6-month period is short. FAIL only if it does not."),
