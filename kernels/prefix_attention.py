@@ -6,6 +6,8 @@ their log-sum-exps; so each part may have a kernel of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -15,20 +17,27 @@ def prefix_attention(
     values: torch.Tensor,
     bias: torch.Tensor | None = None,
     scale: float | None = None,
+    offsets: torch.Tensor | Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of new queries over compact slots, all of which they may see.
 
     Args:
         query: `[batch, query_heads, queries, head_dim]`.
-        keys: `[batch, kv_heads, slots, head_dim]`; `query_heads` is a multiple of `kv_heads`.
-        values: `[batch, kv_heads, slots, value_dim]`.
-        bias: additive pre-softmax bias `[batch, kv_heads or 1, slots]`; -inf removes a slot.
+        keys: `[batch, kv_heads, slots, head_dim]`; `query_heads` is a multiple of `kv_heads`. With `offsets`,
+            `[batch, slots of all heads, head_dim]`, packed head after head.
+        values: `[batch, kv_heads, slots, value_dim]`, or packed as the keys are.
+        bias: additive pre-softmax bias `[batch, kv_heads or 1, slots]`, or `[batch, slots of all heads]`; -inf
+            removes a slot.
         scale: of the scores; `head_dim ** -0.5` unless given.
+        offsets: `[kv_heads + 1]` integers from 0 to the number of packed slots: KV head `h` has the slots
+            `offsets[h]` up to `offsets[h + 1]`, of which there may be none. None where every head has as many.
 
     Returns:
         The output `[batch, query_heads, queries, value_dim]` in the dtype of `values`, and the log-sum-exp of the
-        scores `[batch, query_heads, queries]` in fp32: -inf, with an output of zero, where every slot is removed.
+        scores `[batch, query_heads, queries]` in fp32: -inf, with an output of zero, where no slot is left.
     """
+    if offsets is not None:
+        return _attend_ragged(query, keys, values, bias, scale, offsets)
     return _attend(query, keys, values, None if bias is None else bias[:, :, None, None].float(), scale)
 
 
@@ -83,6 +92,24 @@ def _attend(query, keys, values, bias, scale) -> tuple[torch.Tensor, torch.Tenso
     weights = _exp_difference(scores, lse.unsqueeze(-1))
     out = torch.matmul(weights, values.float().unsqueeze(2))
     return out.reshape(batch, query_heads, queries, -1).to(values.dtype), lse.reshape(batch, query_heads, queries)
+
+
+def _attend_ragged(query, keys, values, bias, scale, offsets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Head after head; an empty head is an attention over no slots."""
+    offsets = offsets.tolist() if isinstance(offsets, torch.Tensor) else list(offsets)
+    kv_heads, slots = len(offsets) - 1, keys.shape[1]
+    if keys.ndim != 3 or kv_heads < 1 or offsets[0] != 0 or offsets[-1] != slots or offsets != sorted(offsets):
+        raise ValueError(
+            f"offsets {offsets} must climb from 0 to the number of packed slots; keys have the shape {list(keys.shape)}"
+        )
+    if query.shape[1] % kv_heads:
+        raise ValueError(f"{query.shape[1]} query heads cannot share {kv_heads} KV heads evenly")
+    parts = []
+    for head, group in enumerate(query.split(query.shape[1] // kv_heads, dim=1)):
+        own = slice(offsets[head], offsets[head + 1])
+        own_bias = None if bias is None else bias[:, None, None, None, own].float()
+        parts.append(_attend(group, keys[:, None, own], values[:, None, own], own_bias, scale))
+    return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
 
 
 def _exp_difference(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
