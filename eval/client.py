@@ -1,0 +1,181 @@
+"""The judge behind any OpenAI-compatible endpoint: `openai`'s async client, with its errors sorted by what to do.
+
+The client's own retries are off: `lanes.py` retries, where the whole provider can be slowed down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+from .judges import JudgeConfig, JudgeError, Reply
+from .prompting import Messages
+from .verdicts import Tokens
+
+if TYPE_CHECKING:
+    import openai
+
+_STEP_DOWN = {"schema": "object", "object": "none"}
+_FORM_WORDS = ("response_format", "json_schema", "json_object", "structured", "guided", "grammar")
+_LONG_WORDS = ("context length", "context_length", "too long", "too large", "maximum context", "max_model_len")
+_MODERATION_WORDS = ("moderation", "flagged", "content policy")
+_BROKE_WORDS = ("insufficient_quota", "credit balance", "insufficient balance", "billing")
+
+
+class OpenAIJudge:
+    """A judge behind `POST {base_url}/chat/completions`.
+
+    Args:
+        config: where it is and what is sent; see `JudgeConfig`.
+
+    Raises:
+        ValueError: its key is wanted and the environment has none.
+        ModuleNotFoundError: the `eval` extra is not installed.
+    """
+
+    def __init__(self, config: JudgeConfig):
+        import openai  # noqa: F401 - fails here, where the message can say which judge wants it
+
+        self.config, self.name = config, config.name
+        self._form = {"auto": "schema"}.get(config.structured, config.structured)
+        self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
+        if not self._key and "https://" in config.base_url and config.api_key_env:
+            raise ValueError(
+                f"judge {self.name!r} needs a key; put it into the environment variable {config.api_key_env}"
+            )
+        self._clients: dict[asyncio.AbstractEventLoop, openai.AsyncOpenAI] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """See `JudgeConfig.identity`."""
+        return self.config.identity()
+
+    async def ask(self, chat: Messages, schema: Mapping[str, Any]) -> Reply:
+        """One attempt.
+
+        Raises:
+            JudgeError: there was no answer; the key is in no message.
+        """
+        import openai
+
+        form = self._form
+        try:
+            completion = await self._client().chat.completions.create(**self._request(chat, schema, form))
+        except openai.APIStatusError as problem:
+            trouble = self._sorted(problem)
+            if form != "none" and self.config.structured == "auto" and self._refuses_form(problem):
+                self._form = _STEP_DOWN[form] if self._form == form else self._form
+                return await self.ask(chat, schema)
+            raise trouble from None
+        except openai.APITimeoutError:
+            raise JudgeError("throttled", f"no answer within {self.config.timeout:g} s") from None
+        except (openai.OpenAIError, ValueError, TypeError) as problem:
+            raise JudgeError("transient", self._scrub(f"{type(problem).__name__}: {problem}")) from None
+        return self._reply(completion)
+
+    async def aclose(self) -> None:
+        """Close this loop's connections."""
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.close()
+
+    def _client(self) -> openai.AsyncOpenAI:
+        """One client for each event loop: connections belong to the loop that opened them."""
+        import openai
+
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            self._clients = {each: client for each, client in self._clients.items() if not each.is_closed()}
+            self._clients[loop] = openai.AsyncOpenAI(
+                api_key=self._key or "none", base_url=self.config.base_url, max_retries=0, timeout=self.config.timeout
+            )
+        return self._clients[loop]
+
+    def _request(self, chat: Messages, schema: Mapping[str, Any], form: str) -> dict[str, Any]:
+        config = self.config
+        request: dict[str, Any] = {"model": config.model, "messages": chat}
+        if config.temperature is not None:
+            request["temperature"] = config.temperature
+        if config.max_tokens is not None:
+            request["max_tokens"] = config.max_tokens
+        if form == "schema":
+            named = {"name": "verdicts", "strict": True, "schema": schema}
+            request["response_format"] = {"type": "json_schema", "json_schema": named}
+        elif form == "object":
+            request["response_format"] = {"type": "json_object"}
+        return {**request, "extra_body": config.extra} if config.extra else request
+
+    def _reply(self, completion: Any) -> Reply:
+        choices = getattr(completion, "choices", None)
+        message = choices[0].message if choices else None
+        if message is None:
+            raise JudgeError("transient", "the server's answer held no message")
+        if message.refusal or choices[0].finish_reason == "content_filter":
+            raise JudgeError("refused", self._scrub(message.refusal or "a content filter stopped the answer"))
+        return Reply(message.content or "", _tokens(completion.usage), choices[0].finish_reason or "stop")
+
+    def _sorted(self, problem: openai.APIStatusError) -> JudgeError:
+        status, said = problem.status_code, self._scrub(f"{problem.status_code}: {problem.message}")
+        wait = retry_after(problem.response.headers)
+        if status == 403 and _any(_MODERATION_WORDS, said):
+            return JudgeError("refused", said)
+        if status in (401, 403, 404) or (status in (402, 429) and _any(_BROKE_WORDS, said)):
+            return JudgeError("fatal", said)
+        if status == 429 or (status in (503, 529) and wait is not None):
+            return JudgeError("throttled", said, wait)
+        if status in (408, 409, 425) or status >= 500:
+            return JudgeError("transient", said, wait)
+        if status == 413 or _any(_LONG_WORDS, said):
+            return JudgeError("rejected", f"too long for the judge: {said}")
+        return JudgeError("rejected", said)
+
+    def _refuses_form(self, problem: openai.APIStatusError) -> bool:
+        return problem.status_code in (400, 404, 422, 501) and _any(_FORM_WORDS, problem.message)
+
+    def _scrub(self, text: str) -> str:
+        """The text without the key, at most 500 characters of it: servers like to repeat what they were sent."""
+        return (text.replace(self._key, "[key]") if self._key else text)[:500]
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait (`Retry-After` in seconds or as a date, `retry-after-ms`), or None."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        text = headers.get(name, "")
+        try:
+            return max(0.0, float(text) / unit)
+        except ValueError:
+            pass
+        try:
+            return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+        except (ValueError, TypeError):
+            continue
+    return None
+
+
+def _tokens(usage: Any) -> Tokens:
+    """The server's count, under the names that providers use for the parts."""
+    if usage is None:
+        return Tokens(calls=1)
+    known = usage.model_dump()
+    prompt, completion = known.get("prompt_tokens_details") or {}, known.get("completion_tokens_details") or {}
+
+    def first(*values: Any) -> int:
+        return next((int(value) for value in values if value), 0)
+
+    return Tokens(
+        input=first(known.get("prompt_tokens")),
+        cached=first(
+            prompt.get("cached_tokens"), known.get("prompt_cache_hit_tokens"), known.get("cache_read_input_tokens")
+        ),
+        cache_write=first(prompt.get("cache_write_tokens"), known.get("cache_creation_input_tokens")),
+        output=first(known.get("completion_tokens")),
+        reasoning=first(completion.get("reasoning_tokens")),
+        calls=1,
+    )
+
+
+def _any(words: tuple[str, ...], text: str) -> bool:
+    return any(word in text.lower() for word in words)

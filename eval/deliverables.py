@@ -1,0 +1,185 @@
+"""What a run delivered, as a judge sees it: the files that a criterion is judged on, their texts, what is amiss.
+
+A deliverable is there with text, or it is "missing" (no such file), "empty" (no text in it) or "unreadable" (corrupt,
+password-protected, of a kind that no reader takes). A criterion whose files all lack text gets that state, and a
+policy says what follows: "fail" without a call, "unscored", or "judge", which lets the judge see that it is not there.
+Where some of its files have text, the judge reads those, and a mark in place of the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from .prompting import Section
+from .readers import DocumentError, find_outputs, read
+from .tasks import Criterion, LabTask
+
+Policy = Literal["fail", "unscored", "judge"]
+_STATES = {"missing": "missing", "empty": "empty", "no_text": "empty"}
+_WHY = {"missing": "this file was not delivered", "empty": "this file is empty"}
+_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u00a0", "''\"\"-- ", "*_`\\")
+
+
+@dataclass(frozen=True)
+class Deliverable:
+    """One file as it was read.
+
+    Attributes:
+        name: below the output folder, with "/" between folders.
+        state: "ok", "missing", "empty" or "unreadable".
+        text: all of it; None unless "ok".
+        sha256: of the text in UTF-8.
+        reader: which one made the text.
+        redlines: tracked changes are shown instead of accepted.
+        why: what is wrong, for the reader of a report.
+    """
+
+    name: str
+    state: str
+    text: str | None = None
+    sha256: str = ""
+    reader: str = ""
+    redlines: bool = False
+    why: str = ""
+
+    @property
+    def section(self) -> Section:
+        """What a prompt shows."""
+        return Section(self.name, self.text, _WHY.get(self.state, "this file could not be read"))
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the text, for result files."""
+        known = {"name": self.name, "state": self.state, "reader": self.reader, "sha256": self.sha256}
+        known |= {"characters": len(self.text or ""), "redlines": self.redlines, "why": self.why}
+        return {key: value for key, value in known.items() if value or key in ("name", "state", "characters")}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The files that a group of criteria is judged on, in the order in which a judge sees them.
+
+    Attributes:
+        files: bound ones in the criterion's order, else every output, sorted.
+        bound: the criteria name them.
+    """
+
+    files: tuple[Deliverable, ...]
+    bound: bool
+
+    @property
+    def state(self) -> str:
+        """ "ok" if any file has text, else what is wrong with the first."""
+        if any(each.state == "ok" for each in self.files):
+            return "ok"
+        return self.files[0].state if self.files else "missing"
+
+    @property
+    def why(self) -> str:
+        """What is wrong, in words."""
+        return "; ".join(each.why for each in self.files if each.why) or "nothing was delivered"
+
+    @cached_property
+    def text(self) -> str:
+        """The texts, for a judge that takes no prompt."""
+        return "\n\n".join(each.text for each in self.files if each.text is not None)
+
+    @cached_property
+    def key(self) -> list[list[str]]:
+        """What a verdict depends on: names, and hashes or states."""
+        return [["bound" if self.bound else "all"], *([each.name, each.sha256 or each.state] for each in self.files)]
+
+    def holds(self, quote: str) -> bool:
+        """Whether a quotation stands in the texts; white space, emphasis and the form of quotation marks aside."""
+        parts = [_plain(part) for part in re.split(r"\[?\.\.\.\]?|\[?\u2026\]?", quote)]
+        return any(parts) and all(part in self._plain for part in parts)
+
+    @cached_property
+    def _plain(self) -> str:
+        return _plain(self.text)
+
+
+class Outputs:
+    """The output files of one run.
+
+    Args:
+        source: a run folder (its `output/` is taken), an output folder, or texts by file name.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+    """
+
+    def __init__(self, source: str | Path | Mapping[str, str]):
+        self._texts = self._root = None
+        self._read: dict[tuple[str, bool], Deliverable] = {}
+        if isinstance(source, Mapping):
+            self._texts, self.names = dict(source), tuple(sorted(source))
+            return
+        root = Path(source)
+        if not root.is_dir():
+            raise FileNotFoundError(f"there is no folder {root}; name a run folder, or the folder of its outputs")
+        self._root = root / "output" if (root / "output").is_dir() else root
+        is_run = self._root == root and any((root / name).is_file() for name in ("config.json", "metrics.json"))
+        self.names = () if is_run else find_outputs(self._root)  # a run that delivered nothing has no output/
+
+    def read(self, name: str, redlines: bool = False) -> Deliverable:
+        """One file, read once; `redlines` counts for docx alone."""
+        key = name, redlines and name.lower().endswith(".docx")
+        if key not in self._read:
+            self._read[key] = self._load(*key)
+        return self._read[key]
+
+    def sheet(self, task: LabTask, criterion: Criterion) -> Sheet:
+        """The files that a criterion is judged on."""
+        names = task.files_for(criterion, self.names)
+        return Sheet(tuple(self.read(each, criterion.include_redlines) for each in names), bool(criterion.deliverables))
+
+    def records(self) -> list[dict[str, Any]]:
+        """What was read so far, for result files."""
+        return [self._read[key].record() for key in sorted(self._read)]
+
+    def _load(self, name: str, redlines: bool) -> Deliverable:
+        if self._texts is not None:
+            return _given(name, self._texts.get(name))
+        if name not in self.names:
+            return Deliverable(name, "missing", why=f"{name} was not delivered")
+        try:
+            reading = read(self._root / name, redlines)
+        except DocumentError as problem:
+            return Deliverable(name, _STATES.get(problem.state, "unreadable"), why=_relative(problem, self._root))
+        return Deliverable(name, "ok", reading.text, reading.text_sha256, reading.reader, redlines)
+
+
+def group_by_sheet(
+    task: LabTask, outputs: Outputs, criteria: tuple[Criterion, ...]
+) -> list[tuple[Sheet, list[Criterion]]]:
+    """The criteria in groups that are judged on identical texts, in the order in which they first occur."""
+    groups: dict[str, tuple[Sheet, list[Criterion]]] = {}
+    for criterion in criteria:
+        sheet = outputs.sheet(task, criterion)
+        groups.setdefault(json.dumps(sheet.key), (sheet, []))[1].append(criterion)
+    return list(groups.values())
+
+
+def _given(name: str, text: str | None) -> Deliverable:
+    if text is None:
+        return Deliverable(name, "missing", why=f"{name} was not delivered")
+    if not text.strip():
+        return Deliverable(name, "empty", why=f"{name} holds no text")
+    text = text.encode("utf-8", "replace").decode()
+    return Deliverable(name, "ok", text, hashlib.sha256(text.encode()).hexdigest(), "given as text")
+
+
+def _relative(problem: DocumentError, root: Path) -> str:
+    return str(problem).replace(f"{root}{os.sep}", "")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.translate(_QUOTES).split()).casefold()
