@@ -1,0 +1,192 @@
+"""What runs come to: criterion pass rates, all-pass, and the difference of two systems, each with its interval.
+
+Unscored verdicts are in no rate and always counted beside it. A run whose all-pass hangs on one is "unknown": it is
+left out of the all-pass rate, which is given with the bounds that it would have if all unknown runs failed or passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from .quarantine import Quarantine
+from .scored import ScoredRun
+from .stats import Interval, PairedDifference, cluster_bootstrap, clustered_rate, mcnemar, paired_difference, wilson
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The numbers of a set of runs under one judge.
+
+    Attributes:
+        runs: how many.
+        tasks: how many different ones.
+        criteria: verdicts, unscored ones included.
+        unscored: of these, neither pass nor fail.
+        micro: share of all scored criteria that pass, clustered by task (bootstrap); None where none was scored.
+        macro: mean over tasks of that share.
+        all_pass: share of the runs in which every criterion passes: Wilson, and clustered by task where a task has
+            several runs; None where it is unknown for every run.
+        all_passed: runs in which every criterion passes.
+        unknown: runs whose all-pass hangs on unscored criteria.
+        cost: US dollars for judging; None where a file does not say.
+    """
+
+    runs: int
+    tasks: int
+    criteria: int
+    unscored: int
+    micro: Interval | None
+    macro: Interval | None
+    all_pass: Interval | None
+    all_passed: int
+    unknown: int
+    cost: float | None
+
+    @property
+    def all_pass_bounds(self) -> tuple[float, float]:
+        """The all-pass rate if every unknown run failed, and if every one passed."""
+        return self.all_passed / self.runs, (self.all_passed + self.unknown) / self.runs
+
+
+@dataclass(frozen=True)
+class BothScores:
+    """The two scores that are always reported together.
+
+    Attributes:
+        official: with every criterion.
+        without: without those on the quarantine list; None where none of them is.
+        dropped: verdicts that the list took out.
+    """
+
+    official: Summary
+    without: Summary | None
+    dropped: int
+
+
+def summarise(runs: Sequence[ScoredRun], seed: int = 0, draws: int = 2000) -> Summary:
+    """Rates and intervals of runs that one judge graded.
+
+    Args:
+        seed: of the bootstrap over tasks.
+        draws: its resamples.
+
+    Raises:
+        ValueError: there are no runs, or several judges graded them.
+    """
+    if not runs:
+        raise ValueError("there are no runs to summarise")
+    if len(judges := {run.judge for run in runs}) > 1:
+        raise ValueError(f"the runs were graded by {sorted(judges)}; summarise those of one judge at a time")
+    scored = [(float(v.passed), run.task) for run in runs for v in run.verdicts if v.passed is not None]
+    values, clusters = [value for value, _ in scored], [task for _, task in scored]
+    known = [run for run in runs if run.all_pass is not None]
+    costs = [run.judging_cost for run in runs]
+    return Summary(
+        runs=len(runs),
+        tasks=len({run.task for run in runs}),
+        criteria=sum(len(run.verdicts) for run in runs),
+        unscored=sum(len(run.verdicts) for run in runs) - len(scored),
+        micro=cluster_bootstrap(values, clusters, draws=draws, seed=seed) if scored else None,
+        macro=cluster_bootstrap(values, clusters, macro=True, draws=draws, seed=seed) if scored else None,
+        all_pass=_all_pass(known) if known else None,
+        all_passed=sum(bool(run.all_pass) for run in known),
+        unknown=len(runs) - len(known),
+        cost=None if None in costs else sum(costs),
+    )
+
+
+def both_scores(runs: Sequence[ScoredRun], quarantine: Quarantine, seed: int = 0) -> BothScores:
+    """The official score, and the one without the criteria on the list."""
+    kept = quarantine.without(runs)
+    dropped = sum(len(run.verdicts) for run in runs) - sum(len(run.verdicts) for run in kept)
+    return BothScores(summarise(runs, seed), summarise(kept, seed) if dropped and kept else None, dropped)
+
+
+def by(runs: Sequence[ScoredRun], key: Callable[[ScoredRun], str], seed: int = 0) -> dict[str, Summary]:
+    """A summary for each value of `key`, such as the practice area, in sorted order."""
+    groups: dict[str, list[ScoredRun]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return {name: summarise(groups[name], seed) for name in sorted(groups)}
+
+
+@dataclass(frozen=True)
+class SystemsCompared:
+    """Two systems on the tasks that both did.
+
+    Attributes:
+        tasks: in common.
+        criteria: in common and scored in both.
+        criterion: difference of the criterion pass rate, a - b, paired by criterion and clustered by task.
+        all_pass: difference of the all-pass rate over tasks, paired; None where no task is known in both.
+        only_a: tasks that a passes in every run and b in none, of those known in both.
+        only_b: the other way round.
+        mcnemar: p-value on these tasks.
+    """
+
+    tasks: int
+    criteria: int
+    criterion: PairedDifference
+    all_pass: PairedDifference | None
+    only_a: int
+    only_b: int
+    mcnemar: float
+
+
+def compare_systems(a: Sequence[ScoredRun], b: Sequence[ScoredRun]) -> SystemsCompared:
+    """Two systems under the same judge, on what both were graded on; several runs of a task are averaged first.
+
+    Raises:
+        ValueError: the judges differ, or no criterion was scored in both.
+    """
+    judges = ({run.judge for run in a}, {run.judge for run in b})
+    if judges[0] != judges[1] or len(judges[0]) != 1:
+        raise ValueError(f"the systems were graded by {sorted(judges[0])} and {sorted(judges[1])}; compare under one")
+    first, second = _rates(a), _rates(b)
+    shared = [key for key in first if key in second]
+    if not shared:
+        raise ValueError("no criterion was scored in both systems; grade the same tasks")
+    tasks = [task for task, _, _ in shared]
+    criterion = paired_difference([first[key] for key in shared], [second[key] for key in shared], tasks)
+    whole_a, whole_b = _whole(a), _whole(b)
+    known = [task for task in whole_a if task in whole_b]
+    pairs = [(whole_a[task], whole_b[task]) for task in known]
+    only_a, only_b = sum(x == 1 and y == 0 for x, y in pairs), sum(x == 0 and y == 1 for x, y in pairs)
+    return SystemsCompared(
+        tasks=len(set(tasks)),
+        criteria=len(shared),
+        criterion=criterion,
+        all_pass=paired_difference([x for x, _ in pairs], [y for _, y in pairs], known) if known else None,
+        only_a=only_a,
+        only_b=only_b,
+        mcnemar=mcnemar(only_a, only_b),
+    )
+
+
+def _all_pass(runs: Sequence[ScoredRun]) -> Interval:
+    tasks = [run.task for run in runs]
+    if len(set(tasks)) == len(tasks):
+        return wilson(sum(bool(run.all_pass) for run in runs), len(runs))
+    return clustered_rate([float(bool(run.all_pass)) for run in runs], tasks)
+
+
+def _rates(runs: Sequence[ScoredRun]) -> Mapping[tuple[str, str, str], float]:
+    """(task, criterion, rubric hash) -> mean over runs."""
+    given: dict[tuple[str, str, str], list[bool]] = {}
+    for run in runs:
+        for verdict in run.verdicts:
+            if verdict.passed is not None:
+                key = run.task, verdict.id, run.hashes.get(verdict.id, "")
+                given.setdefault(key, []).append(verdict.passed)
+    return {key: mean(values) for key, values in given.items()}
+
+
+def _whole(runs: Sequence[ScoredRun]) -> Mapping[str, float]:
+    """Task -> share of its known runs in which every criterion passes."""
+    given: dict[str, list[bool]] = {}
+    for run in runs:
+        if run.all_pass is not None:
+            given.setdefault(run.task, []).append(run.all_pass)
+    return {task: mean(values) for task, values in given.items()}

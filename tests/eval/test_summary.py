@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from made_scores import scores_of, write_run
+
+from still.eval.dual import write_dual
+from still.eval.matters.lab_format import write_lab_tasks
+from still.eval.quarantine import Entry, Quarantine, candidates, item_statistics
+from still.eval.scored import Rubrics, judges_of, load_runs
+from still.eval.stats import cluster_bootstrap, wilson
+from still.eval.summary import both_scores, by, compare_systems, summarise
+from still.eval.tasks import find_tasks, load_task
+
+
+def runs_of(folder, labels, **more):
+    """Runs in a folder: task -> labels of one run."""
+    for task, letters in labels.items():
+        write_run(folder / task.replace("/", "-"), letters, task=task, **more)
+    return load_runs([folder])
+
+
+def test_rates_by_hand(tmp_path):
+    runs = runs_of(tmp_path, {"tax/a": "pppp", "tax/b": "pf", "lease/c": "ppu", "lease/d": "fu"}, cost=0.5)
+    found = summarise(runs, seed=3)
+    assert (found.runs, found.tasks, found.criteria, found.unscored) == (4, 4, 11, 2)
+    assert found.micro.estimate == pytest.approx(7 / 9)
+    assert found.macro.estimate == pytest.approx((1 + 0.5 + 1 + 0) / 4)
+    groups = [1] * 4 + [1, 0] + [1, 1] + [0]
+    tasks = ["a"] * 4 + ["b"] * 2 + ["c"] * 2 + ["d"]
+    # the folder is read in sorted order: lease-c, lease-d, tax-a, tax-b
+    order = [6, 7, 8, 0, 1, 2, 3, 4, 5]
+    same = cluster_bootstrap([groups[i] for i in order], [tasks[i] for i in order], seed=3)
+    assert (found.micro.low, found.micro.high) == (same.low, same.high)
+    assert (found.all_passed, found.unknown) == (1, 1)
+    assert found.all_pass == wilson(1, 3)
+    assert found.all_pass_bounds == (0.25, 0.5)
+    assert found.cost == pytest.approx(5.5)
+    areas = by(runs, lambda run: run.area)
+    assert {name: each.micro.estimate for name, each in areas.items()} == {"lease": 2 / 3, "tax": 5 / 6}
+
+
+def test_several_runs_of_a_task_are_no_trials_of_their_own(tmp_path):
+    for run in range(6):
+        write_run(tmp_path / f"a{run}", "pp", task="tax/a", run_id=f"a{run}")
+        write_run(tmp_path / f"b{run}", "pf", task="tax/b", run_id=f"b{run}")
+    found = summarise(load_runs([tmp_path]))
+    assert (found.runs, found.tasks, found.all_pass.estimate) == (12, 2, 0.5)
+    assert found.all_pass.half_width > wilson(6, 12).half_width
+
+
+def test_all_unscored_is_no_rate(tmp_path):
+    found = summarise(runs_of(tmp_path, {"tax/a": "uu"}))
+    assert (found.micro, found.macro, found.all_pass, found.all_pass_bounds) == (None, None, None, (0.0, 1.0))
+    with pytest.raises(ValueError, match="no runs"):
+        summarise([])
+
+
+def test_systems_are_paired_by_criterion_and_task(tmp_path):
+    a = runs_of(tmp_path / "a", {"tax/a": "pppp", "tax/b": "ppff", "tax/c": "pp", "tax/only": "ffff"}, model="A")
+    b = runs_of(tmp_path / "b", {"tax/a": "pppf", "tax/b": "pfpf", "tax/c": "pp"}, model="B")
+    found = compare_systems(a, b)
+    assert (found.tasks, found.criteria) == (3, 10)
+    assert found.criterion.interval.estimate == pytest.approx((1 + 0 + 0) / 10)
+    assert (found.criterion.only_a, found.criterion.only_b) == (2, 1)
+    assert (found.only_a, found.only_b, found.mcnemar) == (1, 0, 1.0)
+    assert found.all_pass.interval.estimate == pytest.approx(1 / 3)
+    other = runs_of(tmp_path / "c", {"tax/a": "pppp"}, judge="other")
+    with pytest.raises(ValueError, match="under one"):
+        compare_systems(a, other)
+    with pytest.raises(ValueError, match="no criterion"):
+        compare_systems(a, runs_of(tmp_path / "d", {"tax/z": "p"}))
+
+
+def test_repeated_runs_are_averaged_before_they_are_paired(tmp_path):
+    for run, labels in enumerate(("pp", "pf")):
+        write_run(tmp_path / "a" / str(run), labels, run_id=str(run))
+    write_run(tmp_path / "b" / "0", "ff", run_id="0")
+    found = compare_systems(load_runs([tmp_path / "a"]), load_runs([tmp_path / "b"]))
+    assert found.criterion.interval.estimate == pytest.approx((1 + 0.5) / 2)
+    assert found.all_pass.interval.estimate == pytest.approx(0.5)
+
+
+def test_loading_takes_the_latest_of_each_judge_and_no_stopped_ones(tmp_path):
+    folder = write_run(tmp_path / "run", "pf", judge="a", model="gpt-9")
+    early = scores_of("ff", "a") | {"scored_at": "2025-01-01T00:00:00+00:00"}
+    (folder / "scores_old.json").write_text(json.dumps(early))
+    (folder / "scores.partial.json").write_text(json.dumps(scores_of("uu", "a")))
+    write_dual(folder, [scores_of("pp", "b"), scores_of("fp", "c")])
+    runs = load_runs([tmp_path])
+    assert {run.judge: "".join(v.label[0] for v in run.verdicts) for run in runs} == {"a": "pf", "b": "pp", "c": "fp"}
+    assert {run.system for run in runs} == {"gpt-9"}
+    assert next(run for run in runs if run.judge == "b").path.name == "scores_b.json"
+    assert judges_of(load_runs([folder / "scores_dual.json"])) == ["b", "c"]
+    with pytest.raises(ValueError, match="one judge at a time"):
+        summarise(runs)
+    (tmp_path / "empty").mkdir()
+    for nothing in (tmp_path / "empty", tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="still grade"):
+            load_runs([nothing])
+
+
+def test_a_quarantined_criterion_counts_by_its_hash_alone(tmp_path):
+    runs = runs_of(tmp_path, {"tax/a": "ppf", "tax/b": "ppp"})
+    listed = Quarantine((Entry("tax/a", "C-003", "hash-C-003", "the fact is in no document", "jd", "2026-09-01"),))
+    found = both_scores(runs, listed)
+    assert found.official.micro.estimate == pytest.approx(5 / 6)
+    assert found.without.micro.estimate == 1
+    assert (found.official.all_passed, found.without.all_passed, found.dropped) == (1, 2, 1)
+    changed = Quarantine((Entry("tax/a", "C-003", "hash-before", "x"), Entry("tax/z", "C-001", "h", "elsewhere")))
+    assert both_scores(runs, changed).without is None
+    ((entry, why),) = changed.unused(runs)
+    assert (entry.rubric, "hash-C-003" in why) == ("hash-before", True)
+    assert listed.unused(runs) == []
+
+
+def test_hashes_of_labs_own_files_come_from_the_tasks(tmp_path):
+    (folder,) = write_lab_tasks(tmp_path / "lab", "practice", [0], "tiny")
+    task = load_task(folder)
+    scores = scores_of("p" * len(task.criteria), task=task.id)
+    del scores["still"]
+    for result, criterion in zip(scores["criteria_results"], task.criteria, strict=True):
+        result["id"] = criterion.id
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scores.json").write_text(json.dumps(scores))
+    first = task.criteria[0]
+    listed = Quarantine((Entry(task.id, first.id, first.rubric_hash, "stale name"),))
+    (bare,) = load_runs([tmp_path / "run"])
+    assert listed.without([bare])[0].verdicts == bare.verdicts
+    assert "name the tasks' folder" in listed.unused([bare])[0][1]
+    (run,) = load_runs([tmp_path / "run"], Rubrics([tmp_path / "lab"]))
+    assert len(listed.without([run])[0].verdicts) == len(task.criteria) - 1
+    assert "distractor" in set(run.kinds.values())
+
+
+def test_the_list_is_read_back_and_broken_ones_are_refused(tmp_path):
+    listed = Quarantine((Entry("tax/a", "C-003", "h", "reason", "jd", "2026-09-01"),))
+    listed.save(tmp_path / "list.json")
+    assert Quarantine.load(tmp_path / "list.json") == listed
+    for content in ("{", '[{"task": "a"}]', '{"task": "a"}', "[3]"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match=r"bad\.json"):
+            Quarantine.load(tmp_path / "bad.json")
+
+
+def test_items_that_never_pass_split_judges_or_go_the_wrong_way_are_flagged(tmp_path):
+    # criterion 1 always passes, 2 never does, 3 splits the judges, 4 is passed by the worse outputs only
+    first = ["pfpfppp", "pfffppp", "pfppfff", "pffpfff"]
+    second = ["pfffppp", "pfpfppp", "pffpfff", "pfppfff"]
+    for index, both in enumerate(zip(first, second, strict=True)):
+        for judge, labels in zip(("a", "b"), both, strict=True):
+            write_run(tmp_path / judge / str(index), labels, judge=judge, run_id=str(index), model="m")
+    items = {item.criterion: item for item in item_statistics(load_runs([tmp_path]))}
+    assert items["C-001"].flags() == ("always passes",)
+    assert items["C-002"].flags() == ("never passes",)
+    assert (items["C-003"].split, items["C-003"].runs, items["C-003"].verdicts) == (1.0, 4, 8)
+    assert "judges split" in items["C-003"].flags()
+    assert items["C-004"].discrimination < -0.5
+    assert "better outputs fail it" in items["C-004"].flags()
+    assert items["C-005"].discrimination > 0
+    assert items["C-005"].flags() == ()
+    assert items["C-002"].flags(least=5) == ()
+    suspects = candidates(items.values())
+    assert [entry.criterion for entry in suspects.entries] == ["C-002", "C-003", "C-004"]
+    assert "0 of 8 verdicts pass over 4 runs" in suspects.entries[0].reason
+
+
+def test_real_scores_summarise_as_they_say(lab):
+    runs = load_runs([lab / "runs" / "irys"])
+    found = summarise(runs)
+    said = [run.scores for run in runs]
+    assert found.criteria == sum(each["n_criteria"] for each in said) == 215
+    assert found.micro.estimate == pytest.approx(sum(each["n_passed"] for each in said) / 215)
+    assert [run.all_pass for run in runs] == [each["all_pass"] for each in said]
+    assert (found.all_passed, found.cost) == (1, None)
+    rates = [each["n_passed"] / each["n_criteria"] for each in said]
+    assert found.macro.estimate == pytest.approx(sum(rates) / 3)
+    assert load_runs([lab / "runs" / "irys"], Rubrics([lab / "tasks"]))[0].area == "antitrust-competition"
+    assert find_tasks(lab / "tasks")
