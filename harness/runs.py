@@ -14,19 +14,20 @@ Every event has `event` (its kind), `n` (its number in the file) and `time` (UTC
     turn     turn, window, kind action|memo|draft|final, forced, repaired, text, calls [{name, arguments, id}], finish,
              problem, append_ids, output_ids, logprobs, margin, prompt_tokens, output_tokens, seconds, cost
     reject   a turn that was sampled again: the same, and attempt, reason. Never trained on
-    tool     turn, index, name, arguments, ok, rule, result (sha256 of a blob), characters, tokens, document,
-             document_characters, truncated, seconds; `files` {path: sha256 of a blob} where the workspace changed
+    tool     turn, window, index, name, arguments, ok, rule, problem, result (sha256 of a blob), characters, tokens,
+             document, start, document_characters, truncated, seconds; `files` {path: [sha256 of a blob, bytes]}, all of
+             the agent's files, where the call changed them
     note     turn, why memo|nudge, text: a user message by the harness
     compact  window, trigger, forced, degraded, attempts, artifact {kind, path, text (sha256 of a blob), sha256, tokens,
              nbytes, details}, before and after {base, compacted, raw, compacted_bytes}, seconds, decoded_tokens,
-             prefill_tokens, pending_ids, append_ids, bridge (sha256 of a blob), read [[name, window, characters]]
-    submit   files [{name, sha256, bytes}], missing, converted
+             prefill_tokens, pending_ids, bridge (sha256 of a blob), read [[name, window, characters]], files
+    submit   files [{name, sha256, bytes}], missing
     error    turn, error: the run stopped and can go on
     end      status done|stopped, stop, totals
 
-`rule` names the harness rule that answered a call in place of its tool, and is empty where the tool ran:
-one_read, memo_due, deferred, memo_empty, memo_over, unknown_tool, bad_arguments, cut. `repaired` marks a turn whose
-call was issued again by the harness after a compaction; `forced` one that answers a note which demanded a memo.
+`rule` names the harness rule that answered a call in place of its tool, and is empty where the tool answered:
+one_read, memo_due, deferred, memo_empty, memo_over, syntax. `problem` is the tool's own (`tools.PROBLEMS`). `repaired`
+marks a turn that the harness issued again after a compaction; `forced` one that answers a note which demanded a memo.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from .confined import Confined
 
 SCHEMA = 1
 
@@ -70,19 +73,24 @@ class EventLog:
         """The next event of the earlier start, or None once all were replayed."""
         return self.events[self._next] if self._next < len(self.events) else None
 
-    def commit(self, event: str, **fields: Any) -> dict[str, Any]:
-        """Append an event, or, while replaying, go past the recorded one.
+    def expect(self, *kinds: str) -> dict[str, Any] | None:
+        """The next recorded event, which must be of one of these kinds, or None once all were replayed.
 
         Raises:
             RunError: the earlier start recorded another kind of event here, so it was another run.
         """
         recorded = self.recorded
+        if recorded is not None and recorded["event"] not in kinds:
+            raise RunError(
+                f"{self.path} goes on with a {recorded['event']!r} event where this run has {kinds[0]!r}: it was made "
+                f"by other code or other settings; give another output folder"
+            )
+        return recorded
+
+    def commit(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Append an event, or, while replaying, go past the recorded one; raises as `expect` does."""
+        recorded = self.expect(event)
         if recorded is not None:
-            if recorded["event"] != event:
-                raise RunError(
-                    f"{self.path} goes on with a {recorded['event']!r} event where this run has {event!r}: it was "
-                    f"made by other code or other settings; give another output folder"
-                )
             self._next += 1
             return recorded
         record = {"event": event, "n": self._count, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
@@ -120,6 +128,7 @@ class RunFolder:
         self.output, self.blobs = self.root / "output", self.root / "blobs"
         for folder in (self.workspace / "output", self.artifacts, self.blobs):
             folder.mkdir(parents=True, exist_ok=True)
+        self.confined = Confined(self.workspace)
 
     @property
     def events(self) -> Path:
@@ -151,33 +160,31 @@ class RunFolder:
             raise RunError(f"{path} is {'missing' if data is None else 'damaged'}; start the run in another folder")
         return data
 
-    def snapshot(self) -> dict[str, str]:
-        """Every file of the workspace that the agent may have written, by path, stored by content."""
-        files = sorted(path for path in self.workspace.rglob("*") if path.is_file() and not path.is_symlink())
-        named = ((path.relative_to(self.workspace).as_posix(), path) for path in files)
-        return {name: self.keep(path.read_bytes()) for name, path in named if not name.startswith("documents/")}
+    def snapshot(self) -> dict[str, list]:
+        """Every file that the agent has, by path: sha256 and size. The bytes are stored by content."""
+        found = {}
+        for name, size in self.confined.files():
+            if not name.startswith("documents/"):
+                found[name] = [self.keep(self.confined.read(tuple(name.split("/")), 1 << 32)), size]
+        return found
 
-    def restore(self, files: Mapping[str, str]) -> None:
+    def restore(self, files: Mapping[str, Sequence]) -> None:
         """Put the workspace back to a snapshot: a call that ran but was never committed leaves no trace."""
-        for path in sorted(self.workspace.rglob("*"), reverse=True):
-            name = path.relative_to(self.workspace).as_posix()
-            if name.split("/")[0] == "documents" or name in files:
-                continue
-            if path.is_symlink() or path.is_file():
-                path.unlink()
-            elif name != "output" and not any(path.iterdir()):
-                path.rmdir()
-        for name, sha256 in files.items():
-            write_atomically(self.workspace / name, self.data(sha256))
+        for name in [name for name, _ in self.confined.files()]:
+            if name not in files and not name.startswith("documents/"):
+                (self.workspace / name).unlink()
+        for name, (sha256, _) in files.items():
+            self.confined.write(tuple(name.split("/")), self.data(sha256))
 
     def submit(self) -> list[dict[str, Any]]:
         """Copy the workspace's deliverables to `output/` and name them."""
         partial = self.root / ".output.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(self.workspace / "output", partial, symlinks=True)
-        for path in partial.rglob("*"):
-            if path.is_symlink():
-                path.unlink()
+        partial.mkdir()
+        for name, _ in self.confined.files():
+            if name.startswith("output/"):
+                parts = tuple(name.split("/"))
+                write_atomically(partial.joinpath(*parts[1:]), self.confined.read(parts, 1 << 32))
         shutil.rmtree(self.output, ignore_errors=True)
         partial.replace(self.output)
         files = sorted(path for path in self.output.rglob("*") if path.is_file())

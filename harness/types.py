@@ -179,7 +179,6 @@ class CompactionEvent:
         decoded_tokens: that a memo took, rejected attempts included.
         prefill_tokens: read again after the boundary.
         pending_ids: the closing window's last tokens, read but never answered (the result of its last call).
-        append_ids: tokens of the new base and bridge, as the policy renders them; empty where it renders none.
     """
 
     window: int
@@ -194,7 +193,6 @@ class CompactionEvent:
     decoded_tokens: int
     prefill_tokens: int
     pending_ids: tuple[int, ...] = ()
-    append_ids: tuple[int, ...] = ()
 
 
 class Session(Protocol):
@@ -215,8 +213,14 @@ class Session(Protocol):
     def reject(self) -> None:
         """Forget the last turn as though it had never been sampled."""
 
+    def repeat(self, sampled: Sampled) -> Sampled:
+        """Put a turn of an earlier window behind this one's prompt, without sampling; the turn as it stands here."""
+
     def count(self, text: str) -> int:
         """Tokens of a text."""
+
+    def cut(self, text: str, tokens: int, last: bool = False) -> str:
+        """The first tokens of a text, or the last ones."""
 
     def size(self) -> ContextSize:
         """The window as it is now, tokens that wait to be read included."""
@@ -237,8 +241,8 @@ class Policy(Protocol):
     window: int
     bytes_per_token: int | None
 
-    def session(self, tools: list[dict[str, Any]]) -> Session:
-        """A new conversation with these tools, in OpenAI's schema."""
+    def session(self, tools: list[dict[str, Any]], queries: bool = False) -> Session:
+        """A new conversation with these tools, in OpenAI's schema; `queries` are kept for backends that need them."""
 
 
 class Backend(Protocol):
@@ -249,18 +253,14 @@ class Backend(Protocol):
         needs: capabilities that the policy must have.
         compacts: whether there are boundaries at all.
         writes_memo: whether a boundary needs a turn of the model.
+        memo_tokens: that a memo may have; 0 where none is written.
     """
 
     name: str
     needs: frozenset[str]
     compacts: bool
     writes_memo: bool
-
-    def check(self, policy: Policy, config: Any) -> None:
-        """Refuse, before anything runs, a policy or settings that cannot work. Raises ValueError."""
-
-    def memo_tokens(self, policy: Policy) -> int:
-        """Tokens that a memo may have; 0 where none is written."""
+    memo_tokens: int
 
     def compact(self, session: Session, base: Sequence[Message], memo: str, boundary: Boundary) -> Artifact:
         """Close the window: leave the session holding S, U and what crosses, ready for the bridge."""

@@ -1,0 +1,334 @@
+"""A local Hugging Face model as the agent: token-in, token-out, with a cache for each episode.
+
+What a session reads, it reads in the chunks in which it was first read: a prompt's new tokens in one forward, sampled
+tokens one by one. A run that is taken up again repeats the open window's chunks, so its numbers are the same, bit for
+bit, and nothing is computed for windows that are closed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ...cache import StillCache
+from ...models import LoadedModel
+from ...reading import capture_queries, read
+from ...rope import full_attention_layers
+from ...types import CompactKV
+from ..types import ContextSize, Limit, Message, Sampled
+from .calls import parser_of
+from .chat import ChatFormat
+
+
+class LocalPolicy:
+    """A model and its tokenizer.
+
+    Args:
+        loaded: from `still.models.load`.
+        window: tokens of context to use; the model's own limit unless given.
+
+    Raises:
+        ValueError: the window is larger than the model's, or its chat template has no tool calls.
+    """
+
+    capabilities = frozenset({"tokens", "kv", "queries"})
+
+    def __init__(self, loaded: LoadedModel, window: int | None = None):
+        self.name, self.model, self.tokenizer = loaded.name, loaded.model, loaded.tokenizer
+        config = self.model.config.get_text_config(decoder=True)
+        limit = getattr(config, "max_position_embeddings", None) or 0
+        if window is not None and limit and window > limit:
+            raise ValueError(f"the window is {window} tokens and {self.name} was made for {limit}; take that or less")
+        if not (window or limit):
+            raise ValueError(f"{self.name} does not say how long its context may be; give a window in tokens")
+        self.window = window or limit
+        self.parse = parser_of(self.tokenizer.chat_template or "")
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers = len(full_attention_layers(config))
+        self.bytes_per_token = 2 * layers * config.num_key_value_heads * head_dim * self.model.dtype.itemsize
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+
+    def session(self, tools: list[dict[str, Any]], queries: bool = False) -> LocalSession:
+        """A new conversation; with `queries` the window's queries are kept for methods that look at them."""
+        return LocalSession(self, ChatFormat(self.tokenizer, tools), queries)
+
+
+@dataclass
+class Window:
+    """What the model kept of a closed window.
+
+    Attributes:
+        cache: S and U, what crossed before, and the window's tokens, raw.
+        base: entries of S and U.
+        tokens: raw tokens of the window.
+        positions: their logical positions `[tokens]`.
+        queries: rotated queries `[1, query_heads, tokens, head_dim]` for each full-attention layer, if they were kept.
+        last_turn: columns of the window that the last assistant's turn takes, as `(first, behind the last)`.
+    """
+
+    cache: StillCache
+    base: int
+    tokens: int
+    positions: torch.Tensor
+    queries: dict[int, torch.Tensor]
+    last_turn: tuple[int, int]
+
+
+@dataclass
+class _State:
+    """Where the conversation stands, without any tensor.
+
+    Attributes:
+        chunks: ids of every forward since the window began.
+        carry: the last sampled token, which is read together with what follows it.
+        waiting: rendered ids that no forward has read.
+        before: who spoke last.
+        last_turn: columns of the last assistant's turn.
+    """
+
+    chunks: list[list[int]] = field(default_factory=list)
+    carry: list[int] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+    before: str = "user"
+    last_turn: tuple[int, int] = (0, 0)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.chunks)) + len(self.carry) + len(self.waiting)
+
+    def copy(self) -> _State:
+        return _State(list(self.chunks), list(self.carry), list(self.waiting), self.before, self.last_turn)
+
+
+class LocalSession:
+    """See `harness.types.Session`; `close_window` and `hold` are what KV backends use besides.
+
+    Attributes:
+        chat: renders messages.
+        base_ids: of S and U.
+        pending_ids: what `close_window` read at the window's end that no turn had answered.
+    """
+
+    def __init__(self, policy: LocalPolicy, chat: ChatFormat, queries: bool):
+        self.policy, self.chat, self.keep_queries = policy, chat, queries
+        self.base_ids: list[int] = []
+        self.pending_ids: list[int] = []
+        self._exact: StillCache | None = None  # S and U, read once
+        self._begin(self._read_base)
+
+    def _begin(self, opened: Callable[[], StillCache], before: str = "user") -> None:
+        self._opened, self._cache, self._read, self._queries = opened, None, 0, {}
+        self._compacted = (0, 0)
+        self._state, self._undo = _State(before=before), _State()
+
+    def start(self, base: Sequence[Message]) -> None:
+        """Begin a window afresh; S and U are read once for all windows."""
+        ids = self.chat.base(base)
+        if ids != self.base_ids:
+            self.base_ids, self._exact = ids, None
+        self._begin(self._read_base)
+
+    def append(self, messages: Sequence[Message]) -> None:
+        """Render messages behind what is there; nothing is read yet."""
+        state = self._state
+        if state.before == "assistant":
+            ended = state.carry == self.chat.closing[:1]
+            state.waiting += self.chat.closing[1:] if ended else self.chat.closing
+        state.waiting += self.chat.follow(messages, state.before)
+        state.before = messages[-1].role
+
+    def sample(self, limit: Limit) -> Sampled:
+        """Sample one turn, greedily at temperature 0."""
+        started = time.perf_counter()
+        append_ids = self._prompt()
+        room = self.policy.window - self.size().total - len(self.chat.opening)
+        if room < 1:
+            raise ValueError(f"a window of {self.policy.window} tokens has no room for a turn: {self.size()}")
+        prompt = self._prompt_tokens()
+        output, logprobs, margin = self._decode([*self._state.carry, *append_ids], min(limit.tokens, room), limit)
+        sampled = self._sampled(append_ids, output, logprobs, margin, prompt, time.perf_counter() - started)
+        self._take(append_ids, output)
+        self._read = len(self._state.chunks)
+        return sampled
+
+    def accept(self, sampled: Sampled) -> None:
+        """Take a recorded turn.
+
+        Raises:
+            ValueError: it followed another prompt.
+        """
+        if tuple(self._prompt()) != tuple(sampled.append_ids):
+            raise ValueError("the recorded turn followed another prompt: the run was made by other code or settings")
+        self._take(list(sampled.append_ids), list(sampled.output_ids))
+
+    def reject(self) -> None:
+        """Forget the last turn; the window is read again up to it when that is needed."""
+        self._state = self._undo.copy()
+        if self._read > len(self._state.chunks):
+            self._cache, self._read, self._queries = None, 0, {}
+
+    def repeat(self, sampled: Sampled) -> Sampled:
+        """Put a turn of an earlier window behind this one's prompt."""
+        here = replace(sampled, append_ids=tuple(self._prompt()), prompt_tokens=self._prompt_tokens())
+        self.accept(here)
+        return here
+
+    def count(self, text: str) -> int:
+        """Tokens of a text inside a message."""
+        return len(self.chat.encode(self.chat.neutral(text)))
+
+    def cut(self, text: str, tokens: int, last: bool = False) -> str:
+        """The first tokens of a text, or the last ones."""
+        ids = self.chat.encode(self.chat.neutral(text))
+        kept = ids[-tokens:] if last else ids[:tokens]
+        return text if len(ids) <= tokens else self.chat.decode(kept if tokens else [])
+
+    def size(self) -> ContextSize:
+        """The window as it is now."""
+        return ContextSize(len(self.base_ids), self._compacted[0], self._state.tokens, self._compacted[1])
+
+    @torch.no_grad()
+    def close_window(self) -> Window:
+        """Read what waits, and hand out the window's keys and values; `hold` must follow."""
+        state = self._state
+        if state.before == "assistant":
+            state.waiting += self.chat.closing[1:] if state.carry == self.chat.closing[:1] else self.chat.closing
+        self.pending_ids = list(state.waiting)
+        if state.carry or state.waiting:
+            state.chunks.append([*state.carry, *state.waiting])
+            state.carry, state.waiting = [], []
+        self._catch_up()
+        cache, tokens = self._cache, state.tokens
+        positions = torch.arange(cache.logical_length - tokens, cache.logical_length, device=self.policy.model.device)
+        queries = {layer: torch.cat(parts, dim=2) for layer, parts in self._queries.items()}
+        return Window(cache, len(self.base_ids), tokens, positions, queries, state.last_turn)
+
+    def hold(self, cache: StillCache) -> None:
+        """Go on behind a cache that holds S and U exactly and what crosses; nothing in it is raw."""
+        before = self._state.before if self._state.before != "assistant" else "user"
+        self._begin(cache.clone, before)
+        slots = sum(cache.row_slots()) - len(self.base_ids)
+        self._compacted = (slots, cache.nbytes - len(self.base_ids) * self.policy.bytes_per_token)
+
+    def exact_base(self) -> StillCache:
+        """A cache of S and U alone."""
+        if self._exact is None:
+            ids = torch.tensor([self.base_ids], device=self.policy.model.device)
+            full = read(self.policy.model, ids).cache
+            layers = {i: CompactKV(full.layers[i].keys, full.layers[i].values) for i in self.layers}
+            where = torch.arange(len(self.base_ids))
+            config = self.policy.model.config
+            self._exact = StillCache.from_layers(config, layers, len(self.base_ids), source=full, positions=where)
+        return self._exact.clone()
+
+    @property
+    def layers(self) -> list[int]:
+        """The full-attention layers."""
+        return full_attention_layers(self.policy.model.config)
+
+    def _read_base(self) -> StillCache:
+        return self.exact_base()
+
+    def _prompt(self) -> list[int]:
+        """Everything between the last sampled token and the next one to sample."""
+        state = self._state
+        if state.before == "assistant":
+            raise ValueError("two assistant's turns in a row: append a message first")
+        return [*state.waiting, *self.chat.opening]
+
+    def _prompt_tokens(self) -> int:
+        return self.size().total + len(self.chat.opening)
+
+    def _take(self, append_ids: list[int], output: list[int]) -> None:
+        state = self._state
+        self._undo = state.copy()
+        first = sum(map(len, state.chunks)) + len(state.carry) + len(append_ids)
+        state.chunks.append([*state.carry, *append_ids])
+        state.chunks += [[token] for token in output[:-1]]
+        state.carry, state.waiting, state.before = output[-1:], [], "assistant"
+        state.last_turn = (first, first + len(output))
+
+    @torch.no_grad()
+    def _catch_up(self) -> None:
+        if self._cache is None:
+            self._cache, self._read, self._queries = self._opened(), 0, {}
+        with self._watching():
+            for chunk in self._state.chunks[self._read :]:
+                self._forward(chunk)
+        self._read = len(self._state.chunks)
+
+    @torch.no_grad()
+    def _decode(self, chunk: list[int], most: int, limit: Limit) -> tuple[list[int], list[float], float]:
+        self._catch_up()
+        generator = torch.Generator().manual_seed(limit.seed)
+        ends = self.policy.ends | set(self.chat.closing[:1])
+        output: list[int] = []
+        logprobs: list[float] = []
+        margin = float("inf")
+        with self._watching():
+            while True:
+                logits = self._forward(chunk)
+                token, logprob, gap = self._choose(logits, output, limit, generator)
+                output.append(token)
+                logprobs.append(logprob)
+                margin = min(margin, gap)
+                if token in ends or len(output) >= most:
+                    return output, logprobs, margin
+                chunk = [token]
+
+    def _choose(self, logits, output: list[int], limit: Limit, generator) -> tuple[int, float, float]:
+        return choose(logits, limit.temperature, generator)
+
+    def _forward(self, ids: list[int]) -> torch.Tensor:
+        """Read ids behind the cache; logits `[vocabulary]` after the last, in fp32 on the CPU."""
+        device = self.policy.model.device
+        out = self.policy.model(
+            input_ids=torch.tensor([ids], device=device), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[0, -1].float().cpu()
+
+    def _watching(self):
+        """Keep the queries of every forward inside, if a method needs them."""
+        if not self.keep_queries:
+            return nullcontext()
+        decoder = self.policy.model.get_decoder()
+        return capture_queries(decoder, _Each(self._queries))
+
+    def _sampled(self, append_ids, output, logprobs, margin, prompt, seconds) -> Sampled:
+        ended = output[-1] in self.policy.ends | set(self.chat.closing[:1])
+        text, calls, problem = self.policy.parse(self.chat.decode(output[:-1] if ended else output))
+        return Sampled(
+            text, calls, "stop" if ended else "length", problem, tuple(append_ids), tuple(output),
+            tuple(round(x, 6) for x in logprobs), None if margin == float("inf") else round(margin, 6),
+            prompt, len(output), seconds,
+        )  # fmt: skip
+
+
+class _Each(dict):
+    """Takes what is assigned to a layer as one more part of it."""
+
+    def __init__(self, parts: dict[int, list[torch.Tensor]]):
+        super().__init__()
+        self.parts = parts
+
+    def __setitem__(self, layer: int, queries: torch.Tensor) -> None:
+        super().__setitem__(layer, queries)
+        self.parts.setdefault(layer, []).append(queries)
+
+
+def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> tuple[int, float, float]:
+    """A token from logits `[vocabulary]`, its log-probability, and the gap between the two best logits."""
+    best = logits.topk(2)
+    gap = (best.values[0] - best.values[1]).item()
+    if temperature <= 0:
+        token = int(best.indices[0])
+        return token, logits.log_softmax(-1)[token].item(), gap
+    scaled = (logits / temperature).log_softmax(-1)
+    token = int(torch.multinomial(scaled.exp(), 1, generator=generator))
+    return token, scaled[token].item(), gap
