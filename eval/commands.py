@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .grade_command import Grade
+
 
 @dataclass(frozen=True)
 class Command:
@@ -194,6 +196,7 @@ def _run_verb(args: argparse.Namespace) -> int:
 
 
 COMMANDS = {
+    "grade": Grade(),
     "matters": Command(
         "make synthetic matters in LAB's own task format, or look at one",
         _configure_matters,

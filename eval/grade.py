@@ -170,14 +170,15 @@ class Grader:
     async def grade_all(
         self,
         runs: Iterable[tuple[LabTask, Outputs | str | Path | Mapping[str, str], str | None]],
-        done: Callable[[Grading], None] | None = None,
+        done: Callable[[Grading, Any], None] | None = None,
         at_once: int = 16,
     ) -> list[Grading]:
         """Judge many runs, several at a time.
 
         Args:
             runs: task, outputs and run id of each, as `grade` takes them.
-            done: called with each grading as it is ready; then nothing is returned, so memory stays flat.
+            done: called with each grading and its outputs (as they were given) as it is ready; nothing is returned
+                then, so memory stays flat.
             at_once: runs whose texts are in memory.
         """
         found: list[tuple[int, Grading]] = []
@@ -189,7 +190,7 @@ class Grader:
                 if done is None:
                     found.append((index, grading))
                 else:
-                    done(grading)
+                    done(grading, outputs)
 
         await asyncio.gather(*(work() for _ in range(at_once)))
         return [grading for _, grading in sorted(found, key=lambda each: each[0])]
