@@ -146,7 +146,7 @@ def find_judge(name: str, table: Mapping[str, JudgeConfig] | None = None) -> Jud
     if name in table:
         config = table[name]
     elif at and model:
-        config = JudgeConfig(name, model, f"http{url}", LOCAL_KEY_ENV)
+        config = JudgeConfig(model, model, f"http{url}", LOCAL_KEY_ENV)
     else:
         known = [place for prefixes, place in PROVIDERS.items() if name.startswith(prefixes)]
         if not known:

@@ -1,6 +1,7 @@
 """A judge behind a real HTTP server: answers chats by a rule, and misbehaves when told to.
 
-The rule gets the parsed request and returns an `Answer`. Everything that arrives is in `log`, in order of arrival.
+The rule gets the parsed request and returns an `Answer`. Everything that arrives is in `log`, in order of arrival. A
+client keeps one connection for each call that it has in flight, so `most_connections` is the most that it ever had.
 """
 
 from __future__ import annotations
@@ -52,12 +53,11 @@ class Answer:
 
 @dataclass
 class Asked:
-    """A request: its parsed body, its headers, the ids that it asks about, and whether the answer was sent whole."""
+    """A request: its parsed body, its headers, and the ids that it asks about."""
 
     body: dict
     headers: dict[str, str]
     ids: list[str]
-    answered: bool = False
 
     @property
     def text(self) -> str:
@@ -79,7 +79,7 @@ class JudgeServer:
     def __init__(self, rule: Rule | None = None, keep: bool = True):
         self.rule, self.keep = rule or honest, keep
         self.log: list[Asked] = []
-        self.requests, self.in_flight, self.most_in_flight = 0, 0, 0
+        self.requests, self.connections, self.most_connections = 0, 0, 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -110,12 +110,15 @@ class JudgeServer:
         self._loop.call_soon(self._loop.stop)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.most_connections = max(self.most_connections, self.connections)
         try:
             while await self._one(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
+            self.connections -= 1
             writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -128,20 +131,14 @@ class JudgeServer:
         self.requests += 1
         if self.keep:
             self.log.append(asked)
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        try:
-            answer = self.rule(asked)
-            if answer.delay:
-                await asyncio.sleep(answer.delay)
-            content = answer.body()
-            lines = {"content-type": "application/json", "content-length": str(len(content)), **answer.headers}
-            head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-            writer.write(f"HTTP/1.1 {answer.status} X\r\n{head}\r\n".encode() + content[: answer.cut])
-            await writer.drain()
-            asked.answered = answer.cut is None
-        finally:
-            self.in_flight -= 1
+        answer = self.rule(asked)
+        if answer.delay:
+            await asyncio.sleep(answer.delay)
+        content = answer.body()
+        lines = {"content-type": "application/json", "content-length": str(len(content)), **answer.headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        writer.write(f"HTTP/1.1 {answer.status} X\r\n{head}\r\n".encode() + content[: answer.cut])
+        await writer.drain()
         return answer.cut is None
 
 
