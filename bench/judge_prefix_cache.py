@@ -60,7 +60,8 @@ def main() -> None:
     for row in found:
         row["of_cache_off"] = round(row["computed"] / off, 4)
     settings = {key: value for key, value in vars(args).items() if isinstance(value, int)}
-    made = provenance(settings, model=Path(args.model).name, serve=args.serve, vllm=[row.pop("vllm") for row in found][0])
+    versions = {row.pop("vllm") for row in found}
+    made = provenance(settings, model=Path(args.model).name, serve=args.serve, vllm=", ".join(versions))
     del made["command"]  # it would name folders of this machine
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", newline="") as file:
