@@ -6,8 +6,8 @@ judge on the sample, and is right on average whatever the judge is like. **Rogan
 2025) takes the judge's sensitivity and specificity, which may come from other tasks, and is right where these carry
 over. Neither is for all-pass: errors inside a task hang together.
 
-Intervals take the criteria of a task together, on both sides of the correction, and are Student's t over tasks. They
-are never narrower than what the errors seen in the sample, plus one of each kind that might have been, allow.
+Intervals take the criteria of a task together, on both sides of the correction, with Student's t over tasks. They are
+never narrower than what the errors seen in the sample, plus one of each kind that might have been, allow.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 from .scored import ScoredRun
-from .stats import Interval, t_quantile
+from .stats import Interval, t_quantile, wilson
 
 Method = Literal["prediction-powered", "rogan-gladen"]
 
@@ -89,9 +90,8 @@ def corrected_rate(
     clusters = {task for task, _ in judged} | {each.task for each in sample}
     labelled_tasks = len({each.task for each in sample})
     df = max(1, min(len(clusters), labelled_tasks) - 1)
-    reach = t_quantile(0.5 + confidence / 2, df) * math.sqrt(max(spread, floor))
-    low, high = max(0.0, estimate - reach), min(1.0, estimate + reach)
     told = f"{method}, {len(sample)} labels on {labelled_tasks} tasks, robust to {len(clusters)} clusters, t({df})"
+    low, high = _bounds(estimate, max(spread, floor), t_quantile(0.5 + confidence / 2, df), confidence)
     point = min(1.0, max(0.0, estimate))
     found = Interval(point, min(low, point), max(high, point), len(judged), len(clusters), told, confidence)
     return Corrected(raw, found, sensitivity, specificity, len(sample), weight)
@@ -185,6 +185,20 @@ def _rogan_gladen(
         + (1 - share) ** 2 * miss * (1 - miss) / (len(fails) + 2)
     ) / power**2
     return rate, _sandwich(influence), floor
+
+
+def _bounds(estimate: float, variance: float, t: float, confidence: float) -> tuple[float, float]:
+    """Wilson's interval with the effective sample size that the variance implies, as in `stats.clustered_rate`.
+
+    It depends on t^2 / n alone, so t takes the place of z through n. Outside of 0 to 1 it is the straight one.
+    """
+    if not 0 < estimate < 1 or not variance < math.inf:
+        reach = t * math.sqrt(variance)
+        return max(0.0, estimate - reach), min(1.0, estimate + reach)
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    effective = estimate * (1 - estimate) / variance * (z / t) ** 2
+    found = wilson(estimate * effective, effective, confidence)
+    return found.low, found.high
 
 
 def _sandwich(influence: dict[str, float]) -> float:
