@@ -169,7 +169,10 @@ class RunFolder:
         return found
 
     def restore(self, files: Mapping[str, Sequence]) -> None:
-        """Put the workspace back to a snapshot: a call that ran but was never committed leaves no trace."""
+        """Put the workspace back to a snapshot: what ran but was never committed leaves no trace, here or beside it."""
+        for folder, pattern in ((self.workspace, ".*.part"), (self.artifacts, ".*.tmp"), (self.blobs, ".*.tmp")):
+            for partial in folder.rglob(pattern):
+                partial.unlink()
         for name in [name for name, _ in self.confined.files()]:
             if name not in files and not name.startswith("documents/"):
                 (self.workspace / name).unlink()

@@ -1,0 +1,149 @@
+"""A run that is killed at any moment goes on and ends as one that never was: same tokens, artifacts and files."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from agent_cases import Reader, SteeredPolicy, episode, make_task, of, texts, tiny_agent
+from safetensors.torch import load_file
+
+from still import methods
+from still.harness.agent import drive
+from still.harness.runs import read_run
+from still.harness.types import Message, ToolCall
+
+CASES = {
+    "full": {}, "plain": {}, "none": {}, "trim": {"budget": "60t"}, "memo": {"budget": "100t"},
+    "memo_kv": {"budget": "150t"}, "kv": {"budget": "90t"}, "kv-recompact": {"budget": "60t", "mode": "recompact"},
+    "kv-snapkv": {"budget": "90t"}, "hybrid": {"budget": "200t"},
+}  # fmt: skip
+BOUNDARIES = {"full": 0, "plain": 0}
+
+
+class Worker(Reader):
+    """Reads, thinks, edits what it wrote, and lets the model write parts of it all."""
+
+    def __init__(self):
+        super().__init__(memo=lambda names: f"{len(names)} read: ~~~~~~~~")
+
+    def __call__(self, seen, limit):
+        message = super().__call__(seen, limit)
+        if not message.calls:
+            edited = any(m.role == "tool" and m.call.name == "edit" for m in seen)
+            edit = ToolCall("edit", '{"path": "output/memo.md", "old_string": "draft", "new_string": "~~~~ "}')
+            return message if edited or message.content != "Done." else Message("assistant", "", (edit,))
+        return Message("assistant", "now ~~~~~~~~", message.calls)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    torch.set_num_threads(1)  # a forked child of a process with threads would hang
+    return tiny_agent()
+
+
+def start(root, name, loaded):
+    """The episode of a case, in `root/run`."""
+    task = make_task(root, texts(6, 60))
+    policy = SteeredPolicy(loaded.tokenizer, Worker, 6000, loaded)
+    method = methods.get("snapkv" if "snapkv" in name else "knorm")
+    settings = {"backend": name.split("-")[0], "window": 6000, "tools": ("read", "write", "edit"), **CASES[name]}
+    return episode(root, task, None, policy=policy, method=method, **settings)
+
+
+def killed_after(root, name, loaded, seconds: float) -> bool:
+    """Play in a child process and kill it; whether it had not ended by then."""
+    child = os.fork()
+    if not child:
+        try:
+            drive(start(root, name, loaded))
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def outcome(root) -> dict:
+    """Everything that a resumed run must have in common with an uninterrupted one."""
+    events = read_run(root / "run")
+    files = {path.name: path.read_bytes() for path in (root / "run" / "output").iterdir()}
+    artifacts = [load_file(path) for path in sorted((root / "run" / "artifacts").iterdir())]
+    return {
+        "turns": [(turn["append_ids"], turn["output_ids"]) for turn in of(events, "turn")],
+        "tools": [(tool["name"], tool["result"]) for tool in of(events, "tool")],
+        "bridges": [(compact["bridge"], compact["artifact"]["text"]) for compact in of(events, "compact")],
+        "files": files,
+        "stop": events[-1]["stop"],
+        "artifacts": artifacts,
+    }
+
+
+def assert_same(one: dict, other: dict) -> None:
+    """Equal in every token, text and file, and in every bit of every artifact."""
+    for name in ("turns", "tools", "bridges", "files", "stop"):
+        assert one[name] == other[name], name
+    assert len(one["artifacts"]) == len(other["artifacts"])
+    for mine, theirs in zip(one["artifacts"], other["artifacts"], strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def check_kills(tmp_path, loaded, name: str, moments: int, seed: int) -> int:
+    """Kill the case at random moments, one run each, and compare; how many kills hit a run that was under way."""
+    whole = tmp_path / "whole"
+    began = time.perf_counter()
+    assert drive(start(whole, name, loaded))["status"] == "done"
+    length = time.perf_counter() - began
+    expected, rng, hits = outcome(whole), random.Random(f"{seed} {name}"), 0
+    assert len(expected["bridges"]) == BOUNDARIES.get(name, 2)
+    for moment in range(moments):
+        root = tmp_path / f"killed-{moment}"
+        hits += killed_after(root, name, loaded, rng.uniform(0, length))
+        log = root / "run" / "events.jsonl"
+        left = log.read_bytes() if log.exists() else b""
+        if not left.endswith(b'"end"') and rng.random() < 0.3:
+            hits += killed_after(root, name, loaded, rng.uniform(0, length / 2))  # once more, perhaps while replaying
+        drive(start(root, name, loaded))
+        assert log.read_bytes().startswith(left[: left.rfind(b"\n") + 1])
+        assert_same(expected, outcome(root))
+    return hits
+
+
+@pytest.mark.parametrize("name", ["memo", "kv", "hybrid"])
+def test_a_killed_run_ends_as_though_it_had_not_been(tmp_path, loaded, name):
+    check_kills(tmp_path, loaded, name, moments=2, seed=0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CASES)
+def test_fifty_random_moments_over_all_backends(tmp_path, loaded, name):
+    hits = check_kills(tmp_path, loaded, name, moments=6, seed=1)
+    assert hits >= 3
+
+
+def test_a_run_that_ended_is_replayed_without_a_computation(tmp_path, loaded, monkeypatch):
+    drive(start(tmp_path, "kv", loaded))
+    before = (tmp_path / "run" / "events.jsonl").read_bytes()
+    run = start(tmp_path, "kv", loaded)
+    monkeypatch.setattr(run.session, "_forward", None)
+    monkeypatch.setattr(run.workspace, "call", None)
+    assert drive(run)["status"] == "done"
+    assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("cut", range(4, 28, 4))
+def test_a_log_cut_at_any_event_ends_alike_with_a_workspace_put_back(tmp_path, loaded, cut):
+    drive(start(tmp_path / "whole", "memo", loaded))
+    drive(start(tmp_path / "cut", "memo", loaded))
+    log = tmp_path / "cut" / "run" / "events.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[: min(cut, len(lines) - 1)]) + b'{"event": "tu')
+    (tmp_path / "cut" / "run" / "workspace" / "stray.txt").write_text("from a call that was never committed")
+    drive(start(tmp_path / "cut", "memo", loaded))
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+    assert not (tmp_path / "cut" / "run" / "workspace" / "stray.txt").exists()
