@@ -196,13 +196,8 @@ class LocalSession:
     @torch.no_grad()
     def close_window(self) -> Window:
         """Read what waits, and hand out the window's keys and values; `hold` must follow."""
+        self._read_on()
         state = self._state
-        if state.before == "assistant":
-            state.waiting += self.chat.closing[1:] if state.carry == self.chat.closing[:1] else self.chat.closing
-        self.pending_ids = list(state.waiting)
-        if state.carry or state.waiting:
-            state.chunks.append([*state.carry, *state.waiting])
-            state.carry, state.waiting = [], []
         self._catch_up()
         cache, tokens = self._cache, state.tokens
         positions = torch.arange(cache.logical_length - tokens, cache.logical_length, device=self.policy.model.device)
@@ -234,6 +229,16 @@ class LocalSession:
 
     def _read_base(self) -> StillCache:
         return self.exact_base()
+
+    def _read_on(self) -> None:
+        """Make a chunk of what waits at the window's end."""
+        state = self._state
+        if state.before == "assistant":
+            state.waiting += self.chat.closing[1:] if state.carry == self.chat.closing[:1] else self.chat.closing
+        self.pending_ids = list(state.waiting)
+        if state.carry or state.waiting:
+            state.chunks.append([*state.carry, *state.waiting])
+            state.carry, state.waiting = [], []
 
     def _prompt(self) -> list[int]:
         """Everything between the last sampled token and the next one to sample."""

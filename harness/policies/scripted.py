@@ -15,7 +15,7 @@ from .chat import ChatFormat
 from .local import LocalPolicy, LocalSession
 
 Player = Callable[[list[Message], Limit], Message]
-"""The messages of the open window in, the assistant's turn out."""
+"""The messages in view in, the assistant's turn out: the open window's, and those that slots stand for."""
 
 
 class ScriptedPolicy(LocalPolicy):
@@ -56,10 +56,16 @@ class ScriptedSession(LocalSession):
         super().start(base)
         self.seen = list(base)
 
-    def hold(self, cache) -> None:
-        """Go on behind slots: the script sees what a model would, which is S, U and what follows."""
-        super().hold(cache)
-        self.seen = self.seen[:2]
+    def pretend(self, slots: int) -> int:
+        """Go on as behind so many slots, without any: for token ids of a run whose numbers nobody needs.
+
+        Returns the tokens of the window that they would stand for.
+        """
+        self._read_on()
+        tokens, before = self._state.tokens, self._state.before
+        self._begin(self._read_base, "user" if before == "assistant" else before)
+        self._compacted = (slots, slots * (self.policy.bytes_per_token or 0))
+        return tokens
 
     def append(self, messages: Sequence[Message]) -> None:
         """Show messages."""

@@ -1,0 +1,279 @@
+"""Training rows from whole episodes: a teacher plays synthetic matters through the very loop and renderer of a run.
+
+    config = RunConfig(backend="memo", budget="512t", window=2048)
+    rows = list(synthetic_rows(range(1000), "standard", tokenizer, config))
+
+The teacher (`Oracle`) knows the rubric's parties and copies only what stands in view: in the window, in the bridge's
+memo, or in what slots stand for. It teaches a base model the format and the behaviour; it is no policy
+to measure anything with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+from ..eval.matters.generate import Difficulty
+from ..eval.matters.lab_format import write_lab_tasks
+from ..eval.tasks import Criterion, LabTask, load_task
+from .agent import Episode, drive
+from .backends.text import Memo, TextBackend, Uncompacted
+from .documents import Documents
+from .policies.scripted import ScriptedPolicy, ScriptedSession
+from .run_config import RunConfig
+from .runs import RunFolder, read_run
+from .tools import Workspace
+from .types import MEMO, Artifact, Boundary, Limit, Message, ToolCall
+
+KINDS = {"context": 0, "action": 1, "memo": 2, "draft": 3, "review": 4, "final": 5}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example.
+
+    Attributes:
+        input_ids: what the model reads and writes.
+        trained: which of them it learns to write: its own turns, their end token included.
+        kinds: for each token the kind of its turn, as in `KINDS`; 0 where it is no turn.
+        task: id of the task.
+        window: number of the window; 0 where a row holds all of them.
+        windows: of the episode.
+        base: tokens of S and U.
+        cuts: behind slots, the ends of the windows in `input_ids`: what lies between two cuts is compacted there.
+        backend: whose shape the row has.
+    """
+
+    input_ids: list[int]
+    trained: list[bool]
+    kinds: list[int]
+    task: str
+    window: int
+    windows: int
+    base: int
+    cuts: tuple[int, ...]
+    backend: str
+
+    @property
+    def labels(self) -> list[int]:
+        """Ids of trained tokens, -100 elsewhere."""
+        return [i if t else -100 for i, t in zip(self.input_ids, self.trained, strict=True)]
+
+
+def rows_of(events: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The training rows of a logged run: M memos make M + 1 rows; with slots, or without a boundary, there is one.
+
+    Rejected memos are not there, and turns that the harness issued again are context.
+    """
+    run, base = events[0], list(events[0]["base_ids"])
+    compacts = [event for event in events if event["event"] == "compact"]
+    slots = any(event["artifact"]["kind"] in ("kv", "hybrid", "memo_kv") for event in compacts)
+    rows, cuts = [_Part(base)], []
+    for event in events:
+        if event["event"] == "turn":
+            rows[-1].add(event["append_ids"])
+            rows[-1].add(event["output_ids"], KINDS[event["kind"]], not event["repaired"])
+        elif event["event"] == "compact" and slots:
+            rows[-1].add(event["pending_ids"])
+            cuts.append(len(rows[-1].ids))
+        elif event["event"] == "compact":
+            rows.append(_Part(base))
+    shared = {"task": run["task"], "windows": len(compacts) + 1, "base": len(base), "backend": run["backend"]}
+    return [
+        Row(part.ids, part.trained, part.kinds, window=number, cuts=tuple(cuts), **shared)
+        for number, part in enumerate(rows)
+    ]
+
+
+class _Part:
+    def __init__(self, base: list[int]):
+        self.ids, self.trained, self.kinds = list(base), [False] * len(base), [0] * len(base)
+
+    def add(self, ids: Sequence[int], kind: int = 0, trained: bool = False) -> None:
+        self.ids += ids
+        self.trained += [trained and kind > 0] * len(ids)
+        self.kinds += [kind] * len(ids)
+
+
+class Pretended(TextBackend):
+    """The shape of a boundary behind slots, without slots: for rows that train a base model before any compactor.
+
+    Args:
+        config: `backend` kv or hybrid; `ratio` says how many slots the window would have.
+        policy: a scripted one.
+    """
+
+    def __init__(self, config: RunConfig, policy: ScriptedPolicy):
+        super().__init__(config, policy)
+        self.writes_memo = config.backend == "hybrid"
+        self.ratio = config.ratio or 8.0
+        self.tokens = max(1, int(self.tokens * config.memo_share))
+
+    def compact(self, session: ScriptedSession, base, memo: str, boundary: Boundary) -> Artifact:
+        """Go on as behind slots."""
+        held = boundary.held.details["slots"] if boundary.held else 0
+        tokens = session.size().raw
+        slots = held + max(1, int(tokens / self.ratio))
+        session.pretend(slots)
+        text = session.cut(memo, self.tokens)
+        return Artifact(self.name, text, tokens=slots + (session.count(text) if text else 0), details={"slots": slots})
+
+    def restore(self, session: ScriptedSession, base, artifact: Artifact, folder: Path) -> None:
+        """The same again."""
+        session.pretend(artifact.details["slots"])
+
+
+class Oracle:
+    """Reads all, keeps a memo of asked facts within its budget, and hands in one line for each.
+
+    Args:
+        task: with its rubric; only criteria with an `expect` block are answered.
+        memo_tokens: of the memo.
+        count: tokens of a text.
+    """
+
+    line: ClassVar[str] = "{party}: {value}"
+
+    def __init__(self, task: LabTask, memo_tokens: int, count: Callable[[str], int]):
+        self.memo_tokens, self.count = memo_tokens, count
+        self.asked = {c.expect["party"]: c for c in task.criteria if c.expect and not c.expect.get("absent")}
+        self.files = _deliverables(task)
+
+    def __call__(self, seen: list[Message], limit: Limit) -> Message:
+        """One turn."""
+        known, read, written = self._look(seen)
+        last = seen[-1].content
+        if last.startswith("Write the memo now"):
+            return Message("assistant", self._memo(known))
+        if f"write {MEMO}" in last and seen[-1].role == "tool":
+            return _call("write", path=MEMO, content=self._memo(known))
+        for path in re.findall(r"^documents/.+$", seen[1].content, re.MULTILINE):
+            if path not in read:
+                offset = read.get(f"{path} part", 0)
+                return _call("read", path=path, **({"offset": offset} if offset else {}))
+        for name in self.files:
+            if f"output/{name}" not in written:
+                return _call("write", path=f"output/{name}", content=self._draft(name, known))
+        return Message("assistant", "Done.")
+
+    def _look(self, seen: list[Message]) -> tuple[dict[str, str], dict[str, int], set[str]]:
+        """What stands in view: known values by party, what was read, what was written."""
+        known: dict[str, str] = {}
+        read: dict[str, int] = {}
+        written: set[str] = set()
+        for message in seen[2:]:
+            if message.role == "user" and message.content.startswith("[BRIDGE"):
+                memo, _, rest = message.content.partition("\n## Files already read")
+                for party, value in re.findall(r"^(.+?): (.+)$", memo.partition("## Memo\n")[2], re.MULTILINE):
+                    known[party] = value
+                listed, _, files = rest.partition("\n## Working files\n")
+                for path, note in re.findall(r"^(documents/.+?) \((.*)\)$", listed, re.MULTILINE):
+                    _note(read, path, re.search(r"offset (\d+)", note))
+                written |= set(re.findall(r"^(output/.+?) \(\d+ bytes\)$", files, re.MULTILINE))
+            if message.role == "tool" and message.call is not None and not message.content.startswith("Error"):
+                path = (message.call.parsed() or {}).get("path", "")
+                if message.call.name == "read":
+                    _note(read, path, re.search(r"go on with offset (\d+)\]", message.content))
+                    self._learn(message.content, known)
+                elif message.call.name == "write":
+                    written.add(path)
+        return known, read, written
+
+    def _learn(self, text: str, known: dict[str, str]) -> None:
+        """Take every asked party's value from a document, later sentences over earlier ones."""
+        for sentence in re.split(r"(?<=[.;])\s+|\n", text):
+            for party, criterion in self.asked.items():
+                if party in sentence:
+                    values = [criterion.expect["value"], *criterion.expect.get("superseded", ())]
+                    known.update((party, value) for value in values if value in sentence)
+
+    def _memo(self, known: dict[str, str]) -> str:
+        lines: list[str] = []
+        for party, value in known.items():
+            line = self.line.format(party=party, value=value)
+            if self.count("\n".join([*lines, line])) > self.memo_tokens - 1:
+                break
+            lines.append(line)
+        return "\n".join(lines) or "Nothing yet."
+
+    def _draft(self, name: str, known: dict[str, str]) -> str:
+        lines = [
+            self.line.format(party=party, value=value)
+            for party, value in known.items()
+            if party in self.asked and _place(self.asked[party], self.files) == name
+        ]
+        return "\n".join(lines) or "Nothing found."
+
+
+def synthetic_rows(
+    seeds: Iterable[int],
+    difficulty: Difficulty | str,
+    tokenizer,
+    config: RunConfig,
+    split: str = "train",
+    family: str = "practice",
+    unseen_templates: bool = False,
+) -> Iterator[Row]:
+    """Rows of the teacher's episodes over synthetic matters, one matter at a time.
+
+    Args:
+        seeds: of the matters.
+        difficulty: as `still.eval.matters` takes it.
+        tokenizer: with a chat template that has tool calls.
+        config: `backend` full, memo, kv or hybrid; `window` must be given, and budgets in tokens (`512t`).
+        split: whose names and values.
+        family: of LAB.
+        unseen_templates: use only the sentences that training never shows.
+    """
+    for seed in seeds:
+        with TemporaryDirectory(prefix="still-episode-") as folder:
+            root = Path(folder)
+            (place,) = write_lab_tasks(root / "lab", family, [seed], difficulty, split, unseen_templates)
+            yield from rows_of(oracle_events(load_task(place), tokenizer, replace(config, seed=seed), root / "run"))
+
+
+def oracle_events(task: LabTask, tokenizer, config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+    """Play a task with the teacher; the run's events.
+
+    Raises:
+        ValueError: the config has no window, or a backend whose rows have no shape of their own.
+    """
+    if config.window is None or config.backend not in ("full", "memo", "kv", "hybrid"):
+        raise ValueError(f"window is {config.window}, backend {config.backend}: a number; full, memo, kv or hybrid")
+    policy = ScriptedPolicy(tokenizer, lambda: lambda seen, limit: oracle(seen, limit), config.window, name="oracle")
+    kinds = {"full": Uncompacted, "memo": Memo, "kv": Pretended, "hybrid": Pretended}
+    backend = kinds[config.backend](config, policy)
+    run = RunFolder(folder)
+    documents = Documents.load(task.agent_view(), cache=folder / "converted", workers=1)
+    episode = Episode(Workspace(run.workspace, documents), policy, backend, config, run)
+    oracle = Oracle(task, backend.memo_tokens, episode.session.count)
+    drive(episode)
+    return read_run(folder)
+
+
+def _deliverables(task: LabTask) -> list[str]:
+    named = list((task.deliverables or {}).values()) or re.findall(r"[\w-]+\.(?:md|txt|docx)", task.instructions)
+    return named or ["answer.md"]
+
+
+def _place(criterion: Criterion, files: list[str]) -> str:
+    """The file that a criterion is answered in: the one that it is bound to; sums before people where both will do."""
+    bound = [name for name in files if name in criterion.deliverables] or files
+    first = criterion.expect.get("kind") in ("sum", "reference")
+    return sorted(bound, key=lambda name: name.startswith("memo") == first)[0]
+
+
+def _note(read: dict[str, int], path: str, part: re.Match[str] | None) -> None:
+    if part is None:
+        read[path] = 0
+    else:
+        read[f"{path} part"] = int(part[1])
+
+
+def _call(name: str, **arguments: Any) -> Message:
+    return Message("assistant", "", (ToolCall(name, json.dumps(arguments, ensure_ascii=False)),))
