@@ -264,5 +264,4 @@ class Asker:
         )
 
     def _key(self, batch: Batch, criterion: Criterion) -> bytes:
-        asked = [criterion.id, criterion.title, criterion.match_criteria]
-        return verdict_key(base=batch.base, criterion=asked, seed=batch.seed)
+        return verdict_key(batch.base, batch.seed, criterion.id, criterion.title, criterion.match_criteria)

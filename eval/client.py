@@ -60,10 +60,14 @@ class OpenAIJudge:
             JudgeError: there was no answer; the key is in no message.
         """
         import openai
+        from openai.types.chat import ChatCompletion
 
         form = self._form
         try:
-            completion = await self._client().chat.completions.create(**self._request(chat, schema, form))
+            # `chat.completions.create` would first walk through the whole request, at a third of a call's cost.
+            completion = await self._client().post(
+                "/chat/completions", cast_to=ChatCompletion, body=self._request(chat, schema, form)
+            )
         except openai.APIStatusError as problem:
             trouble = self._sorted(problem)
             if form != "none" and self.config.structured == "auto" and self._refuses_form(problem):
@@ -106,7 +110,7 @@ class OpenAIJudge:
             request["response_format"] = {"type": "json_schema", "json_schema": named}
         elif form == "object":
             request["response_format"] = {"type": "json_object"}
-        return {**request, "extra_body": config.extra} if config.extra else request
+        return request | config.extra
 
     def _reply(self, completion: Any) -> Reply:
         choices = getattr(completion, "choices", None)

@@ -15,7 +15,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ VERSION = 1
 _TABLE = """
 CREATE TABLE IF NOT EXISTS verdicts (
     key BLOB PRIMARY KEY, label TEXT NOT NULL CHECK (label IN ('pass', 'fail')), reason TEXT NOT NULL,
-    evidence TEXT NOT NULL, misquotes TEXT NOT NULL, judge TEXT NOT NULL, tokens TEXT NOT NULL, created REAL NOT NULL
+    judge TEXT NOT NULL, details TEXT NOT NULL, created REAL NOT NULL
 ) WITHOUT ROWID
 """
 
@@ -42,10 +42,9 @@ class Kept:
     tokens: Tokens = field(default_factory=Tokens)
 
 
-def verdict_key(**parts: Any) -> bytes:
-    """The hash of everything that a verdict depends on; the parts are whatever JSON can hold."""
-    text = json.dumps([VERSION, parts], sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).digest()
+def verdict_key(*parts: str | int | None) -> bytes:
+    """The hash of everything that a verdict depends on, in a fixed order."""
+    return hashlib.sha256(repr((VERSION, *parts)).encode("utf-8", "surrogatepass")).digest()
 
 
 def default_store() -> Path:
@@ -85,14 +84,13 @@ class VerdictStore:
 
     def get(self, key: bytes) -> Kept | None:
         """The verdict under a key, or None."""
-        row = self._base.execute(
-            "SELECT label, reason, evidence, misquotes, judge, tokens FROM verdicts WHERE key = ?", (key,)
-        ).fetchone()
+        statement = "SELECT label, reason, judge, details FROM verdicts WHERE key = ?"
+        row = self._base.execute(statement, (key,)).fetchone()
         if row is None:
             return None
-        label, reason, evidence, misquotes, judge, tokens = row
-        counts = Tokens(*json.loads(tokens))
-        return Kept(label, reason, tuple(json.loads(evidence)), tuple(json.loads(misquotes)), judge, counts)
+        label, reason, judge, details = row
+        evidence, misquotes, tokens = json.loads(details)
+        return Kept(label, reason, tuple(evidence), tuple(misquotes), judge, Tokens(*tokens))
 
     def put(self, verdicts: Iterable[tuple[bytes, Kept]]) -> None:
         """Keep verdicts, all of them or none; the first one under a key stays.
@@ -105,10 +103,9 @@ class VerdictStore:
         for key, kept in verdicts:
             if kept.label not in ("pass", "fail"):
                 raise ValueError(f"a verdict {kept.label!r} is never cached; only pass and fail are")
-            quotes = (json.dumps(kept.evidence), json.dumps(kept.misquotes))
-            counts = json.dumps(list(asdict(kept.tokens).values()))
-            rows.append((key, kept.label, kept.reason, *quotes, kept.judge, counts, now))
-        statement = "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            details = json.dumps([kept.evidence, kept.misquotes, kept.tokens.counts])
+            rows.append((key, kept.label, kept.reason, kept.judge, details, now))
+        statement = "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?)"
         if len(rows) == 1:
             self._base.execute(statement, rows[0])
         elif rows:

@@ -52,8 +52,13 @@ class Tokens:
     reasoning: int = 0
     calls: int = 0
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The fields in their order."""
+        return self.input, self.cached, self.cache_write, self.output, self.reasoning, self.calls
+
     def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Tokens)))
+        return Tokens(*(mine + its for mine, its in zip(self.counts, other.counts, strict=True)))
 
     @property
     def total(self) -> int:
@@ -62,7 +67,7 @@ class Tokens:
 
     def share(self, parts: int) -> list[Tokens]:
         """Split over `parts` verdicts that one call gave; the shares sum to the whole, remainders go to the first."""
-        split = [divmod(getattr(self, each.name), parts) for each in fields(Tokens)]
+        split = [divmod(count, parts) for count in self.counts]
         return [Tokens(*(whole + (index < rest) for whole, rest in split)) for index in range(parts)]
 
 
