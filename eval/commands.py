@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .grade_command import Grade
+from .judges_command import Judges
+from .tasks_command import Tasks
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ def _run_verb(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "grade": Grade(),
+    "judges": Judges(),
+    "tasks": Tasks(),
     "matters": Command(
         "make synthetic matters in LAB's own task format, or look at one",
         _configure_matters,
