@@ -35,6 +35,7 @@ examples:
   still grade results/ --task tasks/ --judge gpt-5.5 --judge claude-sonnet-4-6 --rule mean
   still grade results/ --task tasks/ --judge deepseek-v4-flash --prompt checklist --strong claude-opus-4-8 --max-cost 20
   still grade runs/7 --task tasks/real-estate/review-lease --judge exact          (synthetic matters, no calls)
+  still grade report results/ --task tasks/ --output report/                      (HTML, a page a run and one for all)
 
 Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEMINI_API_KEY, ...)."""
     resume = "every verdict so far is kept; run the same command again to go on"
@@ -53,9 +54,9 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
             metavar="RUN",
             help="a run folder, a folder of outputs, or one that holds runs",
         )
-        add("--task", type=Path, required=True, metavar="PATH",
+        add("--task", type=Path, metavar="PATH",
             help="the task's folder, or a folder of tasks in which each run's task is found by its id")  # fmt: skip
-        add("--judge", action="append", required=True, metavar="NAME",
+        add("--judge", action="append", metavar="NAME",
             help="exact, MODEL@http://HOST:PORT/v1, a model of a known provider, or a name from --judges; "
             "several make an ensemble")  # fmt: skip
         add("--rule", choices=RULES, default="mean", help="how several judges are joined (default: mean)")
@@ -97,7 +98,13 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
         add("--quiet", action="store_true", help="no progress bar")
 
     def run(self, args: argparse.Namespace) -> int:
-        """Grade, and print a line for each run."""
+        """Grade, and print a line for each run; `report` in place of the first run writes pages instead."""
+        if args.runs[0] == Path("report"):
+            return report(args)
+        if not args.judge or not args.task:
+            raise ValueError(
+                f"give {'--task PATH' if args.judge else '--judge NAME'}; `still grade --help` has examples"
+            )
         from .cascade import Cascade
         from .ensemble import Ensemble
         from .grade import GradeConfig, Grader
@@ -140,6 +147,20 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
         return (
             STOPPED if any(each.stopped for each in gradings) else UNSCORED if any(e.unscored for e in gradings) else 0
         )
+
+
+def report(args: argparse.Namespace) -> int:
+    """`still grade report RUN ...`: HTML of runs that are graded, as `still judges report` writes it.
+
+    Raises:
+        ValueError: no run is named.
+    """
+    from .judges_verbs import report
+
+    if not args.runs[1:]:
+        raise ValueError("name the graded runs: still grade report RUN ... --output DIR")
+    where = {"paths": [str(run) for run in args.runs[1:]], "task": [args.task] if args.task else []}
+    return report(argparse.Namespace(**where, output=args.output or Path("report"), quarantine=None, seed=args.seed))
 
 
 class Tally:

@@ -57,6 +57,15 @@ def test_many_runs_find_their_tasks_and_keep_labs_fields(lab, capsys):
         assert all(each.state == "judged" for each in read_verdicts(scores))
 
 
+def test_the_report_of_graded_runs_is_a_verb(lab, capsys):
+    assert main(["grade", str(lab / "runs"), "--task", str(lab / "lab"), "--judge", "exact"]) == 0
+    assert main(["grade", "report", str(lab / "runs"), "--task", str(lab / "lab"), "--output", str(lab / "html")]) == 0
+    assert len(list((lab / "html").rglob("*.html"))) == 3
+    assert main(["grade", "report"]) == 2
+    assert main(["grade", str(lab / "runs"), "--task", str(lab / "lab")]) == 2
+    assert "--judge NAME" in capsys.readouterr().err
+
+
 def test_a_second_run_asks_nothing(lab, capsys):
     with JudgeServer() as server:
         argv = ["grade", str(lab / "runs"), "--task", str(lab / "lab"), "--judge", f"m@{server.url}"]
@@ -118,9 +127,12 @@ def test_a_budget_stops_cleanly_and_the_next_run_goes_on(lab, capsys):
         (["--judge", "exact", "--strong", "exact"], "name two different"),
         (["--judge", "exact", "--judge", "exact"], "different names"),
         (["--judge", "exact", "--max-cost", "0"], "max cost is 0"),
+        (["--judge", "exact", "--criteria-per-call", "4", "--prompt", "labs.txt"], "one criterion a call"),
     ],
 )
-def test_mistakes_are_said_in_one_line_before_anything_happens(lab, capsys, extra, message):
+def test_mistakes_are_said_in_one_line_before_anything_happens(lab, capsys, monkeypatch, extra, message):
+    monkeypatch.chdir(lab)
+    (lab / "labs.txt").write_text("{task_title} {agent_output} {criterion_title} {match_criteria}")
     assert main(["grade", str(lab / "runs"), "--task", str(lab / "lab"), "--no-cache", *extra]) == 2
     assert message in capsys.readouterr().err
     assert not list(lab.rglob("scores*.json"))

@@ -1,0 +1,107 @@
+"""Deliverables that are amiss: what state each gets, and that nothing of them is lost or cut."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import zipfile
+
+import pytest
+from judge_server import Answer, JudgeServer, honest, make_task
+
+from still.eval.deliverables import Outputs
+from still.eval.grade import GradeConfig, grade
+from still.eval.judges import find_judge
+
+OLE = bytes.fromhex("d0cf11e0a1b11ae1")  # how a password-protected docx begins
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with one good memo."""
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "memo.md").write_text("The memo.")
+    return tmp_path
+
+
+def write(run, name: str, content: bytes):
+    (run / "output" / name).write_bytes(content)
+    return Outputs(run).read(name)
+
+
+def test_states_of_files(run):
+    assert Outputs(run).read("memo.md").state == "ok"
+    assert Outputs(run).read("x.docx").state == "missing"
+    assert write(run, "empty.md", b"").state == "empty"
+    assert write(run, "blank.md", b" \n\t").state == "empty"
+    for name, content in (
+        ("cut.docx", b"PK\x03\x04 no zip"),
+        ("text.docx", b"Just text."),
+        ("locked.docx", OLE + bytes(4096)),
+        ("image.png", b"\x89PNG\r\n"),
+    ):
+        deliverable = write(run, name, content)
+        assert (deliverable.state, deliverable.text) == ("unreadable", None), name
+        assert deliverable.why.startswith(name)
+        assert str(run) not in deliverable.why
+    with zipfile.ZipFile(run / "output" / "hollow.docx", "w") as archive:
+        archive.writestr("x", "y")
+    assert Outputs(run).read("hollow.docx").state == "unreadable"
+
+
+def test_what_is_unreadable_fails_without_a_call_and_says_why(run):
+    write(run, "locked.docx", OLE + bytes(4096))
+    task = make_task(2, files=(("locked.docx",), ("memo.md",)))
+    with JudgeServer() as server:
+        grading = asyncio.run(grade(task, run, find_judge(f"m@{server.url}")))
+        again = asyncio.run(grade(task, run, find_judge(f"m@{server.url}"), GradeConfig(unreadable="unscored")))
+    locked = grading.verdicts[0]
+    assert (locked.label, locked.state) == ("fail", "unreadable")
+    assert "locked.docx" in locked.reason
+    assert (again.verdicts[0].label, again.verdicts[0].state) == ("unscored", "unreadable")
+    assert [each.ids for each in server.log] == [["C-00001"]] * 2
+    states = {each["name"]: each["state"] for each in grading.judging["deliverables"]}
+    assert states == {"locked.docx": "unreadable", "memo.md": "ok"}
+
+
+def test_a_deliverable_of_50_mb_goes_out_whole_and_comes_back_as_a_state(run):
+    text = "The clause says what it says, and so on.\n" * (50 * 2**20 // 41)
+    (run / "output" / "memo.md").write_text(text)
+    said = "This model's maximum context length is 131072 tokens"
+    received = []
+
+    def rule(asked):
+        received.append(asked.text.count("The clause says"))
+        return Answer(said, 400)
+
+    with JudgeServer(rule, keep=False) as server:
+        grading = asyncio.run(grade(make_task(5), run, find_judge(f"m@{server.url}")))
+    assert received == [50 * 2**20 // 41], "asked once, uncut, and not again for the other criteria"
+    assert {(each.label, each.state) for each in grading.verdicts} == {("unscored", "rejected")}
+    record = grading.judging["deliverables"][0]
+    assert record["characters"] == len(text)
+    assert record["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_links_hidden_files_and_lock_files_are_no_deliverables(run, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret.md"
+    secret.write_text("secret")
+    os.symlink(secret, run / "output" / "link.md")
+    (run / "output" / ".hidden.md").write_text("x")
+    (run / "output" / "~$memo.docx").write_text("x")
+    (run / "output" / "node_modules").mkdir()
+    (run / "output" / "node_modules" / "a.md").write_text("x")
+    (run / "output" / "deep").mkdir()
+    (run / "output" / "deep" / "b.md").write_text("x")
+    outputs = Outputs(run)
+    assert outputs.names == ("deep/b.md", "memo.md")
+    assert outputs.read("link.md").state == "missing"
+    assert outputs.read("../output/memo.md").state == "missing", "a name leads nowhere else"
+
+
+def test_a_text_that_no_encoding_takes_is_sent_as_far_as_it_goes():
+    with JudgeServer(honest) as server:
+        grading = asyncio.run(grade(make_task(1), {"memo.md": "half a \ud83d pair"}, find_judge(f"m@{server.url}")))
+    assert grading.n_unscored == 0
+    assert "half a ? pair" in server.log[0].text
