@@ -8,6 +8,7 @@ from made_scores import scores_of, write_run
 
 from still.eval.corrections import Labelled, audited, corrected_rate, label_pairs
 from still.eval.scored import load_runs
+from still.eval.stats import t_quantile
 
 
 def draw(rng, tasks, size, lenient=0.25, strict=0.04):
@@ -64,6 +65,23 @@ def test_intervals_cover_the_truth_where_the_judges_own_do_not(method):
         assert found.interval.half_width < 0.16
     assert covered >= 0.91 * draws
     assert naive < covered
+
+
+@pytest.mark.parametrize("method", ["prediction-powered", "rogan-gladen"])
+def test_the_width_is_that_of_a_jackknife_over_tasks(method):
+    rows = draw(random.Random(3), tasks=60, size=25, lenient=0.4)
+    chosen = set(random.Random(4).sample(range(len(rows)), 700))
+
+    def estimate(without=None):
+        kept = [(index, row) for index, row in enumerate(rows) if row.task != without]
+        judged = [(row.task, row.judge) for _, row in kept]
+        return corrected_rate(judged, [row for index, row in kept if index in chosen], method).interval
+
+    found, tasks = estimate(), sorted({row.task for row in rows})
+    left_out = [estimate(task).estimate for task in tasks]
+    middle = sum(left_out) / len(tasks)
+    spread = (len(tasks) - 1) / len(tasks) * sum((each - middle) ** 2 for each in left_out)
+    assert found.half_width == pytest.approx(t_quantile(0.975, 59) * spread**0.5, rel=0.08)
 
 
 def test_a_sample_without_errors_still_leaves_room_for_them():

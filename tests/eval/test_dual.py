@@ -57,6 +57,16 @@ def test_files_are_written_for_each_judge_and_read_back_whole(tmp_path):
     assert read_dual(target) == json.loads(target.read_text()) == build_dual(runs, scored_at=AT)
 
 
+def test_an_earlier_aggregate_does_not_outlive_a_grading_that_failed(tmp_path):
+    runs = [scored("a", "pp"), scored("b", "pf")]
+    write_dual(tmp_path, runs)
+    (tmp_path / "scores_b.json").unlink()
+    (tmp_path / "scores_b.json").mkdir()
+    with pytest.raises(OSError, match="scores_b"):
+        write_dual(tmp_path, runs)
+    assert not (tmp_path / "scores_dual.json").exists()
+
+
 def test_labs_own_aggregate_lends_its_run_and_task_and_keeps_its_keys(tmp_path):
     inner = {key: value for key, value in scored("b", "pf").items() if key not in ("task", "run_id", "judge_model")}
     dual = {"task": "tax/a", "run_id": "r", "profile": "x", "per_judge": {"b": inner, "a": scored("a", "pp")}}

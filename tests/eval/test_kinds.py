@@ -22,6 +22,11 @@ from still.eval.tasks import FAMILIES, find_tasks, load_task
         ("absence", "Precision", "Does not assert any matter outside this list: 1003-00001."),
         ("absence", "Clean copy", "PASS if the agreement contains no tracked changes. FAIL if it contains any."),
         ("absence", "No invented authority", ""),
+        (
+            "absence",
+            "Letter does not include a Market MAC",
+            "PASS if the letter either (a) has no such clause, or (b).",
+        ),
         ("counting", "Conditions precedent with at least 6 of 8 standard items", "PASS if it includes them."),
         ("counting", "Explanations", "PASS if, for at least 75% of flagged provisions, it explains. FAIL if not."),
         ("counting", "Finds the issues", "PASS if the memo identifies at least ten distinct issues."),
