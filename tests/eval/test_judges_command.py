@@ -65,7 +65,7 @@ def test_report_writes_a_page_a_run_and_one_across_them(judged, capsys):
     (judged / "q.json").write_text(
         json.dumps([{"task": "tax/a", "criterion": "C-003", "rubric": "hash-C-003", "reason": "stale name"}])
     )
-    assert main(["judges", "report", str(judged / "strong"), f"C={judged / 'strong' / 'A'}",
+    assert main(["judges", "report", str(judged / "strong"), f"other maker={judged / 'strong' / 'A'}",
                  "--quarantine", str(judged / "q.json"), "--output", str(judged / "out")]) == 0  # fmt: skip
     assert "9 runs" in capsys.readouterr().out
     index = (judged / "out" / "index.html").read_text()
@@ -73,7 +73,7 @@ def test_report_writes_a_page_a_run_and_one_across_them(judged, capsys):
     assert len(pages) == 9
     assert all(f'href="runs/{page.name}"' in index for page in pages)
     assert "without quarantined criteria" in index
-    assert ">C<" in index
+    assert ">other maker<" in index
 
 
 def test_items_are_csv_and_candidates_a_list_that_report_takes(judged, capsys):
