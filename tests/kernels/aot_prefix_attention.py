@@ -23,6 +23,7 @@ def attend(dtype, dim, queries, batch=1, ragged=False, bias=False, tail=None, gr
     return prefix_attention(query, keys, values, make(*packed[:-1]) if bias else None, None, offsets)
 
 
+SCALAR = {"merge_parts"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CALLS: dict[str, Callable[[], object]] = {}
 for (name, dtype), dim in product({**HALF, "fp32": torch.float32}.items(), (32, 64, 80, 128, 256)):

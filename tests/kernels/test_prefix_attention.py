@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import re
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -107,22 +106,10 @@ def eager(query, keys, values, bias, scale, offsets, causal, mask):
     return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
 
-@contextmanager
-def poisoned():
-    """Fresh memory holds NaN, so a value that a kernel forgets to write is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
-def compare(device, query, keys, values, bias=None, offsets=None, mask=None, causal=False, gradients=True):
+def compare(poisoned, query, keys, values, bias=None, offsets=None, mask=None, causal=False, gradients=True):
     """Kernel against fp64 and against PyTorch in the same dtype: output, log-sum-exp and gradients through both."""
     pytest.importorskip("triton")
+    device = poisoned.device
     tensors = [x if x is None else x.to(device) for x in (query, keys, values, bias)]
     mask = None if mask is None else mask.to(device)
     weights = draw(query.shape[:3] + values.shape[-1:], query.shape[:3], seed=5)
@@ -149,7 +136,7 @@ def compare(device, query, keys, values, bias=None, offsets=None, mask=None, cau
     def plain(*inputs):
         return eager(*inputs, query.shape[-1] ** -0.5, offsets, causal, mask)
 
-    with poisoned():
+    with poisoned:
         got = results(kernel, query.dtype)
     wanted, same = results(reference, torch.float64), results(plain, query.dtype)
     errors(got[0], wanted[0], same[0])
@@ -174,13 +161,13 @@ full = pytest.mark.full
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("bias", [False, True])
-def test_uniform_slots(device, dtype, slots, queries, group, dim, bias):
+def test_uniform_slots(poisoned, dtype, slots, queries, group, dim, bias):
     if dtype == torch.float32 and dim > 128:
         pytest.skip("fp32 heads over 128 take the reference")
     query, keys, values, beta = draw(
         (2, 2 * group, queries, dim), (2, 2, slots, dim), (2, 2, slots, dim), (2, 2, slots), dtype=dtype
     )
-    compare(device, query, keys, values, beta if bias else None)
+    compare(poisoned, query, keys, values, beta if bias else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -192,14 +179,14 @@ def test_uniform_slots(device, dtype, slots, queries, group, dim, bias):
             ((0,), (1,), (600, 10, 10), (0, 0, 111), (63, 0, 1000, 1)), (1, 9, 70), (64, 80, 96, 128, 256))),
     ],
 )  # fmt: skip
-def test_ragged_slots(device, dtype, counts, queries, dim):
+def test_ragged_slots(poisoned, dtype, counts, queries, dim):
     if dtype == torch.float32 and dim > 128:
         pytest.skip("fp32 heads over 128 take the reference")
     offsets = tuple(itertools.accumulate(counts, initial=0))
     query, keys, values, beta = draw(
         (2, 2 * len(counts), queries, dim), (2, offsets[-1], dim), (2, offsets[-1], dim), (2, offsets[-1]), dtype=dtype
     )
-    compare(device, query, keys, values, beta, offsets)
+    compare(poisoned, query, keys, values, beta, offsets)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,7 +194,7 @@ def test_ragged_slots(device, dtype, counts, queries, dim):
 @pytest.mark.parametrize(
     ("queries", "tokens"), [(5, 5), (1, 70), (20, 33), *(pytest.param(*x, marks=full) for x in ((1, 1), (130, 300)))]
 )
-def test_dense_tail(device, dtype, kind, queries, tokens):
+def test_dense_tail(poisoned, dtype, kind, queries, tokens):
     query, keys, values = draw((2, 4, queries, 64), (2, 2, tokens, 64), (2, 2, tokens, 32), dtype=dtype)
     mask = None
     if kind != "causal":
@@ -215,26 +202,26 @@ def test_dense_tail(device, dtype, kind, queries, tokens):
         mask[0, 0, 0] = False
     if kind == "additive":
         mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    compare(device, query, keys, values, mask=mask, causal=kind == "causal")
+    compare(poisoned, query, keys, values, mask=mask, causal=kind == "causal")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_views_and_one_bias_for_all(device, dtype):
+def test_strided_views_and_one_bias_for_all(poisoned, dtype):
     """The keys of a cache are slices, queries are transposed, and a padded batch has one bias for all heads."""
     query, keys, values, bias = draw((2, 5, 4, 64), (2, 2, 90, 64), (2, 90, 2, 64), (1, 1, 70), dtype=dtype)
     bias[..., :7] = -torch.inf
-    compare(device, query.transpose(1, 2), keys[:, :, :70], values.transpose(1, 2)[:, :, 20:], bias, gradients=False)
+    compare(poisoned, query.transpose(1, 2), keys[:, :, :70], values.transpose(1, 2)[:, :, 20:], bias, gradients=False)
 
 
-def test_all_slots_removed(device):
+def test_all_slots_removed(poisoned):
     query, keys, values = draw((1, 2, 3, 64), (1, 2, 40, 64), (1, 2, 40, 64))
-    compare(device, query, keys, values, torch.full((1, 2, 40), -torch.inf), gradients=False)
+    compare(poisoned, query, keys, values, torch.full((1, 2, 40), -torch.inf), gradients=False)
 
 
 @pytest.mark.parametrize("slots", [0, 5])
-def test_nothing_to_do(device, slots):
+def test_nothing_to_do(device, poisoned, slots):
     pytest.importorskip("triton")
-    with dispatch.use("triton"), poisoned():
+    with dispatch.use("triton"), poisoned:
         query, keys, values = (x.to(device) for x in draw((2, 2, 4, 64), (2, 2, slots, 64), (2, 2, slots, 64)))
         out, lse = prefix_attention(query[:, :, :0], keys, values)
         assert out.shape == (2, 2, 0, 64)
