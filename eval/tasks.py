@@ -246,7 +246,7 @@ def load_task(path: str | Path, root: str | Path | None = None) -> LabTask:
         criteria=_criteria(raw, name),
         deliverables=deliverables or None,
         work_type=raw.get("work_type"),
-        tags=tuple(raw.get("tags") or ()),
+        tags=_names(raw, "tags", name),
         docs_dir=raw.get("docs_dir"),
         own_id=raw.get("id"),
         raw=raw,
@@ -298,8 +298,8 @@ def _criteria(raw: Mapping[str, Any], name: str) -> tuple[Criterion, ...]:
             id=_text(each, "id", where),
             title=_text(each, "title", where),
             match_criteria=_text(each, "match_criteria", where),
-            deliverables=tuple(each.get("deliverables") or ()),
-            sources=tuple(each.get("sources") or ()),
+            deliverables=_names(each, "deliverables", where),
+            sources=_names(each, "sources", where),
             include_redlines=bool((each.get("evaluation_options") or {}).get("include_docx_redlines")),
             expect=each.get("expect"),
             raw=each,
@@ -315,6 +315,13 @@ def _text(raw: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise LabTaskError(f"{where} has {key} {value!r}; it needs some text there")
     return value
+
+
+def _names(raw: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = raw.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise LabTaskError(f"{where} has {key} {value!r}; it is a list of file names")
+    return tuple(value)
 
 
 def _family(name: str, raw: Mapping[str, Any]) -> str:

@@ -187,6 +187,38 @@ def test_unknown_keys_stay_out_of_the_agents_view_and_are_kept(folder):
     assert "1,234" not in repr(task.agent_view())
 
 
+def test_unknown_keys_of_criteria_and_their_order_are_kept(made, tmp_path):
+    for number, source in enumerate(find_tasks(made)):
+        folder = shutil.copytree(source, tmp_path / "tasks" / str(number) / source.name)
+        raw = json.loads((folder / "task.json").read_text())
+        raw = {"_note": "\u2028 kept", **raw, "zeta": [1.0, None, {"a": "\u00e9"}]}
+        for criterion in raw["criteria"]:
+            criterion |= {"weight": 2.5, "_match_cut_at_260": False, "sources": [], "evaluation_options": {"other": 1}}
+        (folder / "task.json").write_text(json.dumps(raw))
+        again = load_task(folder).to_json()
+        assert json.dumps(again) == json.dumps(raw)
+
+
+def test_empty_bindings_and_maps_are_none(made, tmp_path):
+    for number, source in enumerate(find_tasks(made)):
+        folder = shutil.copytree(source, tmp_path / "tasks" / str(number) / source.name)
+        raw = json.loads((folder / "task.json").read_text()) | {"deliverables": {}, "work_type": None, "tags": None}
+        for criterion in raw["criteria"]:
+            criterion |= {"deliverables": [], "sources": None, "evaluation_options": None}
+        (folder / "task.json").write_text(json.dumps(raw))
+        task = load_task(folder)
+        assert (task.deliverables, task.work_type, task.tags) == (None, None, ())
+        assert {task.files_for(each, ["b.md", "a.md"]) for each in task.criteria} == {("a.md", "b.md")}
+        assert not any(each.include_redlines for each in task.criteria)
+
+
+def test_ids_with_gaps_and_the_same_ids_in_other_tasks_are_fine(folder):
+    raw = load_task(folder).to_json()
+    del raw["criteria"][1:4]
+    (folder / "task.json").write_text(json.dumps(raw))
+    assert [each.id for each in load_task(folder).criteria][:2] == ["C-001", "C-005"]
+
+
 def test_documents_that_would_leak_the_rubric_are_refused(folder):
     (folder / "documents" / "link.json").symlink_to(folder / "task.json")
     with pytest.raises(LabTaskError, match=r"link\.json"):
@@ -239,6 +271,11 @@ def test_a_task_is_a_question_set_for_one_question_at_a_time(tasks):
         ({"deliverables": ["memo.md"]}, "memo.md"),
         ({"criteria": ["C-001"]}, "criterion 1"),
         ({"criteria": [{"id": "C-001", "title": "t"}]}, "match_criteria"),
+        (
+            {"criteria": [{"id": "C-1", "title": "t", "match_criteria": "m", "deliverables": "memo.md"}]},
+            "deliverables 'memo.md'; it is a list",
+        ),
+        ({"tags": "tax"}, "tags 'tax'"),
         ({"criteria": [{"id": "C-7", "title": "t", "match_criteria": "m"}] * 2}, "'C-7'"),
     ],
 )
