@@ -184,7 +184,7 @@ class Bar:
     def __init__(self, on: bool):
         from tqdm import tqdm
 
-        self.bar = tqdm(total=0, unit="verdict", disable=not on, dynamic_ncols=True, smoothing=0.05)
+        self.bar = tqdm(total=0, unit=" verdicts", disable=not on, dynamic_ncols=True, smoothing=0.05)
         self.passed = self.scored = self.unscored = 0
         self.cost: float | None = 0.0
 
