@@ -28,8 +28,8 @@ def strip_rope(
 
     Args:
         keys: `[batch, heads, tokens, head_dim]`, bf16, fp16 or fp32; the arithmetic is in fp32.
-        cos: `[batch or 1, tokens, rotary_dim]` as the model's rotary module makes it, each frequency in both halves
-            (the first half is read); dims from `rotary_dim` on are left alone.
+        cos: `[batch or 1, tokens or 1, rotary_dim]` as the model's rotary module makes it, each frequency in both
+            halves (the first half is read); dims from `rotary_dim` on are left alone.
         sin: like `cos`.
         positions: in the place of `cos` and `sin`: `[tokens]` or `[batch or 1, tokens]`, integers or fractions.
         frequencies: with `positions`: inverse frequencies `[rotary_dim / 2]`, a rotary module's `inv_freq`.
@@ -122,8 +122,8 @@ def _check(operation, keys, cos, sin, positions, frequencies, inplace) -> None:
         refuse(f"keys must be floats [batch, heads, tokens, head_dim], not {keys.dtype}")
     batch, _, tokens, head_dim = keys.shape
     table = positions if cos is None else cos
-    if table.ndim != (2 if cos is None else 3) or table.shape[0] not in (1, batch) or table.shape[1] != tokens:
-        refuse(f"tables and positions need one row for all or for each of {batch}, and {tokens} tokens")
+    if table.ndim != (2 if cos is None else 3) or table.shape[0] not in (1, batch) or table.shape[1] not in (1, tokens):
+        refuse(f"tables and positions need one row for all or for each of {batch}, and 1 or {tokens} tokens")
     if cos is not None and (cos.shape != sin.shape or cos.dtype != sin.dtype or cos.shape[-1] % 2):
         refuse(f"cos and sin must share an even width and a dtype (got {cos.dtype} and {sin.dtype})")
     if frequencies is not None and frequencies.ndim != 1:

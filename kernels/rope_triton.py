@@ -42,7 +42,7 @@ def turn(
     m_t, m_f = i_t < tokens, i_f < HALF
     mask = m_t[:, None] & m_f[None, :]
     if POSITIONS:
-        where = tl.load(p_first + i_b * s_tb + i_t, mask=m_t, other=0).to(tl.float32)
+        where = tl.load(p_first + i_b * s_tb + i_t * s_tt, mask=m_t, other=0).to(tl.float32)
         where = tl.where(tl.abs(where) < 16777216.0, where, float("nan"))
         sin, cos = sincos(where[:, None] * tl.load(p_second + i_f, mask=m_f, other=0.0).to(tl.float32)[None, :])
         sin, cos = sin * scaling, cos * scaling  # [BLOCK_T, BLOCK_HALF]
@@ -82,7 +82,7 @@ def run(x, first, second, scaling, positions, inverse, divide, out):
     dispatch.launch(
         turn, (blocks, batch, triton.cdiv(heads, heads_each)),
         x, out, first, second, scaling, heads, heads_each, tokens, *x.stride()[:3], *out.stride()[:3],
-        first.stride(0) if first.shape[0] > 1 else 0, first.stride(1),
+        *(stride if size > 1 else 0 for stride, size in zip(first.stride()[:2], first.shape, strict=False)),
         HALF=half, BLOCK_HALF=block_half, BLOCK_T=block_t, POSITIONS=positions, INVERSE=inverse, DIVIDE=divide,
         num_warps=4,
     )  # fmt: skip

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from .kernels.rope import restore_rope, strip_rope
+
 # These change their frequencies with the length seen so far: a cached key cannot be un-rotated later.
 MOVING_ROPES = ("dynamic", "longrope")
 
@@ -34,17 +36,12 @@ def full_attention_layers(config) -> list[int]:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate `x` `[batch, heads, tokens, head_dim]` by tables `[batch or 1, tokens, rotary_dim]`, split-half pairs."""
-    half = cos.shape[-1] // 2
-    (cos, later_cos), (sin, later_sin) = (table.unsqueeze(1).split(half, dim=-1) for table in (cos, sin))
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * later_cos, first, later_sin)
-    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
+    return restore_rope(x, cos, sin)
 
 
 def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Undo `rotate`. Tables scaled by an attention factor `s` are divided by `s**2`, which makes this exact."""
-    square = cos[..., :1].square() + sin[..., :1].square()
-    return rotate(x, cos / square, -sin / square)
+    return strip_rope(x, cos, sin)
 
 
 class Rotary:

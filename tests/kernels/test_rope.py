@@ -84,15 +84,17 @@ def test_turns_as_complex_numbers_do(device, provider, function, given, dtype, t
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_one_row_of_tables_serves_a_batch_and_views_are_turned(device, provider):
+def test_one_row_or_one_token_of_tables_serves_all_and_views_are_turned(device, provider):
     frequencies, positions = setting(64).to(device), torch.arange(40, device=device) * 0.25
     cos, sin = full_tables(positions[None], frequencies)
     whole = draw(2, 50, 3, 64).to(device)
     view = whole.transpose(1, 2)[:, :, 5:45]  # [batch, heads, tokens, dim] of a cache that keeps tokens first
     wanted = exact(view.cpu(), positions.cpu()[None], frequencies.cpu(), 1.0, True)
+    where = positions.cpu()[None, 7:8].expand(1, 40)
     with dispatch.use(provider):
         close(strip_rope(view, cos, sin).cpu(), wanted)
         close(strip_rope(view, positions=positions, frequencies=frequencies).cpu(), wanted)
+        close(strip_rope(view, cos[:, 7:8], sin[:, 7:8]).cpu(), exact(view.cpu(), where, frequencies.cpu(), 1.0, True))
         outside = whole[:, :5].clone()
         strip_rope(view, cos, sin, inplace=True)
         close(view.cpu(), wanted)
