@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..flags import add_flags
 from .cells import PRESETS, SweepConfig
+from .run_command import Run
 
 COMMITTED = Path("bench/rows")
 
@@ -78,7 +79,7 @@ examples:
         return 0
 
 
-COMMANDS = {"sweep": Sweep(), "report": Report()}
+COMMANDS = {"sweep": Sweep(), "report": Report(), "run": Run()}
 
 
 def config_from(args: argparse.Namespace) -> SweepConfig:

@@ -1,0 +1,155 @@
+"""Tasks played to their ends: folders claimed, finished runs skipped, one run's failure kept from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..eval.tasks import LabTask
+from ..provenance import provenance
+from . import backends
+from .agent import Episode, drive
+from .documents import Documents
+from .run_config import RunConfig
+from .runs import RunFolder, metrics, read_run
+from .tools import Workspace
+from .types import Policy
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        task: id of the task.
+        folder: of the run.
+        status: "done", "stopped" (by a cap, an overflow, mistakes), or "failed": it can be taken up again.
+        reason: why it stopped, or the error.
+        metrics: as `metrics.json` has them; empty where it failed.
+    """
+
+    task: str
+    folder: Path
+    status: str
+    reason: str
+    metrics: dict[str, Any]
+
+
+def open_episode(
+    task: LabTask, policy: Policy, config: RunConfig, root: Path, method: Any = None, sandbox: Any = None,
+    cache: Path | None = None,
+) -> Episode:  # fmt: skip
+    """An episode of a task in its run folder, new or taken up again.
+
+    Args:
+        task: with its rubric, of which nothing but `agent_view()` goes any further.
+        policy: the model.
+        config: of the run.
+        root: the run's folder.
+        method: for kv and hybrid, a method ready to compact.
+        sandbox: what bash runs in; None turns bash off.
+        cache: folder of converted documents.
+
+    Raises:
+        ValueError: the backend and the policy do not go together, or the folder holds another run.
+    """
+    backend, view = backends.make(config, policy, method), task.agent_view()
+    folder = claim(task, policy, config, root, method)
+    workspace = Workspace(folder.workspace, Documents.load(view, cache), sandbox)
+    return Episode(workspace, policy, backend, config, folder, {"run_id": run_id(task, config)})
+
+
+def run_id(task: LabTask, config: RunConfig) -> str:
+    """What a run is called."""
+    return f"{task.id}/{config.backend}-seed{config.seed}"
+
+
+def claim(task: LabTask, policy: Policy, config: RunConfig, root: Path, method: Any = None) -> RunFolder:
+    """The folder of a run, with LAB's `config.json` in it.
+
+    Raises:
+        ValueError: it holds a run with other settings.
+    """
+    folder = RunFolder(root)
+    same = {**asdict(config), "policy": policy.name, "options": method.options() if method is not None else {}}
+    folder.claim({
+        "model": policy.name, "task": task.id, "run_id": run_id(task, config), "max_turns": config.max_turns,
+        "temperature": config.temperature, "skills": [], "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "still": {"run": same, "provenance": provenance(config, config.seed)},
+    })  # fmt: skip
+    return folder
+
+
+def play_tasks(
+    tasks: Iterable[LabTask], policy: Policy, config: RunConfig, output: Path, *, seeds: Iterable[int] = (0,),
+    method: Any = None, sandbox: Any = None, workers: int = 1, report: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:  # fmt: skip
+    """Play every task with every seed, each in `output/TASK/seed-N`; runs that ended are left as they are.
+
+    Args:
+        tasks: what to play.
+        policy: the model.
+        config: of all runs, but for the seed.
+        output: folder of all runs.
+        seeds: of the sampling.
+        method: for kv and hybrid.
+        sandbox: for bash.
+        workers: runs at a time; more than one is for served models alone.
+        report: called as each run ends.
+    """
+    if workers > 1 and "kv" in policy.capabilities:
+        raise ValueError(f"workers is {workers}, but {policy.name} runs here, one turn at a time; leave it at 1")
+    backends.make(config, policy, method)  # refuses before anything is written
+
+    def one(job: tuple[LabTask, int]) -> Outcome:
+        task, seed = job
+        root = output / task.id / f"seed-{seed}"
+        outcome = play_one(task, policy, replace(config, seed=seed), root, method, sandbox)
+        report(outcome)
+        return outcome
+
+    jobs = [(task, seed) for task in tasks for seed in seeds]
+    if workers == 1:
+        return [one(job) for job in jobs]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, jobs))
+
+
+def play_one(task: LabTask, policy: Policy, config: RunConfig, root: Path, method=None, sandbox=None) -> Outcome:
+    """Play one task, unless it was; an error ends this run alone, and says so."""
+    try:
+        claim(task, policy, config, root, method)
+        if (outcome := finished(task.id, root)) is not None:
+            return outcome
+        episode = open_episode(task, policy, config, root, method, sandbox)
+        drive(episode)
+        episode.folder.write_lab_files(read_run(root))
+    except Exception as problem:
+        return Outcome(task.id, root, "failed", f"{type(problem).__name__}: {problem}", {})
+    return finished(task.id, root)
+
+
+def finished(task: str, root: Path) -> Outcome | None:
+    """The outcome of a run that ended and left all of its files, or None."""
+    if not (root / "metrics.json").is_file() or not (events := read_run(root)) or events[-1]["event"] != "end":
+        return None
+    return Outcome(task, root, events[-1]["status"], events[-1]["stop"], metrics(events))
+
+
+def table(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """A line for each run."""
+    for each in outcomes:
+        if each.status == "failed":
+            yield f"{each.task}  failed: {each.reason}"
+            continue
+        ours, theirs = each.metrics["still"], each.metrics
+        read = f"{theirs['documents_read']}/{theirs['total_documents']}"
+        yield (
+            f"{each.task}  {each.status} ({each.reason}): {read} documents, {theirs['turn_count']} turns,"
+            f" {ours['windows']} windows, {ours['peak_compacted_bytes']:,} bytes held,"
+            f" {100 * ours['forced_or_repaired']:.0f} % of turns forced or repaired"
+        )

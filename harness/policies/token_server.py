@@ -1,0 +1,58 @@
+"""A served model, token-in and token-out: prompts go as ids, and sampled ids come back (vLLM, or any that does so)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .calls import parser_of
+from .chat import ChatFormat
+from .local import LocalSession
+from .server import ServerConfig
+
+
+class TokenServerPolicy:
+    """A model whose tokenizer is here and whose weights are there.
+
+    Args:
+        config: where it is served; its completions endpoint must take `prompt` as ids and honour `return_token_ids`.
+        tokenizer: the model's own.
+    """
+
+    capabilities = frozenset({"tokens"})
+
+    def __init__(self, config: ServerConfig, tokenizer):
+        self.config, self.tokenizer, self.client = config, tokenizer, config.client()
+        self.name, self.window, self.bytes_per_token = config.model, config.window, config.bytes_per_token
+        self.parse, self.ends = parser_of(tokenizer.chat_template or ""), set()
+
+    def session(self, tools: list[dict[str, Any]], queries: bool = False) -> TokenServerSession:
+        """A new conversation."""
+        return TokenServerSession(self, ChatFormat(self.tokenizer, tools), queries)
+
+
+class TokenServerSession(LocalSession):
+    """See `LocalSession`: the same ids, computed elsewhere. The server's prefix cache spares it the window so far."""
+
+    def _decode(self, chunk, most, limit):
+        prompt = [*self.base_ids, *(token for each in self._state.chunks for token in each), *chunk]
+        ends = sorted(self.policy.ends | set(self.chat.closing[:1]))
+        reply = self.policy.client.completions.create(
+            model=self.policy.config.model,
+            prompt=prompt,
+            max_tokens=most,
+            temperature=limit.temperature,
+            seed=limit.seed % (1 << 31),
+            logprobs=2,
+            extra_body={"return_token_ids": True, "stop_token_ids": ends, "skip_special_tokens": False},
+        )
+        choice = reply.choices[0]
+        output = getattr(choice, "token_ids", None)
+        if not output:
+            raise ValueError(
+                f"the server of {self.policy.name} gave no token_ids: it does not honour return_token_ids; name the "
+                f"policy without a tokenizer, to use its chat completions"
+            )
+        scores = choice.logprobs
+        tops = [sorted(each.values(), reverse=True) for each in (scores.top_logprobs or []) if each and len(each) > 1]
+        margin = min((top[0] - top[1] for top in tops), default=float("inf"))
+        return list(output), [float(x) for x in scores.token_logprobs or []], margin

@@ -1,0 +1,273 @@
+"""Rendering, parsing and served models: the same ids whatever computes them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from agent_cases import Reader, episode, make_task, of, texts, tiny_agent, tiny_agent_tokenizer
+
+from still.eval.prices import Price, Prices
+from still.harness import backends
+from still.harness.agent import drive
+from still.harness.policies.calls import parser_of
+from still.harness.policies.chat import ChatFormat
+from still.harness.policies.local import LocalPolicy
+from still.harness.policies.server import ServerConfig, ServerPolicy
+from still.harness.policies.token_server import TokenServerPolicy
+from still.harness.run_config import RunConfig
+from still.harness.runs import read_run
+from still.harness.types import Limit, Message, ToolCall
+
+HERMES = """\
+{%- if tools %}<|system|># Tools\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|end|>\n{% endif %}
+{%- for message in messages %}
+{%- if message.role == "tool" %}
+{%- if loop.first or messages[loop.index0 - 1].role != "tool" %}<|user|>{% endif %}
+<tool_response>\n{{ message.content }}\n</tool_response>
+{%- if loop.last or messages[loop.index0 + 1].role != "tool" %}<|end|>\n{% endif %}
+{%- else %}<|{{ message.role }}|>{% if message.role == "assistant" and loop.last %}<think>\n\n</think>\n\n{% endif %}
+{{- message.content }}
+{%- for call in message.tool_calls or [] %}\n<tool_call>\n{"name": "{{ call.function.name }}", "arguments": \
+{{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|end|>\n{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|><think>\n\n</think>\n\n{% endif %}"""
+READ = ToolCall("read", '{"path": "a.txt"}')
+
+
+def hermes_tokenizer():
+    """The tiny tokenizer with a template such as Qwen's: wrapped calls, merged results, earlier turns reworded."""
+    tokenizer = tiny_agent_tokenizer()
+    tokenizer.chat_template = HERMES
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_agent_tokenizer(), hermes_tokenizer()], ids=["marked", "wrapped"])
+def test_pieces_join_to_the_whole_conversation(tokenizer):
+    chat = ChatFormat(tokenizer, [{"type": "function", "function": {"name": "read", "parameters": {}}}])
+    base = [Message("system", "S"), Message("user", "U")]
+    turn = Message("assistant", "I read.", (READ,))
+    result, bridge = Message("tool", "text of a", call=READ), Message("user", "B")
+    ids = chat.base(base) + chat.opening + chat.assistant(turn)
+    ids += chat.closing[1:] + chat.follow([result], "assistant") + chat.follow([bridge], "tool") + chat.opening
+    whole = chat._text([chat._plain(each) for each in (*base, turn, result, bridge)], True)
+    if "<think>" in whole:  # the template takes the empty reasoning out of earlier turns; what was sampled stays
+        whole = whole.replace("<|assistant|>I read.", "<|assistant|><think>\n\n</think>\n\nI read.")
+    assert chat.decode(ids) == whole
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_agent_tokenizer(), hermes_tokenizer()], ids=["marked", "wrapped"])
+def test_a_turn_is_parsed_as_it_was_rendered(tokenizer):
+    chat, parse = ChatFormat(tokenizer), parser_of(tokenizer.chat_template)
+    other = ToolCall("write", '{"path": "output/memo.md", "content": "line one\\nline \\"two\\" <b>é</b>"}')
+    text, calls, problem = parse(chat.decode(chat.assistant(Message("assistant", "Now.", (READ, other)))[:-1]))
+    assert (text, problem) == ("Now.", "")
+    assert [(c.name, c.parsed()) for c in calls] == [(c.name, c.parsed()) for c in (READ, other)]
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_agent_tokenizer(), hermes_tokenizer()], ids=["marked", "wrapped"])
+def test_no_mark_inside_a_text_is_a_mark(tokenizer):
+    chat = ChatFormat(tokenizer)
+    marks = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    evil = "StandsHere7f3a".join(sorted(marks)) + "<think>"
+    ids = chat.follow([Message("tool", evil, call=READ)], "assistant")
+    plain = chat.follow([Message("tool", "x", call=READ)], "assistant")
+    special = {tokenizer.convert_tokens_to_ids(mark) for mark in marks}
+    assert [i for i in ids if i in special] == [i for i in plain if i in special]
+
+
+@pytest.mark.parametrize(("template", "text", "expected"), [
+    ("<|call|>", '<|call|>read {"path": 1}<|call|>glob', (["read", "glob"], "")),
+    ("<|call|>", "<|call|>read {broken", (["read"], "no JSON object")),
+    ("<|call|>", "<|call|>", ([""], "names no tool")),
+    ("<tool_call>", '<tool_call>{"name": "read", "arguments": {}}</tool_call>', (["read"], "")),
+    ("<tool_call>", '<tool_call>{"name": "read"', ([""], "not closed")),
+    ("<tool_call>", "<tool_call>[1]</tool_call>", ([""], "names no tool")),
+    ("<think>x<tool_call>", '<think><tool_call>{"name": "x"}</tool_call></think>Done', ([], "")),
+    ("<tool_call><function=", "<tool_call>\n<function=read>\n<parameter=path>\na b\n</parameter>\n<parameter=limit>\n"
+     "5\n</parameter>\n</function>\n</tool_call>", (["read"], "")),
+    ("<tool_call><function=", "<function=read><parameter=path>x", (["read"], "not closed")),
+])  # fmt: skip
+def test_calls_of_every_syntax(template, text, expected):
+    _, calls, problem = parser_of(template)(text)
+    assert [each.name for each in calls] == expected[0]
+    assert expected[1] in problem
+    assert bool(problem) == bool(expected[1])
+
+
+def test_a_template_without_calls_is_refused():
+    with pytest.raises(ValueError, match="no known syntax"):
+        parser_of("{{ messages }}")
+    bare = tiny_agent_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        ChatFormat(bare)
+
+
+class Server(ThreadingHTTPServer):
+    """Completions of a real tiny model from token ids, and chat completions by a script, over real HTTP."""
+
+    def __init__(self, loaded=None, player=None, failures: int = 0):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.loaded, self.player, self.failures, self.requests = loaded, player, failures, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        if self.server.failures > 0:
+            self.server.failures -= 1
+            self.send_response(429)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            return
+        reply = self.complete(body) if self.path.endswith("/v1/completions") else self.chat(body)
+        data = json.dumps({"id": "x", "created": 0, "model": body["model"], **reply}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    @torch.no_grad()
+    def complete(self, body):
+        ids, output, logprobs, tops = list(body["prompt"]), [], [], []
+        while len(output) < body["max_tokens"]:
+            scores = self.server.loaded.model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+            best = scores.topk(2)
+            token = int(best.indices[0])
+            ids.append(token)
+            output.append(token)
+            logprobs.append(float(best.values[0]))
+            tops.append({str(int(i)): float(v) for i, v in zip(best.indices, best.values, strict=True)})
+            if token in body["stop_token_ids"]:
+                break
+        text = self.server.loaded.tokenizer.decode(output)
+        scores = {"token_logprobs": logprobs, "top_logprobs": tops, "tokens": [], "text_offset": []}
+        choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": scores, "token_ids": output}
+        return {"object": "text_completion", "choices": [choice]}
+
+    def chat(self, body):
+        seen = [
+            Message(m["role"], m.get("content") or "", call=called(body["messages"], m)) for m in body["messages"]
+        ]
+        turn = self.server.player(seen, None)
+        calls = [
+            {"id": f"call_{len(seen)}_{n}", "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for n, c in enumerate(turn.calls)
+        ]
+        message = {"role": "assistant", "content": turn.content or None, "tool_calls": calls or None}
+        usage = {"prompt_tokens": 100 * len(seen), "completion_tokens": 20, "total_tokens": 100 * len(seen) + 20}
+        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if calls else "stop"}
+        return {"object": "chat.completion", "choices": [choice], "usage": usage}
+
+    def log_message(self, *arguments):
+        pass
+
+
+def called(messages, message):
+    """The call that a tool's message answers."""
+    if message["role"] != "tool":
+        return None
+    for each in messages:
+        for one in each.get("tool_calls") or ():
+            if one["id"] == message["tool_call_id"]:
+                return ToolCall(one["function"]["name"], one["function"]["arguments"])
+    raise AssertionError(f"{message['tool_call_id']} answers no call")
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(**options):
+        servers.append(Server(**options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_served_model_gives_the_local_greedy_ids(serve):
+    loaded = tiny_agent()
+    config = ServerConfig("tiny", serve(loaded=loaded).url, window=4000)
+    base, limit = [Message("system", "S"), Message("user", "Read it all.")], Limit(24)
+    turns = []
+    for policy in (LocalPolicy(loaded, 4000), TokenServerPolicy(config, loaded.tokenizer)):
+        session = policy.session([])
+        session.start(base)
+        made = [session.sample(limit)]
+        session.append([Message("tool", "text of a document", call=READ)])
+        made.append(session.sample(limit))
+        session.append([Message("user", "Go on.")])
+        made.append(session.sample(limit))
+        session.reject()
+        made.append(session.sample(limit))
+        turns.append(made)
+    for mine, theirs in zip(*turns, strict=True):
+        assert mine.append_ids == theirs.append_ids
+        assert mine.output_ids == theirs.output_ids
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        assert mine.margin == pytest.approx(theirs.margin, abs=1e-3)
+        assert mine.prompt_tokens == theirs.prompt_tokens
+    assert turns[0][2].output_ids == turns[0][3].output_ids
+
+
+@pytest.mark.parametrize("backend", ["memo", "trim", "none", "full", "plain"])
+def test_text_backends_run_on_chat_completions_with_retries_and_cost(tmp_path, serve, backend):
+    server = serve(player=Reader(), failures=2)
+    config = ServerConfig("model-x", server.url, window=9000)
+    policy = ServerPolicy(config, Prices({"model-x": Price(2.0, 10.0)}))
+    task = make_task(tmp_path, texts(6))
+    run = episode(tmp_path, task, None, policy=policy, backend=backend, budget="200t", window=9000)
+    assert drive(run)["status"] == "done"
+    events = read_run(run.folder.root)
+    assert len(of(events, "compact")) == {"full": 0, "plain": 0}.get(backend, 2)
+    assert len(server.requests) == len(of(events, "turn")) + 2
+    spent = sum(2e-6 * turn["prompt_tokens"] + 1e-5 * turn["output_tokens"] for turn in of(events, "turn"))
+    assert sum(turn["cost"] for turn in of(events, "turn")) == pytest.approx(spent)
+    tools = [json.dumps(request["tools"]) for request in server.requests]
+    assert len(set(tools)) == 1  # rendered alike in every request, memo turns included
+    assert all(request["messages"][:2] == server.requests[0]["messages"][:2] for request in server.requests)
+
+
+def test_a_served_run_is_taken_up_again(tmp_path, serve):
+    class Failing(Reader):
+        left = 7
+
+        def __call__(self, seen, limit):
+            self.left -= 1
+            assert self.left, "the server is down"
+            return super().__call__(seen, limit)
+
+    task = make_task(tmp_path, texts(6))
+    down = ServerPolicy(ServerConfig("m", serve(player=Failing()).url, window=9000, retries=0))
+    run = episode(tmp_path, task, None, policy=down, backend="memo", budget="200t", window=9000)
+    with pytest.raises(Exception, match=r"[Cc]onnection"):
+        drive(run)
+    assert read_run(run.folder.root)[-1]["event"] == "error"
+    server = serve(player=Reader())
+    up = ServerPolicy(ServerConfig("m", server.url, window=9000))
+    again = episode(tmp_path, task, None, policy=up, backend="memo", budget="200t", window=9000)
+    assert drive(again)["status"] == "done"
+    assert len(server.requests) == len(of(read_run(run.folder.root), "turn")) - 6
+
+
+def test_what_a_server_cannot_do_is_refused(serve, monkeypatch):
+    policy = ServerPolicy(ServerConfig("m", serve().url))
+    with pytest.raises(ValueError, match="take a local model"):
+        backends.make(RunConfig(backend="kv", budget="100t"), policy)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
+        ServerPolicy(ServerConfig("m"))
