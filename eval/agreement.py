@@ -180,7 +180,8 @@ class JudgeComparison:
 def compare_judges(reference: Sequence[ScoredRun], candidate: Sequence[ScoredRun], seed: int = 0) -> JudgeComparison:
     """Set one judge's verdicts beside another's on the same runs.
 
-    Runs are matched by system, task and run id; where no run matches so, by task, if each judge graded one run of each.
+    Runs are matched by system, task and run id; where none matches so, without the system, which files may not name;
+    and where none does then, by task, if each judge graded one run of each.
 
     Args:
         seed: of kappa's bootstrap.
@@ -236,14 +237,19 @@ Keyed = dict[tuple[str, ...], ScoredRun]
 
 
 def _matched(reference: Sequence[ScoredRun], candidate: Sequence[ScoredRun]) -> tuple[Keyed, Keyed, list[str]]:
+    """Runs by the first of these that tells them apart on both sides and occurs on both."""
     first, second = _keyed(reference), _keyed(candidate)
     if set(first) & set(second):
         return first, second, []
-    tasks = [[run.task for run in runs] for runs in (reference, candidate)]
-    if any(len(set(each)) < len(each) for each in tasks) or not set(tasks[0]) & set(tasks[1]):
-        return first, second, []
-    by_task = [{(run.task,): run for run in runs} for runs in (reference, candidate)]
-    return *by_task, ["no run id is in both, so runs were matched by their task"]
+    ways = (
+        (lambda run: (run.task, run.run_id), []),
+        (lambda run: (run.task,), ["no run id is in both, so runs were matched by their task"]),
+    )
+    for key, warnings in ways:
+        ours, theirs = ({key(run): run for run in runs} for runs in (reference, candidate))
+        if set(ours) & set(theirs) and (len(ours), len(theirs)) == (len(reference), len(candidate)):
+            return ours, theirs, warnings
+    return first, second, []
 
 
 def _keyed(runs: Sequence[ScoredRun]) -> Keyed:

@@ -98,11 +98,17 @@ def corrected_rate(
 
 
 def label_pairs(judged: Sequence[ScoredRun], labels: Sequence[ScoredRun]) -> list[Labelled]:
-    """The criteria that both score, matched by system, task and run id; labels left unscored are no labels."""
-    known = {(run.system, run.task, run.run_id): run for run in labels}
+    """The criteria that both score, matched by task and run id; labels left unscored are no labels.
+
+    Raises:
+        ValueError: two labelled runs have the same task and run id.
+    """
+    known = {(run.task, run.run_id): run for run in labels}
+    if len(known) < len(labels):
+        raise ValueError("labels of several judges or systems share a task and run id; name one file for each run")
     found = []
     for run in judged:
-        truth = known.get((run.system, run.task, run.run_id))
+        truth = known.get((run.task, run.run_id))
         said = {verdict.id: verdict.passed for verdict in truth.verdicts} if truth else {}
         for verdict in run.verdicts:
             label = said.get(verdict.id)

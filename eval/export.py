@@ -47,7 +47,7 @@ def export_rows(
     """Rows for the disagreements, and for a random share of the agreements.
 
     Args:
-        runs: graded runs whose folders hold the deliverables.
+        runs: graded runs whose folders are known and hold the deliverables.
         rubrics: the tasks; a criterion whose hash is no longer the one that was judged is left out.
         prompt: the one to train for.
         agreements: agreements for each disagreement, for example 1.0; as many as there are at most.
@@ -66,7 +66,7 @@ def export_rows(
     if not chosen:
         raise ValueError(f"{comparison.reference} and {comparison.candidate} disagree on nothing that was asked for")
     rng.shuffle(chosen)
-    folders = {(run.task, run.run_id): run.path.parent for run in runs if run.path}
+    folders = {(run.task, run.run_id): run.folder for run in runs if run.folder}
     outputs: dict[Path, Outputs] = {}
     rows: list[dict[str, Any]] = []
     left_out: dict[str, int] = {}
@@ -77,7 +77,7 @@ def export_rows(
             outputs[folder] = Outputs(folder)
         built = "" if why or folder is None else _chat(pair, task, outputs[folder], prompt)
         if isinstance(built, str):
-            why = why or built or "its run folder is not known"
+            why = why or built or "its run folder is not known (--runs)"
             left_out[why] = left_out.get(why, 0) + 1
             continue
         answer = _answer(pair, prompt)

@@ -108,15 +108,20 @@ examples:
 def _runs(parser: argparse.ArgumentParser, what: str = "", required: bool = False) -> None:
     told = f"graded runs: files of scores, or folders that hold them{', ' + what if what else ''}"
     parser.add_argument("paths", nargs="+", metavar="PATH", help=told)
+    _places(parser, required)
+
+
+def _places(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--task", type=Path, action="append", default=[], required=required, metavar="PATH",
         help="folders of tasks: for wordings, kinds and hashes of criteria")  # fmt: skip
+    parser.add_argument("--runs", type=Path, action="append", default=[], metavar="DIR",
+        help="the runs themselves, where scores were written elsewhere (still grade --output)")  # fmt: skip
 
 
 def _two_sides(parser: argparse.ArgumentParser, others: str, required: bool = False) -> None:
     told = "graded runs: the reference's, then those of each candidate; or one folder with the files of several judges"
     parser.add_argument("paths", nargs="+", metavar="PATH", help=told)
-    parser.add_argument("--task", type=Path, action="append", default=[], required=required, metavar="PATH",
-        help="folders of tasks: for wordings, kinds and hashes of criteria")  # fmt: skip
+    _places(parser, required)
     parser.add_argument("--reference", metavar="NAME", help="the reference judge (default: the first one)")
     parser.add_argument("--candidate", action="append", metavar="NAME", help=f"default: {others}")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")

@@ -15,7 +15,7 @@ from typing import Any
 from .agreement import JudgeComparison, Rates, compare_judges
 from .page_parts import dollars
 from .questions import write_text
-from .scored import Rubrics, ScoredRun, graded_by, judges_of, load_runs
+from .scored import Rubrics, RunFolders, ScoredRun, graded_by, judges_of, load_runs
 from .stats import Interval
 
 
@@ -34,7 +34,7 @@ def compare(args: argparse.Namespace) -> int:
               f"{counts['false_pass'] + counts['both_fail']}")  # fmt: skip
         print(f"  false fail  {_rate(rates.false_fail)}  {counts['false_fail']} of "
               f"{counts['false_fail'] + counts['both_pass']}")  # fmt: skip
-        print(f"  McNemar p   {rates.mcnemar:.4f}")
+        print(f"  McNemar p   {'< 0.0001' if rates.mcnemar < 1e-4 else f'{rates.mcnemar:.4f}'}")
         for kind, part in each.by_kind.items():
             print(f"  {kind:11} {_rate(part.agreement)}  false pass {_rate(part.false_pass)}  of {len(part.pairs)}")
         if sum(each.unscored) or each.unpaired or each.only_one:
@@ -66,7 +66,7 @@ def report(args: argparse.Namespace) -> int:
     from .quarantine import Quarantine
 
     rubrics = Rubrics(args.task)
-    runs = load_named(args.paths, rubrics)
+    runs = load_named(args.paths, rubrics, RunFolders(args.runs))
     quarantine = Quarantine.load(args.quarantine) if args.quarantine else Quarantine()
     links: dict[int, str] = {}
     for index, run in enumerate(runs):
@@ -82,7 +82,7 @@ def items(args: argparse.Namespace) -> int:
     """Print item statistics as CSV; exit code 0 whatever they say."""
     from .quarantine import candidates, item_statistics
 
-    found = item_statistics(load_named(args.paths, Rubrics(args.task)))
+    found = item_statistics(load_named(args.paths, Rubrics(args.task), RunFolders(args.runs)))
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["task", "criterion", "rubric", "kind", "runs", "verdicts", "passes", "unscored", "judges_split",
                   "correlation", "flags", "title"])  # fmt: skip
@@ -101,7 +101,7 @@ def correct(args: argparse.Namespace) -> int:
     """Print the judge's rate, and the rate by the labels."""
     from .corrections import audited, corrected_rate, label_pairs
 
-    runs = load_named(args.paths, Rubrics(args.task))
+    runs = load_named(args.paths, Rubrics(args.task), RunFolders(args.runs))
     judge = judges_of(runs)
     if len(judge) > 1:
         raise ValueError(f"the runs were graded by {', '.join(judge)}; name files of one judge")
@@ -186,7 +186,7 @@ def tune(args: argparse.Namespace) -> int:
     from .verdict_store import VerdictStore, default_store
 
     tasks = {task.id: task for task in load_tasks(args.task)}
-    runs = load_named(args.paths, Rubrics(args.task))
+    runs = load_named(args.paths, Rubrics(args.task), RunFolders(args.runs))
     reference = args.reference or judges_of(runs)[0]
     runs = graded_by(runs, reference)
     judged = [tasks[name] for name in sorted({run.task for run in runs}) if name in tasks]
@@ -220,7 +220,8 @@ def comparisons(args: argparse.Namespace) -> tuple[list[JudgeComparison], list[S
         ValueError: there is only one judge, or a name that nobody has.
     """
     rubrics = Rubrics(args.task)
-    sides = [load_named([path], rubrics) for path in args.paths]
+    folders = RunFolders(args.runs)
+    sides = [load_named([path], rubrics, folders) for path in args.paths]
     runs = [run for side in sides for run in side]
     reference = args.reference or judges_of(sides[0])[0]
     others = args.candidate or [judge for judge in judges_of(runs) if judge != reference]
@@ -230,13 +231,15 @@ def comparisons(args: argparse.Namespace) -> tuple[list[JudgeComparison], list[S
     return [compare_judges(first, graded_by(runs, judge), args.seed) for judge in others], runs
 
 
-def load_named(paths: Sequence[str | Path], rubrics: Rubrics | None = None) -> list[ScoredRun]:
+def load_named(
+    paths: Sequence[str | Path], rubrics: Rubrics | None = None, folders: RunFolders | None = None
+) -> list[ScoredRun]:
     """Runs of each path; NAME=PATH names the system that made them, whatever their files say."""
     runs: list[ScoredRun] = []
     for path in map(str, paths):
         name, equals, rest = path.partition("=")
         named = bool(equals) and not Path(path).exists()
-        found = load_runs([rest if named else path], rubrics)
+        found = load_runs([rest if named else path], rubrics, folders)
         runs += [dataclasses.replace(run, system=name) for run in found] if named else found
     return runs
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .dual import AGGREGATE, read_any
+from .grade_command import find_runs, run_id
 from .kinds import Kind, criterion_kind, kind_of
 from .tasks import LabTask, find_tasks, load_task
 from .verdicts import CriterionVerdict, read_verdicts, total_cost
@@ -34,6 +35,7 @@ class ScoredRun:
         kinds: criterion id -> kind, from the task's words where it is at hand, else from the titles.
         scores: the file's contents, for everything else.
         path: the file.
+        folder: the run's own folder, with what it delivered; None where that is not known.
     """
 
     task: str
@@ -45,6 +47,7 @@ class ScoredRun:
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict, repr=False)
     path: Path | None = None
+    folder: Path | None = None
 
     @property
     def area(self) -> str:
@@ -92,17 +95,43 @@ class Rubrics:
         return self._tasks[task_id]
 
 
-def load_runs(paths: Sequence[str | Path], rubrics: Rubrics | None = None) -> list[ScoredRun]:
+class RunFolders:
+    """Folders of runs by task and run id, for scores that were written elsewhere (`still grade --output`).
+
+    Args:
+        roots: folders of runs, or folders that hold them at any depth.
+    """
+
+    def __init__(self, roots: Iterable[str | Path] = ()):
+        self._found: dict[str, list[Path]] = {}
+        for folder in (folder for root in roots for folder in find_runs(Path(root))):
+            self._found.setdefault(run_id(folder), []).append(folder)
+
+    def find(self, task: str, run: str) -> Path | None:
+        """The folder of a run, or None where none, or more than one, can be meant."""
+        found = self._found.get(run, [])
+        if len(found) > 1:
+            found = [folder for folder in found if _config(folder).get("task") == task]
+        return found[0] if len(found) == 1 else None
+
+
+def load_runs(
+    paths: Sequence[str | Path], rubrics: Rubrics | None = None, folders: RunFolders | None = None
+) -> list[ScoredRun]:
     """Every graded run in the files and below the folders.
 
     A run graded again by the same judge counts once, with its latest file. Files of stopped gradings
     (`scores.partial.json`) are left out.
 
+    Args:
+        rubrics: tasks, for hashes and kinds of criteria.
+        folders: where runs are found whose scores lie elsewhere.
+
     Raises:
         FileNotFoundError: a path is not there, or holds no scores.
         ValueError: a file is no scores file.
     """
-    rubrics = rubrics or Rubrics()
+    rubrics, folders = rubrics or Rubrics(), folders or RunFolders()
     latest: dict[tuple[str, str, str, str], ScoredRun] = {}
     for path in map(Path, paths):
         files = [path] if path.is_file() else sorted(path.rglob("scores*.json"))
@@ -111,7 +140,7 @@ def load_runs(paths: Sequence[str | Path], rubrics: Rubrics | None = None) -> li
             raise FileNotFoundError(f"there is no scores.json in or below {path}; grade runs with `still grade` first")
         for file in files:
             for scores in read_any(file):
-                run = _run(scores, file, rubrics)
+                run = _run(scores, file, rubrics, folders)
                 key = (run.system, run.task, run.run_id, run.judge)
                 if key not in latest or _when(run) >= _when(latest[key]):
                     latest[key] = run
@@ -140,7 +169,7 @@ def graded_by(runs: Iterable[ScoredRun], judge: str) -> list[ScoredRun]:
     raise ValueError(f"no run was graded by {judge!r}; there are {', '.join(judges_of(runs)) or 'none at all'}")
 
 
-def _run(scores: Mapping[str, Any], file: Path, rubrics: Rubrics) -> ScoredRun:
+def _run(scores: Mapping[str, Any], file: Path, rubrics: Rubrics, folders: RunFolders) -> ScoredRun:
     block = scores.get("still") or {}
     task_id = str(scores.get("task") or "")
     task = rubrics.find(task_id)
@@ -151,26 +180,34 @@ def _run(scores: Mapping[str, Any], file: Path, rubrics: Rubrics) -> ScoredRun:
         known = {criterion.id: criterion for criterion in task.criteria}
         kinds |= {name: criterion_kind(known[name]) for name in kinds if name in known}
         hashes = {name: known[name].rubric_hash for name in kinds if name in known} | hashes
+    run = str(scores.get("run_id") or file.parent.name)
+    beside = any((file.parent / name).exists() for name in ("output", "config.json", "metrics.json"))
+    folder = file.parent if beside else folders.find(task_id, run)
     return ScoredRun(
         task=task_id,
-        run_id=str(scores.get("run_id") or file.parent.name),
+        run_id=run,
         judge=str(scores.get("judge_model") or ""),
-        system=_system(file.parent),
+        system=_system(folder),
         verdicts=verdicts,
         hashes=hashes,
         kinds=kinds,
         scores=scores,
         path=file,
+        folder=folder,
     )
 
 
-def _system(folder: Path) -> str:
+def _system(folder: Path | None) -> str:
+    config = _config(folder) if folder else {}
+    return " ".join(str(config[key]) for key in ("model", "reasoning_effort") if config.get(key))
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return ""
-    parts = (config.get("model"), config.get("reasoning_effort")) if isinstance(config, dict) else ()
-    return " ".join(str(part) for part in parts if part)
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _when(run: ScoredRun) -> tuple[str, bool]:

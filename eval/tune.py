@@ -122,7 +122,7 @@ class Tuner:
     Args:
         judge: the one whose prompt is tuned.
         proposer: any served model; it is asked with `ask`.
-        reference: graded runs, one judge; their folders hold the deliverables.
+        reference: graded runs, one judge; their folders are known and hold the deliverables.
         tasks: task id -> task.
         tuning: ids of the tasks that cases are taken from.
         held_out: ids of the tasks that decide.
@@ -153,14 +153,17 @@ class Tuner:
         self.told = told or (lambda _: None)
         if both := sorted(set(tuning) & set(held_out)):
             raise ValueError(f"{both} are on both sides; a task that is tuned on cannot decide")
-        usable = [run for run in reference if run.task in tasks and run.path]
+        usable = [run for run in reference if run.task in tasks and run.folder]
         self.sides = {
             name: [run for run in usable if run.task in ids]
             for name, ids in (("tuning", set(tuning)), ("held-out", set(held_out)))
         }
         for name, runs in self.sides.items():
             if not runs:
-                raise ValueError(f"no graded run is on the {name} side; give it tasks that the reference judged")
+                raise ValueError(
+                    f"no graded run whose deliverables are known is on the {name} side; give it tasks that the "
+                    "reference judged, and name the folder of the runs"
+                )
         self.truth = {side: _labels(runs, tasks) for side, runs in self.sides.items()}
 
     async def tune(self) -> Tuned:
@@ -238,7 +241,7 @@ class Tuner:
         )
         grader = Grader(self.judge, config, store=self.store, prices=self.prices)
         runs = self.sides[side]
-        gradings = await grader.grade_all((self.tasks[run.task], run.path.parent, run.run_id) for run in runs)
+        gradings = await grader.grade_all((self.tasks[run.task], run.folder, run.run_id) for run in runs)
         if stopped := next((each.stopped for each in gradings if each.stopped), ""):
             raise ValueError(f"grading stopped: {stopped}; what was judged is kept, run the same command to go on")
         found = {(each.task.id, each.run_id, verdict.id): verdict for each in gradings for verdict in each.verdicts}

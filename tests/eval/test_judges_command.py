@@ -144,6 +144,32 @@ def test_export_writes_rows_of_one_side(tmp_path, graded, capsys):  # noqa: F811
     assert "train, test" in capsys.readouterr().err
 
 
+def test_scores_that_lie_apart_find_their_runs(tmp_path, graded, capsys):  # noqa: F811
+    _, runs, _, _ = graded
+    lab, root = runs[0].path.parents[2] / "tasks", runs[0].path.parents[1]
+    for run in runs:
+        for judge in ("strong", "cheap"):
+            scores = json.loads(run.path.read_text()) | {"judge_model": judge}
+            del scores["still"]["verdicts"]
+            for result in scores["criteria_results"]:
+                result["verdict"] = "pass" if judge == "cheap" else result["verdict"]
+            (tmp_path / judge / run.path.parent.name).mkdir(parents=True)
+            (tmp_path / judge / run.path.parent.name / "scores.json").write_text(json.dumps(scores))
+    apart = ["judges", "export", str(tmp_path / "strong"), str(tmp_path / "cheap"), "--task", str(lab),
+             "--output", str(tmp_path / "rows.jsonl")]  # fmt: skip
+    assert main(apart) == 0
+    assert "its run folder is not known" in capsys.readouterr().out
+    assert main([*apart, "--runs", str(root)]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert "DELIVERED-" in (tmp_path / "rows.jsonl").read_text()
+    # one judge's scores lie in the run folders, which name the system, the other's do not
+    (tmp_path / "strong" / "0" / "config.json").write_text(json.dumps({"model": "A"}))
+    assert main(["judges", "compare", str(tmp_path / "strong" / "0"), str(tmp_path / "cheap"), "--json",
+                 str(tmp_path / "n.json")]) == 0  # fmt: skip
+    (found,) = json.loads((tmp_path / "n.json").read_text())
+    assert (found["runs"], found["warnings"]) == (1, [])
+
+
 def test_tune_keeps_a_prompt_that_helps_and_says_so_by_its_exit_code(tmp_path, graded, capsys):  # noqa: F811
     tasks, runs, tuning, _ = graded
     lab, root = runs[0].path.parents[2] / "tasks", runs[0].path.parents[1]

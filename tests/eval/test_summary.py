@@ -8,7 +8,7 @@ from made_scores import scores_of, write_run
 from still.eval.dual import write_dual
 from still.eval.matters.lab_format import write_lab_tasks
 from still.eval.quarantine import Entry, Quarantine, candidates, item_statistics
-from still.eval.scored import Rubrics, judges_of, load_runs
+from still.eval.scored import Rubrics, RunFolders, judges_of, load_runs
 from still.eval.stats import cluster_bootstrap, wilson
 from still.eval.summary import both_scores, by, compare_systems, summarise
 from still.eval.tasks import find_tasks, load_task
@@ -99,6 +99,21 @@ def test_loading_takes_the_latest_of_each_judge_and_no_stopped_ones(tmp_path):
     for nothing in (tmp_path / "empty", tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="still grade"):
             load_runs([nothing])
+
+
+def test_runs_of_one_id_are_told_apart_by_their_task(tmp_path):
+    for name, task in (("a", "tax/a"), ("b", "tax/b")):
+        (tmp_path / name / "output").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps({"run_id": "1", "task": task, "model": f"m-{name}"}))
+    (tmp_path / "c" / "output").mkdir(parents=True)
+    folders = RunFolders([tmp_path])
+    assert folders.find("tax/b", "1") == tmp_path / "b"
+    assert folders.find("tax/z", "1") is None
+    assert folders.find("tax/z", "c") == tmp_path / "c"
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "scores.json").write_text(json.dumps(scores_of("p", task="tax/b", run_id="1")))
+    (run,) = load_runs([tmp_path / "apart"], folders=folders)
+    assert (run.system, run.folder) == ("m-b", tmp_path / "b")
 
 
 def test_a_quarantined_criterion_counts_by_its_hash_alone(tmp_path):
