@@ -112,6 +112,7 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
         from .prices import Prices
         from .verdict_store import VerdictStore, default_store
 
+        self.resume = "" if args.no_cache else Grade.resume
         found = [run for path in args.runs for run in find_runs(path)]
         jobs = [(load_task_of(run, args.task), run, target(run, args.output, args.runs)) for run in found]
         places = {run: folder for _, run, folder in jobs}
@@ -155,12 +156,15 @@ def report(args: argparse.Namespace) -> int:
     Raises:
         ValueError: no run is named.
     """
-    from .judges_verbs import report
+    from .judges_command import Judges
 
     if not args.runs[1:]:
         raise ValueError("name the graded runs: still grade report RUN ... --output DIR")
-    where = {"paths": [str(run) for run in args.runs[1:]], "task": [args.task] if args.task else []}
-    return report(argparse.Namespace(**where, output=args.output or Path("report"), quarantine=None, seed=args.seed))
+    words = ["report", *map(str, args.runs[1:]), "--output", str(args.output or "report"), "--seed", str(args.seed)]
+    words += ["--task", str(args.task)] if args.task else []
+    parser = argparse.ArgumentParser()
+    Judges().configure(parser)
+    return Judges().run(parser.parse_args(words))
 
 
 class Tally:

@@ -122,6 +122,27 @@ def test_back_off_doubles_and_ends():
         assert most / 2 - 0.01 <= wait <= most + 0.01
 
 
+def test_one_call_waits_as_long_as_its_server_asks_while_the_others_go_on():
+    async def main():
+        lane, times, now = Lane(), [], asyncio.get_running_loop().time
+        start = now()
+
+        async def call(name):
+            times.append((name, now() - start))
+            if name == "hurt" and len(times) == 1:
+                raise JudgeError("transient", "back at once", 9.0)
+
+        hurt = asyncio.create_task(lane.run(lambda: call("hurt")))
+        await asyncio.sleep(0.1)
+        await lane.run(lambda: call("well"))
+        await hurt
+        return dict(times)
+
+    times = run(main)
+    assert times["hurt"] >= 9
+    assert times["well"] < 1
+
+
 @pytest.mark.parametrize(
     ("trouble", "wait"), [("rejected", None), ("refused", None), ("fatal", None), ("throttled", 10_000.0)]
 )
