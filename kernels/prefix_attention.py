@@ -140,15 +140,15 @@ def _softmax(query, keys, values, added, scale) -> tuple[torch.Tensor, torch.Ten
     """`added` broadcasts to the scores `[batch, kv_heads, group, queries, keys]`."""
     batch, query_heads, queries, head_dim = query.shape
     kv_heads, wide = keys.shape[1], torch.promote_types(query.dtype, torch.float32)
-    grouped = query.reshape(batch, kv_heads, query_heads // kv_heads, queries, head_dim).to(wide)
-    scores = torch.matmul(grouped, keys.to(wide).transpose(-1, -2).unsqueeze(2)) * scale
+    rows = query.reshape(batch, kv_heads, -1, head_dim).to(wide)  # a KV head's query heads, one after the other
+    scores = torch.matmul(rows, keys.to(wide).transpose(-1, -2)) * scale
     if added is not None:
-        scores = scores + added.to(wide)
+        scores = (scores.unflatten(2, (-1, queries)) + added.to(wide)).flatten(2, 3)
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(dead, 0.0)  # a softmax over nothing has no gradient, and its output is zero
     lse = scores.logsumexp(-1, keepdim=True).masked_fill(dead, -torch.inf)
     weights = scores.softmax(-1).masked_fill(dead, 0.0)
-    out = torch.matmul(weights, values.to(wide).unsqueeze(2))
+    out = torch.matmul(weights, values.to(wide))
     return out.reshape(batch, query_heads, queries, -1).to(values.dtype), lse.reshape(batch, query_heads, queries)
 
 

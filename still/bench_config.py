@@ -1,0 +1,30 @@
+"""What `still bench` measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """The flags of `still bench`.
+
+    Attributes:
+        kernels: operations to measure; none is all of them.
+        tokens: context lengths; none is 8k, 32k and 128k on a GPU and 1k, 4k on a CPU.
+        device: such as cuda:0 or cpu; none is a GPU where there is one.
+        dtype: of keys and values; none is bfloat16 on a GPU and float32 on a CPU.
+        repeats: calls a timing on a CPU, and tens of milliseconds a timing on a GPU.
+        output: folder for kernels.csv (rows are appended), kernels.json and roofline.png.
+        figure: draw the roofline, which needs matplotlib (the extra plot).
+    """
+
+    kernels: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    device: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    repeats: int = 9
+    output: Path = Path("results/bench")
+    figure: bool = True
