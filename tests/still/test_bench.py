@@ -45,7 +45,7 @@ def test_bench_writes_rows_a_document_and_a_figure(tmp_path, capsys):
 
 
 def test_wrong_numbers_end_in_an_error(tmp_path, monkeypatch, capsys):
-    from still.kernels.bench import rope
+    from still.bench import rope
 
     right = rope.turn_reference
 

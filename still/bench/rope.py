@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..rope import angles, strip_rope, turn_reference
+from ..kernels.rope import angles, strip_rope, turn_reference
 from .measure import Case
 
 HEADS, DIM = 8, 128

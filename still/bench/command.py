@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench_config import BenchConfig
-from .flags import add_flags, from_flags
+from ..flags import add_flags, from_flags
+from .config import BenchConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from .kernels.bench.measure import Case, Roof
+    from .measure import Case, Roof
 
 COLUMNS = (
     "kernel", "provider", "mode", "metric", "unit", "x", "median", "p20", "p80", "config", "device", "version",
@@ -59,9 +59,9 @@ def bench(config: BenchConfig) -> int:
     """
     import torch
 
-    from .kernels.bench import OPERATIONS
-    from .kernels.bench.measure import roof
-    from .provenance import provenance
+    from ..provenance import provenance
+    from . import OPERATIONS
+    from .measure import roof
 
     if unknown := [name for name in config.kernels if name not in OPERATIONS]:
         raise ValueError(f"there is no benchmark {unknown[0]!r}; there are {', '.join(OPERATIONS)}")
@@ -96,7 +96,7 @@ def measure_all(names, device: torch.device, dtype: torch.dtype, tokens, repeats
     print(f"{'kernel':18}{'mode':10}{'x':>8}  {'provider':16}{'ms':>9}{'floor':>8}{'error':>9}{'memory':>10}  config")
     results = []
     for name in names:
-        for case in import_module(f".kernels.bench.{name}", __package__).cases(device, dtype, tuple(tokens)):
+        for case in import_module(f".{name}", __package__).cases(device, dtype, tuple(tokens)):
             result = measure_case(case, device, dtype, repeats, limits)
             results.append(result)
             for provider, found in result["providers"].items():
@@ -114,7 +114,7 @@ def measure_case(case: Case, device: torch.device, dtype: torch.dtype, repeats: 
     """Error and time of every provider; `wrong` names those whose error is past the bar."""
     import torch
 
-    from .kernels.bench.measure import error, extra_memory, seconds
+    from .measure import error, extra_memory, seconds
 
     exact, floor = case.exact() if case.exact else None, limits.floor(case)
     bar = 64 * torch.finfo(dtype).eps

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..prefix_attention import attend_reference, prefix_attention
+from ..kernels.prefix_attention import attend_reference, prefix_attention
 from .measure import Case
 
 HEADS, GROUP, DIM, SPREAD = 8, 4, 128, 60
