@@ -95,7 +95,10 @@ examples:
         tune.add_argument(
             "--cache", type=Path, metavar="FILE", help="where verdicts are kept (default: the user's cache)"
         )
-        _split(tune, "the side that decides; all others are tuned on", "held_out")
+        _split(tune, "the side that decides", "held_out")
+        tune.add_argument(
+            "--tuning-side", metavar="NAME", help="the side that cases come from (default: the other one)"
+        )
         _tuning(tune)
 
     def run(self, args: argparse.Namespace) -> int:

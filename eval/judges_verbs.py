@@ -40,6 +40,10 @@ def compare(args: argparse.Namespace) -> int:
         if sum(each.unscored) or each.unpaired or each.only_one:
             print(f"  left out: {each.unscored[0]} and {each.unscored[1]} unscored, {each.unpaired} without a "
                   f"counterpart; {each.only_one} runs graded by one alone")  # fmt: skip
+        for task, part in list(each.by_task.items())[:5]:
+            wrong = part.counts["false_pass"], part.counts["false_fail"]
+            if any(wrong):
+                print(f"  {task}: {wrong[0]} false passes, {wrong[1]} false fails of {len(part.pairs)}")
         for warning in each.warnings:
             print(f"  note: {warning}")
     if args.html:
@@ -191,15 +195,14 @@ def tune(args: argparse.Namespace) -> int:
     runs = graded_by(runs, reference)
     judged = [tasks[name] for name in sorted({run.task for run in runs}) if name in tasks]
     split = Split.load(args.split) if args.split else split_tasks(judged, {"tuning": 0.5, "held_out": 0.5}, args.seed)
-    held_out = side_of(split, args.side)
-    tuning = [task.id for task in judged if task.id not in held_out]
+    held_out, tuning = side_of(split, args.side), side_of(split, tuning_side(split, args))
     table = load_judges(args.judges) if args.judges else {}
     judge, proposer = find_judge(args.judge, table), find_judge(args.proposer, table)
     config = TuneConfig(**{name: getattr(args, name) for name in vars(TuneConfig())})
 
     async def whole() -> Any:
         with VerdictStore(args.cache or default_store()) as store:
-            tuner = Tuner(judge, proposer, runs, tasks, tuning, held_out, args.output, config, store,
+            tuner = Tuner(judge, proposer, runs, tasks, sorted(tuning), sorted(held_out), args.output, config, store,
                           Prices.load(args.prices), lambda line: print(line, flush=True))  # fmt: skip
             try:
                 return await tuner.tune()
@@ -242,6 +245,18 @@ def load_named(
         found = load_runs([rest if named else path], rubrics, folders)
         runs += [dataclasses.replace(run, system=name) for run in found] if named else found
     return runs
+
+
+def tuning_side(split: Any, args: argparse.Namespace) -> str:
+    """The side that is tuned on: the one named, else the only other one, so that a test side is never looked at.
+
+    Raises:
+        ValueError: there are several others and none is named.
+    """
+    others = [side for side in split.sides if side != args.side]
+    if args.tuning_side or len(others) == 1:
+        return args.tuning_side or others[0]
+    raise ValueError(f"the split has the sides {', '.join(split.sides)}; say with --tuning-side which one to tune on")
 
 
 def side_of(split: Any, side: str) -> set[str]:

@@ -144,11 +144,12 @@ def compare_systems(a: Sequence[ScoredRun], b: Sequence[ScoredRun]) -> SystemsCo
     judges = ({run.judge for run in a}, {run.judge for run in b})
     if judges[0] != judges[1] or len(judges[0]) != 1:
         raise ValueError(f"the systems were graded by {sorted(judges[0])} and {sorted(judges[1])}; compare under one")
-    first, second = _rates(a), _rates(b)
-    shared = [key for key in first if key in second]
+    (first, wordings), (second, others) = _rates(a), _rates(b)
+    same = {key for key in wordings if not others.get(key) or not wordings[key] or wordings[key] & others[key]}
+    shared = [key for key in first if key in second and key in same]
     if not shared:
         raise ValueError("no criterion was scored in both systems; grade the same tasks")
-    tasks = [task for task, _, _ in shared]
+    tasks = [task for task, _ in shared]
     criterion = paired_difference([first[key] for key in shared], [second[key] for key in shared], tasks)
     whole_a, whole_b = _whole(a), _whole(b)
     known = [task for task in whole_a if task in whole_b]
@@ -172,15 +173,17 @@ def _all_pass(runs: Sequence[ScoredRun]) -> Interval:
     return clustered_rate([float(bool(run.all_pass)) for run in runs], tasks)
 
 
-def _rates(runs: Sequence[ScoredRun]) -> Mapping[tuple[str, str, str], float]:
-    """(task, criterion, rubric hash) -> mean over runs."""
-    given: dict[tuple[str, str, str], list[bool]] = {}
+def _rates(runs: Sequence[ScoredRun]) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], set[str]]]:
+    """(task, criterion) -> mean over runs, and -> the rubric hashes that the files tell."""
+    given: dict[tuple[str, str], list[bool]] = {}
+    hashes: dict[tuple[str, str], set[str]] = {}
     for run in runs:
         for verdict in run.verdicts:
             if verdict.passed is not None:
-                key = run.task, verdict.id, run.hashes.get(verdict.id, "")
+                key = run.task, verdict.id
                 given.setdefault(key, []).append(verdict.passed)
-    return {key: mean(values) for key, values in given.items()}
+                hashes.setdefault(key, set()).update({run.hashes[verdict.id]} if verdict.id in run.hashes else ())
+    return {key: mean(values) for key, values in given.items()}, hashes
 
 
 def _whole(runs: Sequence[ScoredRun]) -> Mapping[str, float]:

@@ -185,6 +185,24 @@ def test_tune_keeps_a_prompt_that_helps_and_says_so_by_its_exit_code(tmp_path, g
     assert "1 edits kept against exact" in said
 
 
+def test_tune_never_looks_at_a_third_side(tmp_path, graded, capsys):  # noqa: F811
+    tasks, runs, tuning, held_out = graded
+    lab, root = runs[0].path.parents[2] / "tasks", runs[0].path.parents[1]
+    sides = {"train": tuple(tuning), "held_out": tuple(held_out[:6]), "test": tuple(held_out[6:])}
+    Split(sides, {side: 1 / 3 for side in sides}, 0, {}, (), {}).save(tmp_path / "split.json")
+    with JudgeServer(World(tasks, tuning, [[edit(CAREFUL)]])) as server:
+        arguments = ["judges", "tune", str(root), "--task", str(lab), "--judge", f"cheap@{server.url}", "--proposer",
+                     f"proposer@{server.url}", "--output", str(tmp_path / "out"), "--rounds", "1",
+                     "--criteria-per-call", "0", "--cache", str(tmp_path / "v.db"),
+                     "--split", str(tmp_path / "split.json")]  # fmt: skip
+        assert main(arguments) == 2
+        assert "--tuning-side" in capsys.readouterr().err
+        assert main([*arguments, "--tuning-side", "train"]) == 0
+        asked = "".join(each.text for each in server.log)
+    assert all(tasks[name].title + "\n" in asked for name in sides["held_out"])
+    assert not any(tasks[name].title + "\n" in asked for name in sides["test"])
+
+
 def test_a_judge_that_cannot_be_reached_ends_with_one_line(tmp_path, graded, capsys):  # noqa: F811
     _, runs, _, _ = graded
     lab, root = runs[0].path.parents[2] / "tasks", runs[0].path.parents[1]

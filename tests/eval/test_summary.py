@@ -73,6 +73,14 @@ def test_systems_are_paired_by_criterion_and_task(tmp_path):
         compare_systems(a, runs_of(tmp_path / "d", {"tax/z": "p"}))
 
 
+def test_criteria_are_paired_by_wording_as_far_as_files_tell_it(tmp_path):
+    a = runs_of(tmp_path / "a", {"tax/a": "pp"}, hashes={"C-001": "1", "C-002": "2"})
+    b = runs_of(tmp_path / "b", {"tax/a": "ff"}, hashes={"C-001": "changed", "C-002": "2"})
+    assert compare_systems(a, b).criteria == 1
+    bare = runs_of(tmp_path / "c", {"tax/a": "ff"}, still={})
+    assert compare_systems(a, bare).criteria == compare_systems(bare, a).criteria == 2
+
+
 def test_repeated_runs_are_averaged_before_they_are_paired(tmp_path):
     for run, labels in enumerate(("pp", "pf")):
         write_run(tmp_path / "a" / str(run), labels, run_id=str(run))
