@@ -63,11 +63,12 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write a page for each run and one across them."""
+    """Write a page for each run, one across them, and all numbers."""
     from .dual import file_name
     from .pages import run_page
     from .pages_across import runs_page
     from .quarantine import Quarantine
+    from .summary import overview
 
     rubrics = Rubrics(args.task)
     runs = load_named(args.paths, rubrics, RunFolders(args.runs))
@@ -77,7 +78,17 @@ def report(args: argparse.Namespace) -> int:
         name = file_name("-".join(part for part in (run.system, run.task, run.judge) if part))[:120]
         links[index] = f"runs/{index + 1:04d}-{name}.html"
         write_text(args.output / links[index], run_page(run, rubrics.find(run.task)))
-    write_text(args.output / "index.html", runs_page(runs, rubrics, quarantine, links, args.seed))
+    found = overview(runs, quarantine, args.seed)
+    notes = [f"Quarantine entry {e.task} {e.criterion} took no effect: {why}." for e, why in quarantine.unused(runs)]
+    write_text(args.output / "index.html", runs_page(runs, found, rubrics, links, notes))
+    numbers = [each.to_json() for each in found]
+    write_text(args.output / "numbers.json", json.dumps(numbers, indent=1, ensure_ascii=False))
+    for each in found:
+        for system, scores in each.systems.items():
+            official = scores.official
+            whole = f"{official.all_passed} of {official.runs} runs pass whole"
+            open_ = f", {official.unscored} unscored" if official.unscored else ""
+            print(f"{system} by {each.judge}: {whole}, criteria {_rate(official.micro)}{open_}")
     print(f"{len(runs)} runs: {args.output / 'index.html'}")
     return 0
 

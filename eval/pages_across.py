@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 
 from .page_parts import Markup, count, dollars, escape, header, interval, note, page, percent, points, table, tiles
 from .pages import title_of
-from .quarantine import Item, Quarantine, item_statistics
+from .quarantine import Item, item_statistics
 from .scored import Rubrics, ScoredRun, judges_of
-from .summary import BothScores, both_scores, by, compare_systems
+from .summary import UNNAMED, BothScores, Overview
 
 BANDS = ((1.0, "all"), (0.95, "95 % or more"), (0.9, "90 to 95 %"), (0.8, "80 to 90 %"), (0.0, "less than 80 %"))
 
 
 def runs_page(
     runs: Sequence[ScoredRun],
+    found: Sequence[Overview],
     rubrics: Rubrics | None = None,
-    quarantine: Quarantine | None = None,
     links: Mapping[int, str] | None = None,
-    seed: int = 0,
+    notes: Sequence[str] = (),
 ) -> str:
     """All runs as a page; each judge's verdicts make a section of their own.
 
     Args:
+        found: of `summary.overview`.
         rubrics: for titles.
-        quarantine: criteria that the second score leaves out.
         links: index of a run -> the address of its own page, relative to this one.
-        seed: of the bootstraps.
+        notes: what the reader must know first.
     """
-    rubrics, quarantine, links = rubrics or Rubrics(), quarantine or Quarantine(), links or {}
+    rubrics, links = rubrics or Rubrics(), links or {}
     systems = list(dict.fromkeys(_name(run) for run in runs))
     judges = judges_of(runs)
     facts = [
@@ -39,42 +38,34 @@ def runs_page(
     ]
     body = [header("Results across runs", "How much of the work was done right", facts)]
     tasks = len({run.task for run in runs})
-    told = [f"Quarantine entry {e.task} {e.criterion} took no effect: {why}." for e, why in quarantine.unused(runs)]
+    told = list(notes)
     if tasks < 10:
         told.append(f"All of this rests on {count(tasks, 'task')}; the intervals are as wide as that makes them.")
     body.append(note(told))
-    for judge in judges:
-        here = [run for run in runs if run.judge == judge]
-        if len(judges) > 1:
-            body.append(f"<h2>Judge: {escape(judge)}</h2>")
-        body += _judge_section(here, quarantine, seed)
+    for each in found:
+        if len(found) > 1:
+            body.append(f"<h2>Judge: {escape(each.judge)}</h2>")
+        body += _judge_section(each)
     body.append(_runs_table(runs, rubrics, links))
     body.append(_items_table(item_statistics(runs)))
     body.append(
         '<p class="faint">A task passes only if every criterion is met. Intervals are 95 %: criterion rates by a '
-        f"bootstrap over tasks (2,000 draws, seed {seed}), since the criteria of a task stand or fall together; "
+        "bootstrap over tasks, since the criteria of a task stand or fall together; "
         "all-pass by Wilson's method, or robust to tasks where a task has several runs. Criteria without a verdict are "
         "in no rate.</p>"
     )
     return page("Results across runs", body, "Verdicts are a language model's reading. They are no legal advice.")
 
 
-def _judge_section(runs: Sequence[ScoredRun], quarantine: Quarantine, seed: int) -> list[str]:
-    systems: dict[str, list[ScoredRun]] = {}
-    for run in runs:
-        systems.setdefault(_name(run), []).append(run)
-    scores = {name: both_scores(found, quarantine, seed) for name, found in systems.items()}
-    parts = [_headline(*next(iter(scores.items()))) if len(scores) == 1 else ""]
-    parts.append(_systems_table(scores))
-    pairs = []
-    for first, second in combinations(systems, 2):
-        try:
-            found = compare_systems(systems[first], systems[second])
-        except ValueError:
-            continue
-        whole = found.all_pass.interval if found.all_pass else None
-        pairs.append([first, second, points(found.criterion.interval), _p(found.criterion.p_value), points(whole),
-                      f"{found.only_a} / {found.only_b}", _p(found.mcnemar), f"{found.tasks:,}"])  # fmt: skip
+def _judge_section(found: Overview) -> list[str]:
+    parts = [_headline(next(iter(found.systems.values()))) if len(found.systems) == 1 else ""]
+    parts.append(_systems_table(found.systems))
+    pairs = [
+        [first, second, points(each.criterion.interval), _p(each.criterion.p_value),
+         points(each.all_pass.interval if each.all_pass else None), f"{each.only_a} / {each.only_b}", _p(each.mcnemar),
+         f"{each.tasks:,}"]
+        for first, second, each in found.pairs
+    ]  # fmt: skip
     head = [
         "first",
         "second",
@@ -86,12 +77,11 @@ def _judge_section(runs: Sequence[ScoredRun], quarantine: Quarantine, seed: int)
         "tasks",
     ]
     parts.append(table(head, pairs, "First minus second on the tasks that both did, paired.", (0, 1)))
-    for name, found in systems.items():
-        areas = by(found, lambda run: run.area, seed)
+    for name, areas in found.areas.items():
         if len(areas) > 1:
             rows = [
-                [area, f"{each.runs:,}", interval(each.micro), interval(each.macro), percent(each.all_pass.estimate)
-                 if each.all_pass else "\u2013", f"{each.unscored:,}"]
+                [area, f"{each.runs:,}", interval(each.micro), interval(each.macro),
+                 percent(each.all_pass.estimate if each.all_pass else None), f"{each.unscored:,}"]
                 for area, each in areas.items()
             ]  # fmt: skip
             head = ["practice area", "runs", "criteria", "mean over tasks", "all-pass", "not judged"]
@@ -99,7 +89,7 @@ def _judge_section(runs: Sequence[ScoredRun], quarantine: Quarantine, seed: int)
     return parts
 
 
-def _headline(name: str, scores: BothScores) -> str:
+def _headline(scores: BothScores) -> str:
     found = scores.official
     low, high = found.all_pass_bounds
     rate = percent(found.all_pass.estimate) if found.all_pass else "unknown"
@@ -176,7 +166,7 @@ def _share(run: ScoredRun) -> float | None:
 
 
 def _name(run: ScoredRun) -> str:
-    return run.system or "not named"
+    return run.system or UNNAMED
 
 
 def _p(value: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -112,7 +112,6 @@ class Item:
         split: share of the runs that several judges graded on which they differ; None where none was.
         discrimination: correlation of passing it with the rate of passing the task's other criteria, over verdicts;
             None where either does not vary. Below zero, the better outputs fail it.
-        known_by: systems that were graded on it.
     """
 
     task: str
@@ -126,7 +125,6 @@ class Item:
     runs: int
     split: float | None
     discrimination: float | None
-    known_by: tuple[str, ...] = field(default=())
 
     @property
     def pass_rate(self) -> float | None:
@@ -144,10 +142,6 @@ class Item:
             "better outputs fail it": (self.discrimination or 0) <= -0.2,
         }
         return tuple(name for name, holds in found.items() if holds)
-
-    def to_json(self) -> dict[str, Any]:
-        """For tables and files."""
-        return {**asdict(self), "pass_rate": self.pass_rate, "flags": list(self.flags())}
 
 
 def item_statistics(runs: Sequence[ScoredRun]) -> list[Item]:
@@ -177,7 +171,6 @@ def item_statistics(runs: Sequence[ScoredRun]) -> list[Item]:
                 runs=len({(run.system, run.run_id) for run, _ in pairs}),
                 split=mean(len({label for _, label in found}) > 1 for found in shared) if shared else None,
                 discrimination=_correlation([(x, y) for x, y in rest if y is not None]),
-                known_by=tuple(sorted({run.system for run, _ in pairs if run.system})),
             )
         )
     return items

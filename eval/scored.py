@@ -152,11 +152,6 @@ def judges_of(runs: Iterable[ScoredRun]) -> list[str]:
     return list(dict.fromkeys(run.judge for run in runs))
 
 
-def systems_of(runs: Iterable[ScoredRun]) -> list[str]:
-    """The systems' names, each once, in the order of first sight."""
-    return list(dict.fromkeys(run.system for run in runs))
-
-
 def graded_by(runs: Iterable[ScoredRun], judge: str) -> list[ScoredRun]:
     """The runs that one judge graded.
 

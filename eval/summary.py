@@ -7,12 +7,18 @@ left out of the all-pass rate, which is given with the bounds that it would have
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import combinations
 from statistics import mean
+from typing import Any
 
 from .quarantine import Quarantine
-from .scored import ScoredRun
+from .scored import ScoredRun, judges_of
 from .stats import Interval, PairedDifference, cluster_bootstrap, clustered_rate, mcnemar, paired_difference, wilson
+
+UNNAMED = "not named"
+"""The system of runs whose files name none."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,58 @@ def compare_systems(a: Sequence[ScoredRun], b: Sequence[ScoredRun]) -> SystemsCo
         only_b=only_b,
         mcnemar=mcnemar(only_a, only_b),
     )
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What one judge's verdicts come to, for every system.
+
+    Attributes:
+        judge: its name.
+        systems: system -> both scores.
+        areas: system -> practice area -> summary.
+        pairs: every two systems that were graded on something in common.
+    """
+
+    judge: str
+    systems: dict[str, BothScores]
+    areas: dict[str, dict[str, Summary]]
+    pairs: list[tuple[str, str, SystemsCompared]]
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, as `still judges report` writes them."""
+        return {
+            "judge": self.judge,
+            "systems": {
+                name: {**asdict(both), "areas": {area: asdict(found) for area, found in self.areas[name].items()}}
+                for name, both in self.systems.items()
+            },
+            "pairs": [{"first": first, "second": second, **asdict(found)} for first, second, found in self.pairs],
+        }
+
+
+def overview(runs: Sequence[ScoredRun], quarantine: Quarantine | None = None, seed: int = 0) -> list[Overview]:
+    """Everything that is reported across runs, judge by judge; systems that no file names are "not named"."""
+    found = []
+    for judge in judges_of(runs):
+        systems: dict[str, list[ScoredRun]] = {}
+        for run in runs:
+            if run.judge == judge:
+                systems.setdefault(run.system or UNNAMED, []).append(run)
+        pairs = []
+        for first, second in combinations(systems, 2):
+            if {run.task for run in systems[first]} & {run.task for run in systems[second]}:
+                with suppress(ValueError):  # tasks in common, but no criterion that was scored in both
+                    pairs.append((first, second, compare_systems(systems[first], systems[second])))
+        found.append(
+            Overview(
+                judge,
+                {name: both_scores(each, quarantine or Quarantine(), seed) for name, each in systems.items()},
+                {name: by(each, lambda run: run.area, seed) for name, each in systems.items()},
+                pairs,
+            )
+        )
+    return found
 
 
 def _all_pass(runs: Sequence[ScoredRun]) -> Interval:

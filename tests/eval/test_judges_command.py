@@ -63,17 +63,32 @@ def test_compare_finds_several_judges_in_one_folder(tmp_path, capsys):
 
 def test_report_writes_a_page_a_run_and_one_across_them(judged, capsys):
     (judged / "q.json").write_text(
-        json.dumps([{"task": "tax/a", "criterion": "C-003", "rubric": "hash-C-003", "reason": "stale name"}])
+        json.dumps(
+            [
+                {"task": "tax/a", "criterion": "C-003", "rubric": "hash-C-003", "reason": "stale name"},
+                {"task": "tax/a", "criterion": "C-004", "rubric": "before", "reason": "stale name"},
+            ]
+        )
     )
     assert main(["judges", "report", str(judged / "strong"), f"other maker={judged / 'strong' / 'A'}",
                  "--quarantine", str(judged / "q.json"), "--output", str(judged / "out")]) == 0  # fmt: skip
-    assert "9 runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "9 runs" in said
+    assert "A by strong: 1 of 3 runs pass whole, criteria  75.0 %" in said
     index = (judged / "out" / "index.html").read_text()
     pages = sorted((judged / "out" / "runs").iterdir())
     assert len(pages) == 9
     assert all(f'href="runs/{page.name}"' in index for page in pages)
     assert "without quarantined criteria" in index
     assert ">other maker<" in index
+    assert "tax/a C-004 took no effect: the criterion has changed: its rubric hash is now hash-C-004." in index
+    (numbers,) = json.loads((judged / "out" / "numbers.json").read_text())
+    assert numbers["systems"]["A"]["official"]["micro"]["estimate"] == pytest.approx(9 / 12)
+    assert numbers["systems"]["A"]["without"]["micro"]["estimate"] == pytest.approx(9 / 11)
+    assert numbers["systems"]["B"]["areas"]["tax"]["all_passed"] == 0
+    assert [(each["first"], each["second"], each["criteria"]) for each in numbers["pairs"]] == [
+        ("A", "B", 12), ("A", "other maker", 12), ("B", "other maker", 12),
+    ]  # fmt: skip
 
 
 def test_items_are_csv_and_candidates_a_list_that_report_takes(judged, capsys):
