@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,8 +27,10 @@ from .asking import Asker, Batch, Ledger
 from .deliverables import Outputs, Policy, Sheet, group_by_sheet
 from .ensemble import Ensemble, Panel, Verdicts, join
 from .grading import Grading
+from .judge import Label
 from .judges import ExactJudge
 from .lanes import Lane, Retry
+from .planning import Estimate, estimate, make_batches
 from .prices import Budget, Prices
 from .prompting import Prompt, load_prompt
 from .tasks import Criterion, LabTask
@@ -195,6 +196,19 @@ class Grader:
         await asyncio.gather(*(work() for _ in range(at_once)))
         return [grading for _, grading in sorted(found, key=lambda each: each[0])]
 
+    def plan(self, task: LabTask, outputs: Outputs | str | Path | Mapping[str, str]) -> dict[str, Estimate]:
+        """What each judge would be asked about a run, without asking; a cascade's strong judge at most."""
+        outputs = outputs if isinstance(outputs, Outputs) else Outputs(outputs)
+        total = dict.fromkeys(self.leaves, Estimate())
+        for sheet, criteria in group_by_sheet(task, outputs, task.criteria):
+            for name, judge in self.leaves.items():
+                if self._settled(judge, sheet) or name not in self.askers:
+                    total[name] += Estimate(criteria=len(criteria), without_call=len(criteria))
+                    continue
+                asker = self.askers[name]
+                total[name] += estimate(*self._batches(asker, task, sheet, criteria, Ledger()), asker)
+        return total
+
     async def aclose(self) -> None:
         """Close the judges' connections."""
         for leaf in self.leaves.values():
@@ -222,26 +236,12 @@ class Grader:
         self, judge: Any, task: LabTask, sheet: Sheet, criteria: Sequence[Criterion], ledger: Ledger | None
     ) -> list[CriterionVerdict]:
         """One judge's verdicts on the criteria of one sheet, a list for each repeat, one after another."""
-        policy = getattr(self.config, sheet.state, "judge")
-        if policy != "judge" or (sheet.state != "ok" and hasattr(judge, "decide")):
-            state: State = sheet.state
-            return self._all(judge, criteria, policy if policy != "judge" else "fail", state, sheet.why)
+        if label := self._settled(judge, sheet):
+            return self._all(judge, criteria, label, sheet.state, sheet.why)
         if hasattr(judge, "decide"):
             return self._decided(judge, criteria, sheet)
         asker = self.askers[judge.name]
-        system, shared = self.prompt.shared(
-            task.title, task.instructions, [each.section for each in sheet.files], sheet.bound
-        )
-        start = partial(Batch, sheet, system, shared, self._base(asker, task, sheet), ledger)
-        found: list[CriterionVerdict] = []
-        batches: list[Batch] = []
-        for seed in (None, *(self.config.seed + repeat for repeat in range(1, self.config.repeats))):
-            whole = start(tuple(_ordered(criteria, seed)), seed)
-            kept = {each.id: asker.find(whole, each) for each in whole.criteria}
-            found += [verdict for verdict in kept.values() if verdict]
-            todo = [each for each in whole.criteria if kept[each.id] is None]
-            size = self.config.criteria_per_call or max(1, len(todo))
-            batches += [start(tuple(todo[at : at + size]), seed) for at in range(0, len(todo), size)]
+        found, batches = self._batches(asker, task, sheet, criteria, ledger)
         self._planned(len(found) + sum(len(each.criteria) for each in batches))
         for verdict in found:
             self._told(verdict)
@@ -255,6 +255,22 @@ class Grader:
         for part in await asyncio.gather(*(asker.ask(batch, self._told) for batch in batches)):
             found += part.values()
         return found
+
+    def _settled(self, judge: Any, sheet: Sheet) -> Label | None:
+        """The label that the state of the deliverables gives without a judge, or None."""
+        policy = getattr(self.config, sheet.state, "judge")
+        if policy != "judge":
+            return policy
+        return "fail" if sheet.state != "ok" and hasattr(judge, "decide") else None
+
+    def _batches(
+        self, asker: Asker, task: LabTask, sheet: Sheet, criteria: Sequence[Criterion], ledger: Ledger
+    ) -> tuple[list[CriterionVerdict], list[Batch]]:
+        sections = [each.section for each in sheet.files]
+        system, shared = self.prompt.shared(task.title, task.instructions, sections, sheet.bound)
+        start = partial(Batch, sheet, system, shared, self._base(asker, task, sheet), ledger)
+        seeds = (None, *(self.config.seed + repeat for repeat in range(1, self.config.repeats)))
+        return make_batches(asker, start, criteria, seeds, self.config.criteria_per_call)
 
     def _all(
         self, judge: Any, criteria: Sequence[Criterion], label: Any, state: State, why: str, planned: bool = False
@@ -332,13 +348,6 @@ def leaves(panel: Panel) -> list[Any]:
         for leaf in leaves(each):
             found.setdefault(leaf.name, leaf)
     return list(found.values())
-
-
-def _ordered(criteria: Sequence[Criterion], seed: int | None) -> list[Criterion]:
-    ordered = list(criteria)
-    if seed is not None:
-        random.Random(f"order:{seed}").shuffle(ordered)
-    return ordered
 
 
 def _regroup(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .grade import Grader
     from .grading import Grading
     from .tasks import LabTask
     from .verdicts import CriterionVerdict
@@ -95,6 +96,7 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
         add("--max-cost", type=float, metavar="X", help="US dollars; a run that reaches them stops cleanly")
         add("--max-tokens", type=int, metavar="N", help="tokens, input and output; the same")
         add("--output", type=Path, metavar="DIR", help="where scores go (default: into each run folder)")
+        add("--dry-run", action="store_true", help="say what would be asked and what that may cost, and ask nothing")
         add("--quiet", action="store_true", help="no progress bar")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -138,12 +140,17 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
                     judge, config, store=store, prices=Prices.load(args.prices), told=bar.told, planned=bar.planned
                 )
                 async with grader:
+                    if args.dry_run:
+                        bar.write(plan(grader, [(task, run) for task, run, _ in jobs]))
+                        return
                     await grader.grade_all(((task, run, run_id(run)) for task, run, _ in jobs), done)
 
         try:
             asyncio.run(whole())
         finally:
             bar.close()
+        if args.dry_run:
+            return 0
         print(total(gradings))
         return (
             STOPPED if any(each.stopped for each in gradings) else UNSCORED if any(e.unscored for e in gradings) else 0
@@ -165,6 +172,30 @@ def report(args: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser()
     Judges().configure(parser)
     return Judges().run(parser.parse_args(words))
+
+
+def plan(grader: Grader, jobs: Sequence[tuple[LabTask, Path]]) -> str:
+    """A line for each judge: what it would be asked about all runs, and what that may cost."""
+    from .planning import Estimate
+
+    found = dict.fromkeys(grader.leaves, Estimate())
+    for task, run in jobs:
+        for name, one in grader.plan(task, run).items():
+            found[name] += one
+    strong = "; the strong judge is counted as if it were asked everything" if hasattr(grader.judge, "strong") else ""
+    lines = [f"{len(jobs)} runs, nothing is asked{strong}"]
+    for name, one in found.items():
+        line = (
+            f"{name}: {one.criteria} verdicts, {one.without_call} without a call, {one.cached} from the cache, "
+            f"{one.calls} calls; about {one.input_tokens:,} tokens in ({one.prefix_tokens:,} of them in shared "
+            f"beginnings) and {one.output_tokens:,} out"
+        )
+        known = grader.askers[name].price if name in grader.askers else None
+        if known:
+            plain, cached = one.dollars(known)
+            line += f"; about ${plain:.2f}, ${cached:.2f} with a prefix cache"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 class Tally:

@@ -86,6 +86,29 @@ def test_a_second_run_asks_nothing(lab, capsys):
     assert {each["name"] for each in judging["deliverables"]} == {"memo.md", "schedule.md"}
 
 
+def test_a_dry_run_asks_nothing_and_tells_what_it_would(lab, capsys):
+    prices = lab / "prices.toml"
+    prices.write_text("[m]\ninput = 1000.0\ncached = 0\noutput = 0\n")
+    with JudgeServer() as server:
+        argv = ["grade", str(lab / "runs"), "--task", str(lab / "lab"), "--judge", f"m@{server.url}"]
+        argv += ["--cache", str(lab / "verdicts.sqlite"), "--prices", str(prices)]
+        assert main([*argv, "--dry-run"]) == 0
+        assert server.log == []
+        said = capsys.readouterr().out
+        assert "m: 20 verdicts, 0 without a call, 0 from the cache, 20 calls" in said
+        plain, cached = (float(each) for each in re.findall(r"\$([\d.]+)", said))
+        assert main(argv) == 0
+        assert len(server.log) == 20
+        characters = sum(len(message["content"]) for each in server.log for message in each.body["messages"])
+        assert plain == pytest.approx(characters / 4 / 1000, rel=0.01)
+        assert cached < 0.7 * plain
+        assert not list(lab.rglob("scores.partial.json"))
+        capsys.readouterr()
+        (lab / "runs" / "0" / "output" / "memo.md").unlink()
+        assert main([*argv, "--dry-run"]) == 0
+        assert re.search(r"20 verdicts, [1-9]\d* without a call, 1\d from the cache", capsys.readouterr().out)
+
+
 def test_two_judges_leave_labs_dual_files(lab):
     with JudgeServer(lambda asked: honest(asked) if asked.body["model"] == "a" else Answer(honest(asked).text
                      .replace('"fail"', '"pass"'))) as server:  # fmt: skip
