@@ -63,9 +63,14 @@ class ScoredRun:
 
     @property
     def judging_cost(self) -> float | None:
-        """US dollars that these verdicts cost when they were made; None where the file does not say."""
-        known = any(verdict.cost is not None for verdict in self.verdicts)
-        return total_cost(self.verdicts) if known else None
+        """US dollars that these verdicts cost when they were made; None where the file does not say.
+
+        What was judged without a call (by machine, or because nothing was delivered) cost nothing.
+        """
+        if any(verdict.cost is not None for verdict in self.verdicts):
+            return total_cost(self.verdicts)
+        called = not self.judging or any(verdict.tokens.calls for verdict in self.verdicts)
+        return None if called else 0.0
 
     @property
     def judging(self) -> Mapping[str, Any]:

@@ -41,6 +41,16 @@ def test_rates_by_hand(tmp_path):
     assert {name: each.micro.estimate for name, each in areas.items()} == {"lease": 2 / 3, "tax": 5 / 6}
 
 
+def test_what_was_judged_without_a_call_cost_nothing_and_other_files_do_not_say(tmp_path):
+    (ours,) = runs_of(tmp_path / "a", {"tax/a": "pf"}, still={"judging": {"judges": {"exact": {"model": "exact"}}}})
+    (theirs,) = runs_of(tmp_path / "b", {"tax/a": "pf"}, still={})
+    assert (ours.judging_cost, theirs.judging_cost) == (0.0, None)
+    called = [{"id": "C-001", "title": "t", "label": "pass", "tokens": {"calls": 1}}]
+    block = {"judging": {"judges": {}}, "verdicts": called}
+    (unpriced,) = runs_of(tmp_path / "c", {"tax/a": "pf"}, still=block)
+    assert unpriced.judging_cost is None
+
+
 def test_several_runs_of_a_task_are_no_trials_of_their_own(tmp_path):
     for run in range(6):
         write_run(tmp_path / f"a{run}", "pp", task="tax/a", run_id=f"a{run}")
