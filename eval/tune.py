@@ -151,6 +151,7 @@ class Tuner:
         self.judge, self.proposer, self.tasks, self.folder = judge, proposer, tasks, Path(folder)
         self.config, self.store, self.prices = config or TuneConfig(), store or VerdictStore(), prices
         self.told = told or (lambda _: None)
+        self._dollars, self._tokens = 0.0, 0
         if both := sorted(set(tuning) & set(held_out)):
             raise ValueError(f"{both} are on both sides; a task that is tuned on cannot decide")
         usable = [run for run in reference if run.task in tasks and run.folder]
@@ -236,16 +237,25 @@ class Tuner:
         config = GradeConfig(
             prompt=str(file),
             criteria_per_call=self.config.criteria_per_call,
-            max_cost=self.config.max_cost,
-            max_tokens=self.config.max_tokens,
+            max_cost=self._left(self.config.max_cost, self._dollars, "dollars"),
+            max_tokens=self._left(self.config.max_tokens, self._tokens, "tokens"),
         )
         grader = Grader(self.judge, config, store=self.store, prices=self.prices)
         runs = self.sides[side]
         gradings = await grader.grade_all((self.tasks[run.task], run.folder, run.run_id) for run in runs)
+        self._dollars += grader.budget.spent_dollars
+        self._tokens += grader.budget.spent_tokens
         if stopped := next((each.stopped for each in gradings if each.stopped), ""):
             raise ValueError(f"grading stopped: {stopped}; what was judged is kept, run the same command to go on")
         found = {(each.task.id, each.run_id, verdict.id): verdict for each in gradings for verdict in each.verdicts}
         return {key: verdict for key, verdict in found.items() if verdict.passed is not None}
+
+    @staticmethod
+    def _left(limit: Any, spent: Any, unit: str) -> Any:
+        """What is left of a limit, None without one."""
+        if limit is not None and limit <= spent:
+            raise ValueError(f"grading stopped: {spent:,} of {limit:,} {unit} are spent; what was judged is kept")
+        return None if limit is None else limit - spent
 
     def _cases(self, given: Verdicts, rng: random.Random) -> list[str]:
         """Descriptions of false passes, and a few false fails, at random; none without a false pass."""

@@ -164,6 +164,25 @@ def test_a_proposer_that_fails_or_says_nothing_ends_cleanly(graded, tmp_path):
     assert found.stopped == "all 1 rounds are done"
 
 
+def test_the_budget_holds_over_all_rounds_together(graded, tmp_path):
+    tasks, runs, tuning, held_out = graded
+    with JudgeServer(World(tasks, tuning, [[edit(KIND)], [edit(CAREFUL)]])) as server:
+
+        async def whole(limit):
+            judge, proposer = (find_judge(f"{name}@{server.url}") for name in ("cheap", "proposer"))
+            config = TuneConfig(rounds=3, criteria_per_call=0, max_tokens=limit)
+            try:
+                await Tuner(judge, proposer, runs, tasks, tuning, held_out, tmp_path, config).tune()
+            finally:
+                await judge.aclose()
+                await proposer.aclose()
+
+        with pytest.raises(ValueError, match="grading stopped"):
+            asyncio.run(whole(6_500))  # a call is taken to need 5,000 or so, and takes 110: one side at a time fits
+        calls = sum(each.body["model"] == "cheap" for each in server.log)
+    assert 8 < calls < 40
+
+
 def test_sides_that_overlap_or_hold_nothing_are_refused(graded, tmp_path):
     tasks, runs, tuning, _ = graded
     for held_out, message in ((tuning[:1], "both sides"), (["tax/none"], "held-out side")):
