@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _STEP_DOWN = {"schema": "object", "object": "none"}
 _FORM_WORDS = ("response_format", "json_schema", "json_object", "structured", "guided", "grammar")
+_UNSUPPORTED_WORDS = ("support", "default", "deprecated", "not allowed", "not permitted")
 _LONG_WORDS = ("context length", "context_length", "too long", "too large", "maximum context", "max_model_len")
 _MODERATION_WORDS = ("moderation", "flagged", "content policy")
 _BROKE_WORDS = ("insufficient_quota", "credit balance", "insufficient balance", "billing")
@@ -32,6 +33,9 @@ class OpenAIJudge:
     Args:
         config: where it is and what is sent; see `JudgeConfig`.
 
+    Attributes:
+        adapted: what was left out or renamed because the model refused it, in words.
+
     Raises:
         ValueError: its key is wanted and the environment has none.
         ModuleNotFoundError: the `eval` extra is not installed.
@@ -41,9 +45,11 @@ class OpenAIJudge:
         import openai  # noqa: F401 - fails here, where the message can say which judge wants it
 
         self.config, self.name = config, config.name
+        self.adapted: list[str] = []
         self._form = {"auto": "schema"}.get(config.structured, config.structured)
+        self._temperature, self._limit = config.temperature, "max_tokens"
         self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
-        if not self._key and "https://" in config.base_url and config.api_key_env:
+        if config.api_key_env and not self._key:
             raise ValueError(
                 f"judge {self.name!r} needs a key; put it into the environment variable {config.api_key_env}"
             )
@@ -62,18 +68,14 @@ class OpenAIJudge:
         import openai
         from openai.types.chat import ChatCompletion
 
-        form = self._form
+        request = self._request(chat, schema)
         try:
             # `chat.completions.create` would first walk through the whole request, at a third of a call's cost.
-            completion = await self._client().post(
-                "/chat/completions", cast_to=ChatCompletion, body=self._request(chat, schema, form)
-            )
+            completion = await self._client().post("/chat/completions", cast_to=ChatCompletion, body=request)
         except openai.APIStatusError as problem:
-            trouble = self._sorted(problem)
-            if form != "none" and self.config.structured == "auto" and self._refuses_form(problem):
-                self._form = _STEP_DOWN[form] if self._form == form else self._form
+            if problem.status_code in (400, 404, 422, 501) and self._adapt(request, problem.message):
                 return await self.ask(chat, schema)
-            raise trouble from None
+            raise self._sorted(problem) from None
         except openai.APITimeoutError:
             raise JudgeError("throttled", f"no answer within {self.config.timeout:g} s") from None
         except (openai.OpenAIError, ValueError, TypeError) as problem:
@@ -98,13 +100,13 @@ class OpenAIJudge:
             )
         return self._clients[loop]
 
-    def _request(self, chat: Messages, schema: Mapping[str, Any], form: str) -> dict[str, Any]:
-        config = self.config
+    def _request(self, chat: Messages, schema: Mapping[str, Any]) -> dict[str, Any]:
+        config, form = self.config, self._form
         request: dict[str, Any] = {"model": config.model, "messages": chat}
-        if config.temperature is not None:
-            request["temperature"] = config.temperature
+        if self._temperature is not None:
+            request["temperature"] = self._temperature
         if config.max_tokens is not None:
-            request["max_tokens"] = config.max_tokens
+            request[self._limit] = config.max_tokens
         if form == "schema":
             named = {"name": "verdicts", "strict": True, "schema": schema}
             request["response_format"] = {"type": "json_schema", "json_schema": named}
@@ -136,8 +138,29 @@ class OpenAIJudge:
             return JudgeError("rejected", f"too long for the judge: {said}")
         return JudgeError("rejected", said)
 
-    def _refuses_form(self, problem: openai.APIStatusError) -> bool:
-        return problem.status_code in (400, 404, 422, 501) and _any(_FORM_WORDS, problem.message)
+    def _adapt(self, request: Mapping[str, Any], refusal: str) -> bool:
+        """Leave out or rename what the model refuses; False where the refusal is about something else.
+
+        Verdicts do not change their identity by it: the same model always refuses the same.
+        """
+        sent = request.get("response_format", {}).get("type")
+        form = {"json_schema": "schema", "json_object": "object"}.get(sent)
+        if form and self.config.structured == "auto" and _any(_FORM_WORDS, refusal):
+            if self._form == form:  # calls in flight together hear the same refusal; the first one steps down
+                self._form = _STEP_DOWN[form]
+                self.adapted.append(f"structured output: {self._form}")
+            return True
+        if "temperature" in request and "temperature" in refusal and _any(_UNSUPPORTED_WORDS, refusal):
+            if self._temperature is not None:
+                self._temperature = None
+                self.adapted.append("temperature left out")
+            return True
+        if "max_tokens" in request and "max_completion_tokens" in refusal and "instead" in refusal:
+            if self._limit == "max_tokens":
+                self._limit = "max_completion_tokens"
+                self.adapted.append("max_completion_tokens for max_tokens")
+            return True
+        return False
 
     def _scrub(self, text: str) -> str:
         """The text without the key, at most 500 characters of it: servers like to repeat what they were sent."""

@@ -309,6 +309,8 @@ class Grader:
         judges = {name: leaf.identity() for name, leaf in self.leaves.items()}
         for name, ledger in ledgers.items():
             judges[name] |= ledger.record()
+            if adapted := getattr(self.leaves[name], "adapted", []):
+                judges[name]["adapted"] = list(adapted)
         return {
             "judge": self.judge.name,
             "judges": judges,

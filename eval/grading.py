@@ -4,7 +4,8 @@
 
 - `judge`: the name; `judges`: for each judge behind it its identity (model, endpoint, parameters; no key), the
   `tokens` and `cost` of this run's calls (US dollars, None where unknown), the `reused_tokens` of verdicts that came
-  from the cache, `fresh_verdicts`, `cached_verdicts` and `troubles` (failed calls and useless answers by kind);
+  from the cache, `fresh_verdicts`, `cached_verdicts`, `troubles` (failed calls and useless answers by kind), and
+  `adapted` where the model refused a parameter;
 - `prompt`: its name and hash; `config`: every field of `grade.GradeConfig`;
 - `deliverables`: each file with its state, reader, hash and length; `states`: how many verdicts came about how;
 - `started_at`, `seconds`, and `stopped`: why calls were no longer made, or "".

@@ -8,6 +8,7 @@ only: a config names the variable, and nothing that is written holds its value.
 from __future__ import annotations
 
 import inspect
+import os
 import tomllib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -71,7 +72,7 @@ class JudgeConfig:
         model: what the server calls it.
         base_url: of the endpoint, "/v1" included.
         api_key_env: the environment variable that holds the key; empty for servers that want none.
-        temperature: None leaves the parameter out, for models that take none.
+        temperature: None leaves the parameter out; so does a model that refuses it.
         max_tokens: of an answer; None is the server's own limit.
         structured: ask for JSON by a schema, by "json_object", or by the prompt alone; "auto" starts with the schema
             and steps down where the server refuses it.
@@ -126,7 +127,7 @@ PROVIDERS = {
 """Prefixes of model names, as LAB picks providers: the OpenAI-compatible endpoint and the variable of the key."""
 
 LOCAL_KEY_ENV = "STILL_JUDGE_API_KEY"
-"""The variable read for `MODEL@URL`; servers of one's own mostly want none."""
+"""The variable read for `MODEL@URL`, where it is set; servers of one's own mostly want no key."""
 
 
 def find_judge(name: str, table: Mapping[str, JudgeConfig] | None = None) -> Judge:
@@ -146,7 +147,7 @@ def find_judge(name: str, table: Mapping[str, JudgeConfig] | None = None) -> Jud
     if name in table:
         config = table[name]
     elif at and model:
-        config = JudgeConfig(model, model, f"http{url}", LOCAL_KEY_ENV)
+        config = JudgeConfig(model, model, f"http{url}", LOCAL_KEY_ENV if os.environ.get(LOCAL_KEY_ENV) else "")
     else:
         known = [place for prefixes, place in PROVIDERS.items() if name.startswith(prefixes)]
         if not known:

@@ -194,6 +194,27 @@ def test_structured_output_steps_down_where_the_server_refuses_it():
     assert forms == ["json_schema", "json_object"] + [None] * 6
 
 
+REFUSALS = {
+    "temperature": "Unsupported value: 'temperature' does not support 0.0. Only the default is supported.",
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead.",
+}
+
+
+def test_parameters_that_a_model_refuses_are_left_out_or_renamed_and_that_is_recorded():
+    def rule(asked: Asked) -> Answer:
+        refused = next((said for name, said in REFUSALS.items() if name in asked.body), None)
+        return Answer(refused, 400) if refused else honest(asked)
+
+    grading, server = run(rule, 12, GradeConfig(prime=False), max_tokens=70)
+    assert all(each.label == truth(each.id) for each in grading.verdicts)
+    sent = server.log[-1].body
+    assert ("temperature" in sent, "max_tokens" in sent, sent["max_completion_tokens"]) == (False, False, 70)
+    assert sorted(grading.judging["judges"]["m"]["adapted"]) == [
+        "max_completion_tokens for max_tokens", "temperature left out",
+    ]  # fmt: skip
+    assert grading.judging["judges"]["m"]["troubles"] == {}
+
+
 def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for():
     grading, server = run(lambda asked: Answer("tomorrow", 429, {"Retry-After": "86400"}), 3)
     assert {each.state for each in grading.verdicts} == {"error"}

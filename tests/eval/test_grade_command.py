@@ -161,6 +161,23 @@ def test_mistakes_are_said_in_one_line_before_anything_happens(lab, capsys, monk
     assert not list(lab.rglob("scores*.json"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["criteria"].append(raw["criteria"][0]), "two criteria of"),
+        (lambda raw: raw["criteria"].clear(), "empty rubric"),
+    ],
+)
+def test_a_rubric_that_cannot_be_graded_is_refused(lab, capsys, change, message):
+    file = next((lab / "lab" / "tasks").rglob("task.json"))
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+    assert main(["grade", str(lab / "runs" / "0"), "--task", str(file.parent), "--judge", "exact"]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(lab.rglob("scores*.json"))
+
+
 def test_runs_are_found_wherever_they_lie(lab, capsys):
     nested = lab / "runs" / "0" / "output" / "copy" / "output"
     nested.mkdir(parents=True)

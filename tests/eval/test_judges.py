@@ -32,7 +32,11 @@ def test_models_of_known_providers_are_found_by_name(monkeypatch, name, place, v
     assert "secret" not in repr(judge.identity()) + repr(judge.config)
 
 
-def test_a_server_of_ones_own_needs_no_key():
+def test_a_server_of_ones_own_needs_no_key_and_takes_one(monkeypatch):
+    monkeypatch.delenv("STILL_JUDGE_API_KEY", raising=False)
+    assert find_judge("m@https://judge.internal/v1").config.api_key_env == ""
+    monkeypatch.setenv("STILL_JUDGE_API_KEY", "k")
+    assert find_judge("m@https://judge.internal/v1").config.api_key_env == "STILL_JUDGE_API_KEY"
     judge = find_judge("Qwen/Qwen3-32B@http://localhost:8000/v1")
     assert (judge.name, judge.config.base_url) == ("Qwen/Qwen3-32B", "http://localhost:8000/v1")
     assert isinstance(find_judge("exact"), ExactJudge)
