@@ -264,7 +264,7 @@ def find_runs(path: Path) -> list[Path]:
         return [path]
     below = {file.parent for name in ("config.json", "metrics.json") for file in path.rglob(name)}
     below |= {folder.parent for folder in path.rglob("output") if folder.is_dir()}
-    runs = sorted(each for each in below if not any(each.is_relative_to(other / "output") for other in below))
+    runs = sorted(each for each in below if not _inside_a_run(each, below))
     return runs or [path]
 
 
@@ -354,6 +354,12 @@ def total(gradings: Sequence[Tally]) -> str:
 def price(cost: float | None) -> str:
     """A cost for the end of a line, or nothing where it is unknown."""
     return "" if cost is None else f" (${cost:.4f})"
+
+
+def _inside_a_run(folder: Path, runs: set[Path]) -> bool:
+    """Whether it is among a run's deliverables, or what an agent worked in, whose `output/` is not yet delivered."""
+    places = (folder, *folder.parents)
+    return any(place.name in ("output", "workspace") and place.parent in runs for place in places)
 
 
 def _is_run(folder: Path) -> bool:

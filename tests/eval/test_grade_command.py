@@ -181,6 +181,7 @@ def test_a_rubric_that_cannot_be_graded_is_refused(lab, capsys, change, message)
 def test_runs_are_found_wherever_they_lie(lab, capsys):
     nested = lab / "runs" / "0" / "output" / "copy" / "output"
     nested.mkdir(parents=True)
+    (lab / "runs" / "0" / "workspace" / "output").mkdir(parents=True)
     assert find_runs(lab / "runs") == [lab / "runs" / "0", lab / "runs" / "1"]
     bare = lab / "bare"
     bare.mkdir()
