@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -37,18 +37,22 @@ class Deliverable:
         state: "ok", "missing", "empty" or "unreadable".
         text: all of it; None unless "ok".
         sha256: of the text in UTF-8.
+        file_sha256: of the file's bytes.
         reader: which one made the text.
         redlines: tracked changes are shown instead of accepted.
         why: what is wrong, for the reader of a report.
+        notes: what the reader saw and the text does not hold.
     """
 
     name: str
     state: str
     text: str | None = None
     sha256: str = ""
+    file_sha256: str = ""
     reader: str = ""
     redlines: bool = False
     why: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def section(self) -> Section:
@@ -57,9 +61,9 @@ class Deliverable:
 
     def record(self) -> dict[str, Any]:
         """Everything but the text, for result files."""
-        known = {"name": self.name, "state": self.state, "reader": self.reader, "sha256": self.sha256}
-        known |= {"characters": len(self.text or ""), "redlines": self.redlines, "why": self.why}
-        return {key: value for key, value in known.items() if value or key in ("name", "state", "characters")}
+        known = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "text"}
+        known |= {"characters": len(self.text or ""), "notes": list(self.notes)}
+        return {key: value for key, value in known.items() if value or key == "characters"}
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,10 @@ class Outputs:
             reading = read(self._root / name, redlines)
         except DocumentError as problem:
             return Deliverable(name, _STATES.get(problem.state, "unreadable"), why=_relative(problem, self._root))
-        return Deliverable(name, "ok", reading.text, reading.text_sha256, reading.reader, redlines)
+        hashes = {"sha256": reading.text_sha256, "file_sha256": reading.file_sha256}
+        return Deliverable(
+            name, "ok", reading.text, **hashes, reader=reading.reader, redlines=redlines, notes=reading.notes
+        )
 
 
 def group_by_sheet(
@@ -174,7 +181,7 @@ def _given(name: str, text: str | None) -> Deliverable:
     if not text.strip():
         return Deliverable(name, "empty", why=f"{name} holds no text")
     text = text.encode("utf-8", "replace").decode()
-    return Deliverable(name, "ok", text, hashlib.sha256(text.encode()).hexdigest(), "given as text")
+    return Deliverable(name, "ok", text, hashlib.sha256(text.encode()).hexdigest(), reader="given as text")
 
 
 def _relative(problem: DocumentError, root: Path) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
@@ -97,6 +98,26 @@ def test_labs_form_takes_the_verdict_first():
     assert labels('{"verdict": "pass", "reasoning": "r"}', ["C-1"], labs=True) == {"C-1": "pass"}
     assert labels('{"verdict": "pass"}', ["C-1"], labs=True) == {}
     assert labels('{"verdict": "pass", "reasoning": "r', ["C-1"], labs=True) == {}
+
+
+def test_damage_of_any_kind_makes_no_other_verdict():
+    """Characters dropped, doubled, replaced or put in: a fail may be lost, and never becomes anything else."""
+    rng = random.Random("damage")
+    ids = ["C-1", "C-2", "C-3"]
+    whole = f"Thinking {{aloud}}.\n{answer(*(item(name, 'fail') for name in ids))}\nDone."
+    kept = 0
+    for _ in range(5000):
+        text = list(whole)
+        for _ in range(rng.choice([1, 1, 2, 5, 20])):
+            place = rng.randrange(len(text))
+            text[place] = rng.choice(
+                ["", text[place] * 2, rng.choice('{}[]",:\\n'), text[place] + rng.choice('{}[]",')]
+            )
+        said = parse_answer("".join(text), ids).said
+        kept += len(said)
+        assert set(said) <= set(ids)
+        assert {each.label for each in said.values()} <= {"fail"}
+    assert kept > 1000
 
 
 def test_quotes_are_kept_as_texts():

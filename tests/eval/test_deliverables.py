@@ -81,6 +81,7 @@ def test_a_deliverable_of_50_mb_goes_out_whole_and_comes_back_as_a_state(run):
     assert {(each.label, each.state) for each in grading.verdicts} == {("unscored", "rejected")}
     record = grading.judging["deliverables"][0]
     assert record["characters"] == len(text)
+    assert record["file_sha256"] == record["sha256"]
     assert record["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -167,9 +167,12 @@ def test_a_batch_that_never_fits_is_halved_until_it_does():
     assert sorted(len(each.ids) for each in server.log) == [4, 4, 4, 4, 8, 8, 16]
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_or_model_stops_at_once_and_says_so(status):
-    grading, server = run(lambda asked: Answer("no such thing", status), 50, GradeConfig(prime=False))
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(401, "wrong key"), (403, "not yours"), (404, "no such model"), (429, "insufficient_quota: check your billing")],
+)
+def test_a_wrong_key_or_model_or_no_credit_stops_at_once_and_says_so(status, said):
+    grading, server = run(lambda asked: Answer(said, status), 50, GradeConfig(prime=False))
     assert {each.state for each in grading.verdicts} == {"stopped"}
     assert str(status) in grading.stopped
     assert len(server.log) <= 8
