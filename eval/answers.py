@@ -69,7 +69,7 @@ def _listed(verdicts: Any, ids: Sequence[str]) -> Answer:
         name = each.get("id", ids[0] if len(ids) == 1 else None)
         name = name.strip() if isinstance(name, str) else name
         if name not in ids:
-            problems.append(f"there is no criterion {name!r}")
+            problems.append(f"there is no criterion {_short(name)}")
             continue
         if name in seen:
             problems.append(f"criterion {name} was judged twice")
@@ -89,7 +89,7 @@ def _said(item: Mapping[str, Any], reason_key: str, ordered: bool = False) -> tu
     verdict, reason = item.get("verdict"), item.get(reason_key)
     label = verdict.strip().lower() if isinstance(verdict, str) else verdict
     if label not in ("pass", "fail"):
-        return None, f"the verdict was {verdict!r}, neither pass nor fail"
+        return None, f"the verdict was {_short(verdict)}, neither pass nor fail"
     if not isinstance(reason, str) or not reason.strip():
         return None, f'there was no "{reason_key}"'
     keys = list(item)
@@ -99,6 +99,12 @@ def _said(item: Mapping[str, Any], reason_key: str, ordered: bool = False) -> tu
     quotes = [quotes] if isinstance(quotes, str) else quotes if isinstance(quotes, list) else []
     texts = tuple(each.strip() for each in quotes if isinstance(each, str) and each.strip())
     return Said(label, reason.strip(), texts), ""
+
+
+def _short(value: Any) -> str:
+    """What a judge wrote, as a message may repeat it."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
 
 
 def _objects(text: str) -> list[dict[str, Any]]:

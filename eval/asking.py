@@ -157,7 +157,7 @@ class Asker:
             told(verdict)
         left = [each for each in criteria if each.id not in found]
         if left and reasks:
-            split = len(left) if found or state == "refused" else (len(left) + 1) // 2
+            split = len(left) if found else (len(left) + 1) // 2
             parts = [left[start : start + split] for start in range(0, len(left), split)]
             for more in await asyncio.gather(
                 *(self._ask(batch, part, reasks - 1, answer.problems[:5], told) for part in parts)
@@ -198,10 +198,6 @@ class Asker:
                 raise
 
         estimate = Tokens(input=characters // 3, output=self._output * len(criteria))
-        if not self.budget.limited:
-            reply = await self.lane.run(attempt, estimate.total, self.retry)
-            self._spend(batch, reply.tokens, len(criteria))
-            return reply
         held = estimate.total, self.price.of(estimate) if self.price else 0.0
         await self.budget.hold(*held)
         spent, cost = Tokens(), 0.0

@@ -78,11 +78,6 @@ class Budget:
         self._held_dollars, self._held_tokens, self._holds = 0.0, 0, 0
         self._settled = asyncio.Event()
 
-    @property
-    def limited(self) -> bool:
-        """Whether there is any limit."""
-        return self.dollars is not None or self.tokens is not None
-
     async def hold(self, tokens: int, dollars: float) -> None:
         """Set an estimate aside; waits for calls under way if only their estimates stand in the way.
 

@@ -100,6 +100,12 @@ def test_labs_form_takes_the_verdict_first():
     assert labels('{"verdict": "pass", "reasoning": "r', ["C-1"], labs=True) == {}
 
 
+def test_what_is_said_of_an_answer_stays_short():
+    parsed = parse_answer(answer(item("x" * 9000), item("C-1", ["pass"] * 9000)), ["C-1"])
+    assert len(parsed.problems) == 2
+    assert all(len(each) < 150 for each in parsed.problems)
+
+
 def test_damage_of_any_kind_makes_no_other_verdict():
     """Characters dropped, doubled, replaced or put in: a fail may be lost, and never becomes anything else."""
     rng = random.Random("damage")
