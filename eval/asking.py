@@ -168,7 +168,7 @@ class Asker:
             batch.ledger.stopped = reason
         for each in left:
             found[each.id] = CriterionVerdict(
-                each.id, each.title, "unscored", reason, judge=self.judge.name, state=state, seed=batch.seed
+                each.id, each.title, "unscored", reason, judge=self.judge.name, state=state, cost=0.0, seed=batch.seed
             )
             told(found[each.id])
         return found
@@ -203,19 +203,22 @@ class Asker:
         spent, cost = Tokens(), 0.0
         try:
             reply = await self.lane.run(attempt, estimate.total, self.retry)
-            spent = reply.tokens
-            cost = self._spend(batch, spent, len(criteria))
+            self._spend(batch, reply.tokens, len(criteria))
+            spent = reply.tokens if reply.tokens.input else estimate  # a server that counts nothing costs something
+            cost = self._cost(spent) or 0.0
             return reply
         finally:
             self.budget.settle(*held, spent, cost)
 
-    def _spend(self, batch: Batch, tokens: Tokens, criteria: int) -> float | None:
-        cost = self.price.of(tokens) if self.price else None
+    def _spend(self, batch: Batch, tokens: Tokens, criteria: int) -> None:
+        cost, known = self._cost(tokens), batch.ledger.dollars
         batch.ledger.fresh += tokens
-        known = batch.ledger.dollars
         batch.ledger.dollars = None if cost is None or known is None else known + cost
         self._output = max(self._output, tokens.output // criteria)
-        return cost
+
+    def _cost(self, tokens: Tokens) -> float | None:
+        """US dollars; None where the price is unknown, or the server did not count."""
+        return self.price.of(tokens) if self.price and tokens.input else None
 
     def _read(self, batch: Batch, reply: Reply, criteria: Sequence[Criterion]) -> Answer:
         if reply.finish == "length":
@@ -255,7 +258,7 @@ class Asker:
             self.judge.name,
             cached=cached,
             tokens=kept.tokens,
-            cost=self.price.of(kept.tokens) if self.price else None,
+            cost=self._cost(kept.tokens),
             seed=batch.seed,
         )
 

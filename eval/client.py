@@ -192,12 +192,17 @@ def _tokens(usage: Any) -> Tokens:
     def first(*values: Any) -> int:
         return next((int(value) for value in values if value), 0)
 
+    total = first(known.get("prompt_tokens"))
+    cached = first(
+        prompt.get("cached_tokens"), known.get("prompt_cache_hit_tokens"), known.get("cache_read_input_tokens")
+    )
+    write = first(prompt.get("cache_write_tokens"), known.get("cache_creation_input_tokens"))
+    if cached + write > total:  # counted beside the prompt instead of within it
+        total += cached + write
     return Tokens(
-        input=first(known.get("prompt_tokens")),
-        cached=first(
-            prompt.get("cached_tokens"), known.get("prompt_cache_hit_tokens"), known.get("cache_read_input_tokens")
-        ),
-        cache_write=first(prompt.get("cache_write_tokens"), known.get("cache_creation_input_tokens")),
+        input=total,
+        cached=cached,
+        cache_write=write,
         output=first(known.get("completion_tokens")),
         reasoning=first(completion.get("reasoning_tokens")),
         calls=1,

@@ -277,7 +277,10 @@ class Grader:
     ) -> list[CriterionVerdict]:
         if not planned:
             self._planned(len(criteria))
-        given = [CriterionVerdict(each.id, each.title, label, why, judge=judge.name, state=state) for each in criteria]
+        given = [
+            CriterionVerdict(each.id, each.title, label, why, judge=judge.name, state=state, cost=0.0)
+            for each in criteria
+        ]
         for verdict in given:
             self._told(verdict)
         return given
@@ -288,7 +291,9 @@ class Grader:
         for each in criteria:
             said = judge.decide(each, sheet.text)
             found.append(
-                CriterionVerdict(each.id, each.title, said.label, said.reason, judge=judge.name, stale=said.stale)
+                CriterionVerdict(
+                    each.id, each.title, said.label, said.reason, judge=judge.name, cost=0.0, stale=said.stale
+                )
             )
             self._told(found[-1])
         return found

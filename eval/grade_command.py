@@ -233,7 +233,7 @@ class Bar:
         self.passed += verdict.label == "pass"
         self.unscored += verdict.label == "unscored"
         self.scored += verdict.label != "unscored"
-        if not verdict.cached and verdict.tokens.calls:
+        if not verdict.cached:
             self.cost = None if verdict.cost is None or self.cost is None else self.cost + verdict.cost
         rate = f"{100 * self.passed / self.scored:.1f} % pass" if self.scored else "no verdict yet"
         unscored = f", {self.unscored} unscored" if self.unscored else ""

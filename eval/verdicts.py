@@ -86,7 +86,7 @@ class CriterionVerdict:
         state: see `State`.
         cached: every call behind it came from the verdict cache.
         tokens: what it cost to get, its share of a call for several criteria; a cached one keeps the original's.
-        cost: in US dollars by the price table; None where the table has no price.
+        cost: in US dollars by the price table, 0.0 where it took no call; None where the price is unknown.
         stale: the deliverable gives a superseded value (exact judge only).
         seed: of the criteria's order in a repeat; None in rubric order.
         role: in a cascade: "cheap", "strong", or "audit" for the strong judge's random sample.
@@ -157,5 +157,5 @@ def count_states(verdicts: Iterable[CriterionVerdict]) -> dict[str, int]:
 
 def total_cost(verdicts: Iterable[CriterionVerdict]) -> float | None:
     """The sum in US dollars, or None where the price of any verdict is unknown."""
-    costs = [0.0 if verdict.cost is None and not verdict.tokens.calls else verdict.cost for verdict in verdicts]
+    costs = [verdict.cost for verdict in verdicts]
     return None if None in costs else sum(costs)

@@ -14,6 +14,7 @@ from judge_server import Answer, Asked, JudgeServer, honest, make_task, truth, v
 from still.eval.grade import GradeConfig, Grader, grade
 from still.eval.judges import JudgeConfig, find_judge
 from still.eval.lanes import Retry
+from still.eval.prices import Price, Prices
 from still.eval.verdict_store import VerdictStore
 
 openai = pytest.importorskip("openai")
@@ -195,6 +196,20 @@ def test_structured_output_steps_down_where_the_server_refuses_it():
     assert all(each.label == truth(each.id) for each in grading.verdicts)
     forms = [each.body.get("response_format", {}).get("type") for each in server.log]
     assert forms == ["json_schema", "json_object"] + [None] * 6
+
+
+def test_a_server_that_counts_no_tokens_costs_something_unknown_and_still_ends_a_budget():
+    def rule(asked: Asked) -> Answer:
+        return Answer(verdicts(asked.ids), usage=None)
+
+    prices = Prices({"m": Price(1.0, 1.0)})
+    with JudgeServer(rule) as server:
+        config = GradeConfig(max_tokens=10_000, prime=False)
+        grading = asyncio.run(grade(make_task(50), MEMO, judge_at(server), config, prices=prices))
+    assert grading.cost is None
+    assert 0 < len(server.log) < 20
+    assert "the budget ended" in grading.stopped
+    assert {each.cost for each in grading.verdicts if each.state == "judged"} == {None}
 
 
 REFUSALS = {

@@ -12,6 +12,7 @@ import pytest
 from judge_server import ids_in, make_task, truth, verdicts
 
 from still.eval.deliverables import Outputs, group_by_sheet
+from still.eval.ensemble import Ensemble
 from still.eval.grade import GradeConfig, Grader, grade
 from still.eval.judges import ExactJudge, JudgeError, Reply, ScriptedJudge
 from still.eval.matters.lab_format import write_lab_tasks
@@ -129,6 +130,14 @@ def test_a_verdict_from_the_cache_tells_what_it_cost_once(tmp_path):
     judging = [each.judging["judges"]["scripted"] for each in (first, again)]
     assert [each["tokens"]["input"] for each in judging] == [1000, 0]
     assert [each["reused_tokens"]["cached"] for each in judging] == [0, 800]
+
+
+def test_a_panel_of_calls_without_a_price_has_no_cost_and_no_call_costs_nothing():
+    judges = tuple(Watched(name) for name in "ab")
+    grading = run(Ensemble(judges, "strict"), make_task(4), config=GradeConfig(criteria_per_call=4))
+    assert (grading.cost, {each.cost for each in grading.verdicts}) == (None, {None})
+    grading = run(Ensemble(judges, "strict"), make_task(4), {})
+    assert (grading.cost, {each.cost for each in grading.verdicts}) == (0.0, {0.0})
 
 
 def test_repeats_draw_the_order_by_a_recorded_seed_and_vote():

@@ -122,6 +122,11 @@ def test_what_is_sent_is_what_the_config_says():
              "cache_creation_input_tokens": 9},
             (50, 8, 9, 7, 0),
         ),
+        (
+            {"prompt_tokens": 50, "completion_tokens": 7, "cache_read_input_tokens": 900,
+             "cache_creation_input_tokens": 9},
+            (959, 900, 9, 7, 0),
+        ),
         (None, (0, 0, 0, 0, 0)),
     ],
 )  # fmt: skip

@@ -27,7 +27,8 @@ def test_a_verdict_survives_the_scores_file_whole(tmp_path):
     write_scores(tmp_path / "scores.json", scores)
     assert read_verdicts(read_scores(tmp_path / "scores.json")) == given
     assert count_states(given) == {"judged": 1, "missing": len(rest), "error": 1}
-    assert total_cost(given) == 0.25
+    assert total_cost(given[:1]) == 0.25
+    assert total_cost(given) is None
 
 
 def test_labs_own_file_reads_as_verdicts_without_details():
@@ -55,6 +56,6 @@ def test_shares_of_a_call_sum_to_the_call():
 
 def test_an_unknown_price_makes_the_sum_unknown():
     priced = CriterionVerdict("C-1", "t", "pass", tokens=Tokens(5, calls=1), cost=0.1)
-    assert total_cost([priced, CriterionVerdict("C-2", "t", "fail", state="missing")]) == 0.1
-    assert total_cost([priced, CriterionVerdict("C-2", "t", "fail", tokens=Tokens(5, calls=1))]) is None
+    assert total_cost([priced, CriterionVerdict("C-2", "t", "fail", state="missing", cost=0.0)]) == 0.1
+    assert total_cost([priced, CriterionVerdict("C-2", "t", "fail", tokens=Tokens(5))]) is None
     assert json.loads(json.dumps(priced.to_json()))["tokens"] == {"input": 5, "calls": 1}
