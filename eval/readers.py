@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
-import subprocess
-import tempfile
+import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING
+
+from .pandoc import pandoc_read, pandoc_version
+from .reading import DocumentError, Limits, Reading, as_path, needs_extra, run_bounded
+
+if TYPE_CHECKING:
+    from email.message import EmailMessage
 
 PLAIN = (".txt", ".md", ".markdown", ".text", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml")
 PANDOC = {".docx": "docx", ".odt": "odt", ".rtf": "rtf", ".epub": "epub", ".html": "html", ".htm": "html"}
 PARSED = {".xlsx": "xlsx", ".xlsm": "xlsx", ".pptx": "pptx", ".pdf": "pdf"}
+PARSERS = {"xlsx": "openpyxl", "pptx": "markitdown", "pdf": "pdfplumber"}
 MAIL = (".eml",)
 SUFFIXES = (*PLAIN, *PANDOC, *PARSED, *MAIL)
 ZIPPED = (".docx", ".odt", ".epub", ".xlsx", ".xlsm", ".pptx")
@@ -29,90 +34,7 @@ OLDER = {".doc": ".docx", ".xls": ".xlsx", ".ppt": ".pptx", ".msg": ".eml"}
 
 OLE = bytes.fromhex("d0cf11e0a1b11ae1")
 """How older office files and encrypted newer ones begin."""
-WRITTEN = (
-    "markdown+lists_without_preceding_blankline-blank_before_header-blank_before_blockquote-tex_math_dollars"
-    "-citations-example_lists-yaml_metadata_block-pandoc_title_block-raw_tex-raw_attribute"
-    "-simple_tables-multiline_tables"
-)
-"""Pandoc's name for the markdown that a deliverable is written in."""
-DRAWN_TABLES = "+simple_tables+multiline_tables"
-PANDOC_HEAP = 251
-"""Pandoc's exit code when it runs out of the memory allowed."""
-
-STATES = ("missing", "empty", "no_text", "too_large", "encrypted", "corrupt", "too_slow", "unsupported")
-
-
-class DocumentError(ValueError):
-    """A file that gives no text.
-
-    Attributes:
-        name: the file, as it was named by the caller.
-        state: one of `STATES`.
-    """
-
-    def __init__(self, name: str, state: str, message: str):
-        super().__init__(f"{name} {message}")
-        self.name, self.state = name, state
-
-    def __reduce__(self):
-        return _remake, (type(self), self.name, self.state, str(self))
-
-
-def _remake(kind: type, name: str, state: str, text: str) -> DocumentError:
-    return kind(name, state, text.removeprefix(f"{name} "))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one file may cost; what is over a limit is an error, never a cut.
-
-    Attributes:
-        file_bytes: size of the file.
-        unpacked_bytes: size of everything in a zipped format (docx, xlsx, pptx, odt, epub).
-        members: files in a zipped format.
-        seconds: time of the reader.
-        memory_bytes: memory of the reader.
-    """
-
-    file_bytes: int = 64 << 20
-    unpacked_bytes: int = 512 << 20
-    members: int = 20_000
-    seconds: float = 180.0
-    memory_bytes: int = 2 << 30
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The text of one file and how it came about.
-
-    Attributes:
-        name: the file, as it was named by the caller.
-        text: all of it, with "\\n" between lines.
-        reader: program or library with its version, for example `pandoc 3.9 docx, changes accepted`.
-        file_sha256: of the file's bytes.
-        text_sha256: of the text in UTF-8.
-        file_bytes: size of the file.
-        notes: what the reader saw and the text does not hold (a header, an attachment), one sentence each.
-    """
-
-    name: str
-    text: str
-    reader: str
-    file_sha256: str
-    text_sha256: str
-    file_bytes: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def characters(self) -> int:
-        """Length of the text."""
-        return len(self.text)
-
-    def record(self) -> dict[str, Any]:
-        """Everything but the text, for result files."""
-        known = asdict(self) | {"characters": self.characters, "notes": list(self.notes)}
-        del known["text"]
-        return known
+HEADERS = ("From", "To", "Cc", "Bcc", "Date", "Subject")
 
 
 def read(path: str | Path, redlines: bool = False, limits: Limits | None = None) -> Reading:
@@ -180,14 +102,14 @@ def reader_key(name: str, redlines: bool = False) -> str:
     if suffix in PARSED:
         from importlib.metadata import PackageNotFoundError, version
 
-        package = {"xlsx": "openpyxl", "pptx": "markitdown", "pdf": "pdfplumber"}[PARSED[suffix]]
+        package = PARSERS[PARSED[suffix]]
         try:
             return f"{package} {version(package)}"
         except PackageNotFoundError as problem:
-            raise _needs_extra(package, problem) from problem
+            raise needs_extra(package, problem) from problem
     if suffix in MAIL:
         return "email"
-    return f"{_pandoc_version()} {PANDOC[suffix]}" + (", changes shown" if redlines and suffix == ".docx" else "")
+    return f"{pandoc_version()} {PANDOC[suffix]}" + (", changes shown" if redlines and suffix == ".docx" else "")
 
 
 Outcome = tuple[str, str, list[str]]
@@ -196,7 +118,7 @@ Outcome = tuple[str, str, list[str]]
 
 def _reader_of(name: str) -> Callable[[str, bytes, bool, Limits], Outcome]:
     suffix = _suffix(name)
-    for suffixes, reader in ((PLAIN, _plain), (PANDOC, _pandoc)):
+    for suffixes, reader in ((PLAIN, _plain), (PANDOC, _pandoc), (PARSED, _parsed), (MAIL, _mail)):
         if suffix in suffixes:
             return reader
     mend = f"save it as {OLDER[suffix]}" if suffix in OLDER else f"these are read: {' '.join(SUFFIXES)}"
@@ -231,65 +153,57 @@ def _pandoc(name: str, data: bytes, redlines: bool, limits: Limits) -> Outcome:
     suffix = _suffix(name)
     if suffix in ZIPPED:
         _check_zip(name, data, limits)
-    changes = ["--track-changes=" + ("all" if redlines else "accept")] if suffix == ".docx" else []
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "document" + suffix)
-        source.write_bytes(data)
-        memory = f"-M{limits.memory_bytes >> 20}M"
-        command = [pandoc_path(), "+RTS", memory, "-RTS", "--sandbox", "-f", PANDOC[suffix], "-t", "markdown"]
-        done = _bounded(name, [*command, "--wrap=none", *changes, str(source)], limits)
-    return done.decode("utf-8"), reader_key(name, redlines), []
+    text, notes = pandoc_read(name, data, PANDOC[suffix], limits, redlines)
+    return text, reader_key(name, redlines), notes
 
 
-def markdown_to_docx(name: str, markdown: bytes, from_docx: bool = False, limits: Limits | None = None) -> bytes:
-    """A Word file of a markdown text in UTF-8.
-
-    Args:
-        name: for messages.
-        markdown: as people write it: a list or heading needs no blank line before it, and `$`, `@` and `%` are text.
-        from_docx: it is what `read` shows of a docx, edited: tables may be drawn with dashes alone.
-        limits: what the conversion may cost.
-
-    Raises:
-        DocumentError: pandoc does not take it.
-        ModuleNotFoundError: there is no pandoc.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "text.md"), Path(folder, "text.docx")
-        source.write_bytes(markdown)
-        command = [
-            pandoc_path(),
-            "--sandbox",
-            "-f",
-            WRITTEN + DRAWN_TABLES * from_docx,
-            "-t",
-            "docx",
-            "-o",
-            str(target),
-            str(source),
-        ]
-        _bounded(name, command, limits or Limits())
-        return target.read_bytes()
+def _parsed(name: str, data: bytes, redlines: bool, limits: Limits) -> Outcome:
+    kind, reader = PARSED[_suffix(name)], reader_key(name)
+    if _suffix(name) in ZIPPED:
+        _check_zip(name, data, limits)
+    with as_path(name, data) as source:
+        command = [sys.executable, "-P", "-m", f"{__package__}.converters", kind, source, str(limits.memory_bytes)]
+        answer = json.loads(run_bounded(name, command, limits))
+    if "state" in answer:
+        raise DocumentError(name, answer["state"], answer["message"])
+    return answer["text"], reader, answer["notes"]
 
 
-def _bounded(name: str, command: list[str], limits: Limits) -> bytes:
-    """What a reader's process prints.
+def _mail(name: str, data: bytes, redlines: bool, limits: Limits) -> Outcome:
+    from email import message_from_bytes, policy
 
-    Raises:
-        DocumentError: it failed, or ran past a limit.
-    """
+    message = message_from_bytes(data, policy=policy.default)
+    if not message.keys():
+        raise DocumentError(name, "corrupt", "has no headers of a mail; export it again as .eml")
+    body, reader = message.get_body(("plain", "html")), "email"
+    text = _part(body) if body is not None else ""
+    if body is not None and body.get_content_subtype() == "html":
+        text, _ = pandoc_read("body.html", text.encode("utf-8", "replace"), "html", limits)
+        reader = f"email, {pandoc_version()} html"
+    lines = [f"{key}: {message[key]}" for key in HEADERS if message[key]]
+    attached = [
+        f"- {part.get_filename() or 'without a name'} ({part.get_content_type()}, {len(_payload(part)):,} bytes)"
+        for part in message.iter_attachments()
+    ]
+    if attached:
+        lines.append("\n".join(["Attachments (named here, not read):", *attached]))
+    notes = [f"{len(attached)} attachments are named and not read"] if attached else []
+    return "\n".join(lines) + f"\n\n{text.strip()}\n", reader, notes
+
+
+def _part(part: EmailMessage) -> str:
+    """The text of a part, whatever its charset is said to be."""
     try:
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=limits.seconds)
-    except subprocess.TimeoutExpired as problem:
-        message = f"was not read within {limits.seconds:g} seconds; split it or raise `seconds`"
-        raise DocumentError(name, "too_slow", message) from problem
-    if done.returncode == PANDOC_HEAP or done.returncode == -9:
-        message = f"takes more than {limits.memory_bytes >> 20} MiB of memory to read; split it or raise `memory_bytes`"
-        raise DocumentError(name, "too_large", message)
-    if done.returncode:
-        reason = " ".join(done.stderr.decode("utf-8", "replace").split())[:300] or f"exit code {done.returncode}"
-        raise DocumentError(name, "corrupt", f"cannot be read ({reason}); open it in its own program and save it again")
-    return done.stdout
+        return part.get_content()
+    except (LookupError, UnicodeError):
+        return _payload(part).decode("utf-8", "replace")
+
+
+def _payload(part: EmailMessage) -> bytes:
+    """The bytes of a part; of an attached mail, the mail."""
+    if part.is_multipart():
+        return b"".join(inner.as_bytes() for inner in part.get_payload())
+    return part.get_payload(decode=True) or b""
 
 
 def _check_zip(name: str, data: bytes, limits: Limits) -> None:
@@ -314,28 +228,3 @@ def _check_zip(name: str, data: bytes, limits: Limits) -> None:
             f"{limits.members:,} files are allowed: it may be a zip bomb, and else `unpacked_bytes` can be raised"
         )
         raise DocumentError(name, "too_large", message)
-
-
-@lru_cache
-def pandoc_path() -> str:
-    """Where pandoc is: the one that comes with `pypandoc_binary`, or the system's.
-
-    Raises:
-        ModuleNotFoundError: there is none.
-    """
-    try:
-        import pypandoc
-
-        return pypandoc.get_pandoc_path()
-    except (ModuleNotFoundError, OSError) as problem:
-        raise _needs_extra("pandoc", problem) from problem
-
-
-@lru_cache
-def _pandoc_version() -> str:
-    shown = subprocess.run([pandoc_path(), "--version"], capture_output=True, text=True, check=True).stdout
-    return " ".join(shown.split()[:2])
-
-
-def _needs_extra(what: str, problem: Exception) -> ModuleNotFoundError:
-    return ModuleNotFoundError(f"{what} is needed to read this: pip install 'still-kv[documents]' ({problem})")

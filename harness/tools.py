@@ -17,7 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..eval.readers import SUFFIXES, DocumentError, Limits, markdown_to_docx, pandoc_path, read_bytes
+from ..eval.pandoc import markdown_to_docx, pandoc_path
+from ..eval.readers import SUFFIXES, DocumentError, Limits, read_bytes
 from .confined import Confined, OutsideError, Parts, parse
 from .documents import Documents
 
