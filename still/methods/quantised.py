@@ -191,7 +191,7 @@ class QuantisedLayer(DynamicLayer):
             spread = [x.repeat_interleave(self.group, dim=2)[:, :, -codes.shape[2] :] for x in (scale, minimum)]
         else:
             spread = [x.repeat_interleave(codes.shape[-1] // x.shape[-1], dim=-1) for x in (scale, minimum)]
-        return (codes.float() * spread[0].float() + spread[1].float()).to(self.dtype)
+        return (codes.float() * spread[0].float() + spread[1].float()).to((self.keys if keys else self.values).dtype)
 
 
 @dataclass

@@ -260,17 +260,24 @@ def test_an_answer_is_right_when_all_of_its_tokens_are():
 
 
 def answered_rows(model, contexts, tokens, questions, answer):
-    """Rows whose answers the model gives with the full context, and the same with one question each."""
+    """Rows whose answers the model gives with the full context, and the same with one question each.
+
+    Answers with a near tie in them are left out: which token wins it is rounding, and differs from machine to machine.
+    """
     rows = []
-    for row in random_rows(contexts, tokens, questions):
+    for row in random_rows(contexts, tokens, 4 * questions):
         turns = []
         for question, _ in row.turns:
             ids = torch.tensor([[*row.context_ids, *question]])
             made = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=answer, do_sample=False, eos_token_id=None,
-                pad_token_id=0,
+                pad_token_id=0, return_dict_in_generate=True, output_logits=True,
             )  # fmt: skip
-            turns.append((question, made[0, ids.shape[1] :].tolist()))
+            best = torch.cat(made.logits).topk(2).values
+            if (best[:, 0] - best[:, 1]).min() > 0.02:
+                turns.append((question, made.sequences[0, ids.shape[1] :].tolist()))
+        turns = turns[:questions]
+        assert len(turns) == questions
         rows.append(Row(row.id, row.context_ids, turns))
     singles = [Row(f"{row.id}.{i}", row.context_ids, [turn]) for row in rows for i, turn in enumerate(row.turns)]
     return rows, singles
@@ -282,7 +289,7 @@ def test_a_few_contexts_are_learnt_with_all_their_questions(tmp_path):
     fresh = StillCompactor.for_model(base.model, ratio=4, chunk=48)
     before = score(Distiller(base.model, fresh), singles, [4.0]).metrics()
     config = TrainConfig(
-        ratios=[4.0], steps=200, lr=2e-3, schedule="cosine", warmup=5, batch=3, micro_batch=3, eval_every=0,
+        ratios=[4.0], steps=300, lr=2e-3, schedule="cosine", warmup=5, batch=3, micro_batch=3, eval_every=0,
         eval_contexts=100, save_every=1000,
     )  # fmt: skip
     scores = train(base, rows, tmp_path, config, held_out=singles, compactor=fresh, progress=False)
