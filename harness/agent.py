@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -344,13 +344,51 @@ def drive(episode: Episode) -> dict[str, Any]:
 
     An error of the policy or the disk is logged where it can be, and raised: the run can be taken up again.
     """
-    playing = episode.play()
+    for _, end in drive_many([episode], 1, lambda requests: [r.session.sample(r.limit) for r in requests]):
+        if isinstance(end, BaseException):
+            raise end
+        return end
+
+
+def drive_many(
+    episodes: Iterable[Episode], width: int, sample: Callable[[list[Request]], list[Sampled]]
+) -> Iterator[tuple[Episode, dict[str, Any] | Exception]]:
+    """Play episodes side by side, `width` at a time; yields each with its last event, or with what broke it.
+
+    Args:
+        episodes: taken as places get free.
+        width: episodes that are open at once.
+        sample: answers the open episodes' requests together; an error of it breaks all of them.
+    """
+    waiting, playing = iter(episodes), []
+    while True:
+        while len(playing) < width and (episode := next(waiting, None)) is not None:
+            place = (episode, episode.play())
+            end = _advance(*place, None, playing)
+            if end is not None:
+                yield episode, end
+        if not playing:
+            return
+        places, playing = playing, []
+        try:
+            answers = sample([request for _, _, request in places])
+        except Exception as problem:
+            for episode, _, _ in places:
+                episode.fail(problem)
+                yield episode, problem
+            continue
+        for (episode, steps, _), answer in zip(places, answers, strict=True):
+            if (end := _advance(episode, steps, answer, playing)) is not None:
+                yield episode, end
+
+
+def _advance(episode: Episode, steps: Sampling, answer: Sampled | None, playing: list) -> dict[str, Any] | None:
+    """Go on to the next request, which joins `playing`, or to the end, which is returned."""
     try:
-        request = next(playing)
-        while True:
-            request = playing.send(request.session.sample(request.limit))
+        playing.append((episode, steps, steps.send(answer)))
     except StopIteration as end:
         return end.value
-    except BaseException as problem:
+    except Exception as problem:
         episode.fail(problem)
-        raise
+        return problem
+    return None

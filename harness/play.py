@@ -12,12 +12,12 @@ from typing import Any
 from ..eval.tasks import LabTask
 from ..provenance import provenance
 from . import backends
-from .agent import Episode, drive
+from .agent import Episode, Request, drive_many
 from .documents import Documents
 from .run_config import RunConfig
 from .runs import RunFolder, metrics, read_run
 from .tools import Workspace
-from .types import Policy
+from .types import Policy, Sampled
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def claim(task: LabTask, policy: Policy, config: RunConfig, root: Path, method: 
 
 def play_tasks(
     tasks: Iterable[LabTask], policy: Policy, config: RunConfig, output: Path, *, seeds: Iterable[int] = (0,),
-    method: Any = None, sandbox: Any = None, workers: int = 1, report: Callable[[Outcome], None] = lambda outcome: None,
+    method: Any = None, sandbox: Any = None, together: int = 1, report: Callable[[Outcome], None] = lambda _: None,
 ) -> list[Outcome]:  # fmt: skip
     """Play every task with every seed, each in `output/TASK/seed-N`; runs that ended are left as they are.
 
@@ -98,39 +98,63 @@ def play_tasks(
         seeds: of the sampling.
         method: for kv and hybrid.
         sandbox: for bash.
-        workers: runs at a time; more than one is for served models alone.
+        together: runs at a time: decoded in one batch by a local model, requested in parallel of a server.
         report: called as each run ends.
+
+    Raises:
+        ValueError: the backend and the policy do not go together.
     """
-    if workers > 1 and "kv" in policy.capabilities:
-        raise ValueError(f"workers is {workers}, but {policy.name} runs here, one turn at a time; leave it at 1")
     backends.make(config, policy, method)  # refuses before anything is written
+    outcomes: list[Outcome] = []
 
-    def one(job: tuple[LabTask, int]) -> Outcome:
-        task, seed = job
-        root = output / task.id / f"seed-{seed}"
-        outcome = play_one(task, policy, replace(config, seed=seed), root, method, sandbox)
+    def ended(outcome: Outcome) -> None:
+        outcomes.append(outcome)
         report(outcome)
-        return outcome
 
-    jobs = [(task, seed) for task in tasks for seed in seeds]
-    if workers == 1:
-        return [one(job) for job in jobs]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, jobs))
+    def opened() -> Iterator[Episode]:
+        for task in tasks:
+            for seed in seeds:
+                settings, root = replace(config, seed=seed), output / task.id / f"seed-{seed}"
+                try:
+                    claim(task, policy, settings, root, method)
+                    if (outcome := finished(task.id, root)) is None:
+                        yield open_episode(task, policy, settings, root, method, sandbox)
+                    else:
+                        ended(outcome)
+                except Exception as problem:
+                    ended(_failed(task.id, root, problem))
+
+    seeds = list(seeds)
+    for episode, end in drive_many(opened(), together, sampler(policy, together)):
+        root, task = episode.folder.root, episode.task.id
+        try:
+            if isinstance(end, Exception):
+                raise end
+            episode.folder.write_lab_files(read_run(root))
+            ended(finished(task, root))
+        except Exception as problem:
+            ended(_failed(task, root, problem))
+    return outcomes
 
 
-def play_one(task: LabTask, policy: Policy, config: RunConfig, root: Path, method=None, sandbox=None) -> Outcome:
-    """Play one task, unless it was; an error ends this run alone, and says so."""
-    try:
-        claim(task, policy, config, root, method)
-        if (outcome := finished(task.id, root)) is not None:
-            return outcome
-        episode = open_episode(task, policy, config, root, method, sandbox)
-        drive(episode)
-        episode.folder.write_lab_files(read_run(root))
-    except Exception as problem:
-        return Outcome(task.id, root, "failed", f"{type(problem).__name__}: {problem}", {})
-    return finished(task.id, root)
+def sampler(policy: Policy, together: int) -> Callable[[list[Request]], list[Sampled]]:
+    """How the requests of open episodes are answered: in a batch here, in parallel by a server, or one by one."""
+    if together > 1 and "kv" in policy.capabilities:
+        from .policies.batch import sample_together
+
+        return lambda requests: sample_together([(each.session, each.limit) for each in requests])
+    if together > 1:
+        pool = ThreadPoolExecutor(together)
+        return lambda requests: list(pool.map(_sample, requests))
+    return lambda requests: [_sample(request) for request in requests]
+
+
+def _sample(request: Request) -> Sampled:
+    return request.session.sample(request.limit)
+
+
+def _failed(task: str, root: Path, problem: Exception) -> Outcome:
+    return Outcome(task, root, "failed", f"{type(problem).__name__}: {problem}", {})
 
 
 def finished(task: str, root: Path) -> Outcome | None:

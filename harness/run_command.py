@@ -113,7 +113,7 @@ examples:
   still run lab/tasks --policy pocket --backend memo --budget 256t -o runs/memo
   still run lab/tasks --policy pocket --backend kv --ratio 8 -o runs/still-8x
   still run lab/tasks --policy Qwen/Qwen3-0.6B --backend kv --method snapkv --budget 64MiB -o runs/snapkv
-  still run lab/tasks --policy server:gpt-5.5 --backend memo --budget 2000t --workers 8 -o runs/gpt
+  still run lab/tasks --policy server:gpt-5.5 --backend memo --budget 2000t --together 8 -o runs/gpt
   still run lab/tasks --policy server:pocket --base-url http://localhost:8000/v1 --tokenizer ./pocket -o runs/vllm
 
 A budget is the peak of attended compacted context: bytes (64MiB), or as many as N raw tokens take (2000t)."""
@@ -125,7 +125,8 @@ A budget is the peak of attended compacted context: bytes (64MiB), or as many as
         parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the runs")
         parser.add_argument("--seeds", metavar="A,B", default="0", help="of the sampling (default: 0)")
         parser.add_argument(
-            "--workers", metavar="N", type=int, default=1, help="runs at a time, on a server (default: 1)"
+            "--together", metavar="N", type=int, default=1,
+            help="runs at a time: in one batch, or in parallel on a server (default: 1)",
         )  # fmt: skip
         add_flags(parser, PolicyConfig)
         add_flags(parser, RunConfig, skip=("seed",))
@@ -145,7 +146,7 @@ A budget is the peak of attended compacted context: bytes (64MiB), or as many as
         seeds = [int(seed) for seed in args.seeds.split(",")]
         policy, method = model.load(config, args.option)
         outcomes = play_tasks(
-            tasks, policy, config, args.output, seeds=seeds, method=method, workers=args.workers,
+            tasks, policy, config, args.output, seeds=seeds, method=method, together=args.together,
             report=lambda outcome: print(*table([outcome]), flush=True),
         )  # fmt: skip
         return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0

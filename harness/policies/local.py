@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -106,6 +106,46 @@ class _State:
         return _State(list(self.chunks), list(self.carry), list(self.waiting), self.before, self.last_turn)
 
 
+@dataclass
+class Turn:
+    """A turn while it is sampled.
+
+    Attributes:
+        append_ids: prompt tokens since the turn before.
+        most: longest output.
+        limit: how tokens are chosen.
+        prompt: tokens of the whole prompt.
+        ends: tokens that end a turn.
+        output: sampled so far.
+        logprobs: of `output`.
+        margin: smallest gap between the two best logits so far.
+    """
+
+    append_ids: list[int]
+    most: int
+    limit: Limit
+    prompt: int
+    ends: frozenset[int]
+    output: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    margin: float = float("inf")
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.limit.seed)
+        self.started = time.perf_counter()
+
+    def take(self, token: int, logprob: float, gap: float) -> None:
+        """One more token."""
+        self.output.append(token)
+        self.logprobs.append(logprob)
+        self.margin = min(self.margin, gap)
+
+    @property
+    def done(self) -> bool:
+        """Ended, or as long as it may be."""
+        return bool(self.output) and (self.output[-1] in self.ends or len(self.output) >= self.most)
+
+
 class LocalSession:
     """See `harness.types.Session`; `close_window` and `hold` are what KV backends use besides.
 
@@ -113,7 +153,10 @@ class LocalSession:
         chat: renders messages.
         base_ids: of S and U.
         pending_ids: what `close_window` read at the window's end that no turn had answered.
+        decodes_here: tokens come from this process's model, so episodes may share a batch.
     """
+
+    decodes_here: ClassVar[bool] = True
 
     def __init__(self, policy: LocalPolicy, chat: ChatFormat, queries: bool):
         self.policy, self.chat, self.keep_queries = policy, chat, queries
@@ -145,17 +188,44 @@ class LocalSession:
 
     def sample(self, limit: Limit) -> Sampled:
         """Sample one turn, greedily at temperature 0."""
-        started = time.perf_counter()
-        append_ids = self._prompt()
-        room = self.policy.window - self.size().total - len(self.chat.opening)
+        turn = self.begin(limit)
+        with torch.no_grad(), self._watching():
+            while not turn.done:
+                self.choose(turn, self._forward(turn.output[-1:]))
+        return self.finish(turn)
+
+    @torch.no_grad()
+    def begin(self, limit: Limit) -> Turn:
+        """Read the turn's prompt, and choose its first token."""
+        append_ids, size = self._prompt(), self.size()
+        room = self.policy.window - size.total - len(self.chat.opening)
         if room < 1:
-            raise ValueError(f"a window of {self.policy.window} tokens has no room for a turn: {self.size()}")
-        prompt = self._prompt_tokens()
-        output, logprobs, margin = self._decode([*self._state.carry, *append_ids], min(limit.tokens, room), limit)
-        sampled = self._sampled(append_ids, output, logprobs, margin, prompt, time.perf_counter() - started)
-        self._take(append_ids, output)
+            raise ValueError(f"a window of {self.policy.window} tokens has no room for a turn: {size}")
+        ends = frozenset(self.policy.ends | set(self.chat.closing[:1]))
+        turn = Turn(append_ids, min(limit.tokens, room), limit, self._prompt_tokens(), ends)
+        self._read_prompt(turn, [*self._state.carry, *append_ids])
+        return turn
+
+    def _read_prompt(self, turn: Turn, chunk: list[int]) -> None:
+        self._catch_up()
+        with self._watching():
+            self.choose(turn, self._forward(chunk))
+
+    def choose(self, turn: Turn, logits: torch.Tensor) -> None:
+        """Choose the turn's next token from logits `[vocabulary]`."""
+        turn.take(*choose(logits, turn.limit.temperature, turn.generator))
+
+    def finish(self, turn: Turn) -> Sampled:
+        """The turn is sampled: it belongs to the window now."""
+        ended = turn.output[-1] in turn.ends
+        text, calls, problem = self.policy.parse(self.chat.decode(turn.output[:-1] if ended else turn.output))
+        self._take(turn.append_ids, turn.output)
         self._read = len(self._state.chunks)
-        return sampled
+        return Sampled(
+            text, calls, "stop" if ended else "length", problem, tuple(turn.append_ids), tuple(turn.output),
+            tuple(round(x, 6) for x in turn.logprobs), None if turn.margin == float("inf") else round(turn.margin, 6),
+            turn.prompt, len(turn.output), round(time.perf_counter() - turn.started, 6),
+        )  # fmt: skip
 
     def accept(self, sampled: Sampled) -> None:
         """Take a recorded turn.
@@ -268,28 +338,6 @@ class LocalSession:
                 self._forward(chunk)
         self._read = len(self._state.chunks)
 
-    @torch.no_grad()
-    def _decode(self, chunk: list[int], most: int, limit: Limit) -> tuple[list[int], list[float], float]:
-        self._catch_up()
-        generator = torch.Generator().manual_seed(limit.seed)
-        ends = self.policy.ends | set(self.chat.closing[:1])
-        output: list[int] = []
-        logprobs: list[float] = []
-        margin = float("inf")
-        with self._watching():
-            while True:
-                logits = self._forward(chunk)
-                token, logprob, gap = self._choose(logits, output, limit, generator)
-                output.append(token)
-                logprobs.append(logprob)
-                margin = min(margin, gap)
-                if token in ends or len(output) >= most:
-                    return output, logprobs, margin
-                chunk = [token]
-
-    def _choose(self, logits, output: list[int], limit: Limit, generator) -> tuple[int, float, float]:
-        return choose(logits, limit.temperature, generator)
-
     def _forward(self, ids: list[int]) -> torch.Tensor:
         """Read ids behind the cache; logits `[vocabulary]` after the last, in fp32 on the CPU."""
         device = self.policy.model.device
@@ -304,15 +352,6 @@ class LocalSession:
             return nullcontext()
         decoder = self.policy.model.get_decoder()
         return capture_queries(decoder, _Each(self._queries))
-
-    def _sampled(self, append_ids, output, logprobs, margin, prompt, seconds) -> Sampled:
-        ended = output[-1] in self.policy.ends | set(self.chat.closing[:1])
-        text, calls, problem = self.policy.parse(self.chat.decode(output[:-1] if ended else output))
-        return Sampled(
-            text, calls, "stop" if ended else "length", problem, tuple(append_ids), tuple(output),
-            tuple(round(x, 6) for x in logprobs), None if margin == float("inf") else round(margin, 6),
-            prompt, len(output), seconds,
-        )  # fmt: skip
 
 
 class _Each(dict):

@@ -7,12 +7,13 @@ a model. Where a model is given, its keys and values are those of the scripted t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..types import Limit, Message, Sampled
 from .calls import parser_of
 from .chat import ChatFormat
-from .local import LocalPolicy, LocalSession
+from .local import LocalPolicy, LocalSession, Turn
 
 Player = Callable[[list[Message], Limit], Message]
 """The messages in view in, the assistant's turn out: the open window's, and those that slots stand for."""
@@ -47,6 +48,8 @@ class ScriptedPolicy(LocalPolicy):
 class ScriptedSession(LocalSession):
     """See `LocalSession`. Nothing is computed before a backend asks for the window's keys and values."""
 
+    decodes_here = False
+
     def __init__(self, policy: ScriptedPolicy, chat: ChatFormat, queries: bool):
         super().__init__(policy, chat, queries)
         self.player, self.seen = policy.player(), []
@@ -74,10 +77,11 @@ class ScriptedSession(LocalSession):
 
     def sample(self, limit: Limit) -> Sampled:
         """What the script says, cut at the limit as a model would be."""
-        append_ids, prompt = self._prompt(), self._prompt_tokens()
-        output = self.chat.assistant(self.player(list(self.seen), limit))[: limit.tokens]
-        sampled = self._sampled(append_ids, output, [], float("inf"), prompt, 0.0)
-        self._take(append_ids, output)
+        turn = Turn(self._prompt(), limit.tokens, limit, self._prompt_tokens(), frozenset(self.chat.closing[:1]))
+        turn.output = self.chat.assistant(self.player(list(self.seen), limit))[: limit.tokens]
+        read = self._read
+        sampled = replace(self.finish(turn), seconds=0.0)
+        self._read = read  # nothing was computed
         self.seen.append(Message("assistant", sampled.text, sampled.calls))
         return sampled
 

@@ -33,17 +33,18 @@ class TokenServerPolicy:
 class TokenServerSession(LocalSession):
     """See `LocalSession`: the same ids, computed elsewhere. The server's prefix cache spares it the window so far."""
 
-    def _decode(self, chunk, most, limit):
+    decodes_here = False
+
+    def _read_prompt(self, turn, chunk):
         prompt = [*self.base_ids, *(token for each in self._state.chunks for token in each), *chunk]
-        ends = sorted(self.policy.ends | set(self.chat.closing[:1]))
         reply = self.policy.client.completions.create(
             model=self.policy.config.model,
             prompt=prompt,
-            max_tokens=most,
-            temperature=limit.temperature,
-            seed=limit.seed % (1 << 31),
+            max_tokens=turn.most,
+            temperature=turn.limit.temperature,
+            seed=turn.limit.seed % (1 << 31),
             logprobs=2,
-            extra_body={"return_token_ids": True, "stop_token_ids": ends, "skip_special_tokens": False},
+            extra_body={"return_token_ids": True, "stop_token_ids": sorted(turn.ends), "skip_special_tokens": False},
         )
         choice = reply.choices[0]
         output = getattr(choice, "token_ids", None)
@@ -54,5 +55,6 @@ class TokenServerSession(LocalSession):
             )
         scores = choice.logprobs
         tops = [sorted(each.values(), reverse=True) for each in (scores.top_logprobs or []) if each and len(each) > 1]
-        margin = min((top[0] - top[1] for top in tops), default=float("inf"))
-        return list(output), [float(x) for x in scores.token_logprobs or []], margin
+        turn.output, turn.logprobs = list(output), [float(each) for each in scores.token_logprobs or []]
+        turn.most = min(turn.most, len(turn.output))
+        turn.margin = min((top[0] - top[1] for top in tops), default=float("inf"))

@@ -189,18 +189,29 @@ class SteeredPolicy(ScriptedPolicy):
 class SteeredSession(ScriptedSession):
     """Samples as a local model does, token by token, but along the script's text."""
 
+    decodes_here = True
+
     def sample(self, limit):
         """One turn."""
+        return LocalSession.sample(self, limit)
+
+    def begin(self, limit):
+        """Ask the script what the turn is."""
         self.script = self.chat.assistant(self.player(list(self.seen), limit))
-        sampled = LocalSession.sample(self, limit)
+        return super().begin(limit)
+
+    def finish(self, turn):
+        """Remember it."""
+        sampled = super().finish(turn)
         self.seen.append(Message("assistant", sampled.text, sampled.calls))
         return sampled
 
-    def _choose(self, logits, output, limit, generator):
-        wanted = self.script[len(output)]
-        gap = self.chat.encode("~")[0]
-        letters = self.chat.encode("abcdefghijklmnopqrstuvwxyz")
+    def choose(self, turn, logits):
+        """The script's token, or where it has a gap the letter that the model likes best."""
+        wanted, gap = self.script[len(turn.output)], self.chat.encode("~")[0]
         if wanted != gap:
-            return wanted, 0.0, float("inf")
+            turn.take(wanted, 0.0, float("inf"))
+            return
+        letters = self.chat.encode("abcdefghijklmnopqrstuvwxyz")
         best = logits[letters].topk(2)
-        return letters[int(best.indices[0])], 0.0, (best.values[0] - best.values[1]).item()
+        turn.take(letters[int(best.indices[0])], 0.0, (best.values[0] - best.values[1]).item())

@@ -34,13 +34,13 @@ class Talkative(Reader):
 def watched(monkeypatch):
     """The logits of every sampled token, in order."""
     seen = []
-    choose = SteeredSession._choose
+    choose = SteeredSession.choose
 
-    def watch(self, logits, output, limit, generator):
+    def watch(self, turn, logits):
         seen.append(logits)
-        return choose(self, logits, output, limit, generator)
+        choose(self, turn, logits)
 
-    monkeypatch.setattr(SteeredSession, "_choose", watch)
+    monkeypatch.setattr(SteeredSession, "choose", watch)
     return seen
 
 

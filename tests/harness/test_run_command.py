@@ -54,7 +54,6 @@ def test_a_folder_of_other_settings_is_kept_and_said(tmp_path, lab, capsys):
     (["--backend", "kv", "--method", "int4"], "whole contexts"),
     (["--backend", "kv", "--budget", "many"], "budget is 'many'"),
     (["--policy", "server:x", "--base-url", "http://localhost:1/v1", "--backend", "kv"], "take a local model"),
-    (["--backend", "memo", "--workers", "2"], "one turn at a time"),
     (["--window", "999999"], "was made for"),
 ])  # fmt: skip
 def test_refusals_are_one_line(tmp_path, lab, capsys, flags, complaint):
