@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-VERSION = "pocket-1"
+VERSION = "pocket-2"
 SEEDS = (0, 1, 2)
 
 
 def resolve(name: str):
-    """The `NamedModel` behind `pocket` and `pocket-1`, for the entry-point group `still.models`."""
+    """The `NamedModel` behind `pocket` and `pocket-2`, for the entry-point group `still.models`."""
     from ...models import NamedModel
 
     folders = (WEIGHTS / f"still-{VERSION}-seed{seed}" for seed in SEEDS)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from ...eval.matters.words import TRADES
-from .curriculum import IGNORE, STAGES, Rows
+from .context_dropout import ContextDropout
+from .curriculum import IGNORE, STAGES, Row, Rows
 from .induction import induction_start, pocket_config
 from .tokenizer import train_tokenizer
 
@@ -33,14 +34,16 @@ class BaseRecipe:
         learning_rate: peak rate of AdamW.
         warmup: steps to the peak.
         decay: share of the steps, at the end, over which the rate falls to a fiftieth.
+        dropout: share of the rows in which heads do not see all of the matter (context dropout).
         seed: of the start and of the rows.
     """
 
-    steps: int = 300
+    steps: int = 320
     tokens: int = 12_000
     learning_rate: float = 1.5e-3
     warmup: int = 50
     decay: float = 0.5
+    dropout: float = 0.5
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -82,6 +85,8 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
         optimizer.load_state_dict(state["optimizer"])
         rows.rng.setstate(state["rng"])
         step, stage, mean, in_stage = state["where"]
+    dropout = ContextDropout()
+    dropout.attach(model)
     start = time.monotonic()
     model.train()
     while step < recipe.steps and time.monotonic() - start < 60 * minutes:
@@ -89,7 +94,13 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
             stage, in_stage = stage + 1, 0
         now = STAGES[stage]
         count = max(2, round(recipe.tokens / (now.facts * 32 + 20)))
-        ids, labels = _batch([rows.row(now) for _ in range(count)])
+        dropped = [rows.rng.random() < recipe.dropout for _ in range(count)]
+        # Heads that see different tokens cannot agree on which of two values is newer.
+        drawn = [rows.row(replace(now, amended=0.0) if drop else now) for drop in dropped]
+        ids, labels = _batch(drawn)
+        generator = torch.Generator().manual_seed(rows.rng.randrange(1 << 40))
+        shape = model.config.num_hidden_layers, model.config.num_key_value_heads
+        dropout.draw(generator, [row.context for row in drawn], ids.shape[1], dropped, *shape)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         with torch.autocast("cpu", torch.bfloat16):
@@ -120,14 +131,14 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
     return True
 
 
-def _batch(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and labels: causality keeps real tokens from seeing the padding."""
-    longest = max(len(ids) for ids, _ in rows)
+    longest = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     labels = torch.full((len(rows), longest), IGNORE)
-    for index, (row, target) in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        labels[index, : len(target)] = torch.tensor(target)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        labels[index, : len(row.labels)] = torch.tensor(row.labels)
     return ids, labels
 
 

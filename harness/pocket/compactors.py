@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...distill.batches import Draw, Draws
@@ -15,16 +16,35 @@ from ...eval.matters import Difficulty, Matter, generate_matter
 from ...models import LoadedModel
 from .dialogue import answer_text
 
-LENGTHS = {288: 16, 576: 32, 1152: 64}
+LENGTHS = {336: 16, 608: 32, 1152: 64}
 """Facts of the matters that fit a length in tokens."""
 
-OFTEN = (8.0, 16.0)
+OFTEN = (4.0, 8.0, 16.0)
 """Ratios that are drawn twice as often as the others."""
 
 OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True}
 
+SHORT = 0.6
+"""Share of the steps, at the beginning, that draw the shortest length alone: what is learnt there carries over."""
 
-def recipe(seed: int, steps: int = 420) -> TrainConfig:
+READ_ON = 0.25
+"""Share of the steps in which only a matter's first documents are compacted, and the others are read behind them."""
+
+
+class Curriculum(Draws):
+    """Short contexts first, then all lengths, the longest most often."""
+
+    def __init__(self, seed: int, ratios: Sequence[float], steps: int):
+        super().__init__(seed, list(LENGTHS), ratios, weights=[1, 1, 3])
+        self.short = round(SHORT * steps)
+
+    def at(self, step: int) -> Draw:
+        """The draw of a step."""
+        draw = super().at(step)
+        return replace(draw, length=min(LENGTHS)) if step < self.short else draw
+
+
+def recipe(seed: int, steps: int = 1200) -> TrainConfig:
     """How a compactor of the pocket is trained; only the seed differs between the three that ship."""
     return TrainConfig(
         ratios=[2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
@@ -36,6 +56,7 @@ def recipe(seed: int, steps: int = 420) -> TrainConfig:
         batch=4,
         micro_batch=4,
         questions=32,
+        match=0.5,
         eval_contexts=8,
         eval_every=0,
         save_every=50,
@@ -49,26 +70,35 @@ class MatterRows:
 
     def __init__(self, tokenizer, config: TrainConfig):
         self.renderer = Renderer(tokenizer)
-        ratios = [*config.ratios, *OFTEN]
-        self.draws = Draws(config.seed, config.lengths, ratios, weights=[1, 1, 4])
+        self.draws = Curriculum(config.seed, [*config.ratios, *OFTEN], config.steps)
 
     def rows(self, draw: Draw, count: int, part: range) -> Sequence[Row]:
         """Matters as long as the draw says, from the training split."""
         rng = random.Random(f"pocket compactor {self.draws.seed}:{draw.step}")
         size = Difficulty("training", LENGTHS[draw.length])
-        rows = [self.row(generate_matter(rng.randrange(1 << 40), size, "train")) for _ in range(count)]
+        read_on = rng.random() < READ_ON
+        rows = [self.row(generate_matter(rng.randrange(1 << 40), size, "train"), read_on=read_on) for _ in range(count)]
         rows.sort(key=lambda row: row.tokens)
         return [rows[index] for index in part]
 
-    def row(self, matter: Matter, held_out: bool = False) -> Row:
-        """A matter with every question that can be asked of it."""
+    def row(self, matter: Matter, held_out: bool = False, read_on: bool = False) -> Row:
+        """A matter with every question that can be asked of it.
+
+        Args:
+            matter: the matter.
+            held_out: the row is for scoring.
+            read_on: only the first half of the documents is compacted; the others are read behind it.
+        """
         turns = [
             (self.renderer.later(fact.question), self.renderer.answer(fact.question, answer_text(fact)))
             for fact in matter.facts
         ]
-        context = self.renderer.context([(doc.name, doc.text) for doc in matter.documents])
+        documents = [(doc.name, doc.text) for doc in matter.documents]
+        context = self.renderer.context(documents)
+        cut = len(self.renderer.context(documents[: len(documents) // 2])) if read_on else len(context)
         kinds = [fact.kind for fact in matter.facts]
-        return Row(f"{matter.split}-{matter.seed}", context, turns, kinds=kinds, held_out=held_out)
+        name = f"{matter.split}-{matter.seed}"
+        return Row(name, context[:cut], turns, kinds=kinds, held_out=held_out, raw_ids=context[cut:])
 
 
 def train_compactor(base: LoadedModel, output: Path, config: TrainConfig, progress: bool = True) -> dict[str, float]:

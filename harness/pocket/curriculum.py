@@ -49,6 +49,21 @@ STAGES = (
 )
 
 
+@dataclass(frozen=True)
+class Row:
+    """A matter and its questions.
+
+    Attributes:
+        ids: token ids.
+        labels: the same where they are supervised (answers), `IGNORE` elsewhere.
+        context: tokens of the matter, which come first.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    context: int
+
+
 class Rows:
     """Draws rows of token ids and labels from the training split, seeded."""
 
@@ -56,7 +71,7 @@ class Rows:
         self.tokenizer = tokenizer
         self.rng = random.Random(f"pocket base {seed}")
 
-    def row(self, stage: Stage) -> tuple[list[int], list[int]]:
+    def row(self, stage: Stage) -> Row:
         """Ids and labels of one matter with every question asked once, in random order."""
         kind = self.rng.random()
         if kind < stage.lists + stage.uniform:
@@ -71,7 +86,7 @@ class Rows:
         for asked, told in zip(encoded[: len(pairs)], encoded[len(pairs) :], strict=True):
             ids += asked + told
             labels += [IGNORE] * len(asked) + told
-        return ids, labels
+        return Row(ids, labels, len(context))
 
     def _matter(self, stage: Stage) -> tuple[list[int], list[tuple[str, str]]]:
         documents = max(2, min(4, stage.facts // 8))

@@ -16,8 +16,8 @@ NEAR_PAIRS = slice(6, 11)  # rotary pairs that fall off over a sentence or two
 FAR_PAIRS = slice(12, 32)  # rotary pairs that hold still over a matter
 
 
-def pocket_config(vocab_size: int, layers: int = 4) -> Qwen3Config:
-    """The pocket's architecture: stock Qwen3, four query and two KV heads of 64, 3.3 million parameters."""
+def pocket_config(vocab_size: int, layers: int = 5) -> Qwen3Config:
+    """The pocket's architecture: stock Qwen3, four query and two KV heads of 64, 3.8 million parameters."""
     return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=256,
@@ -70,8 +70,8 @@ def induction_start(config: Qwen3Config, names: list[int], seed: int = 0) -> Qwe
     layers = model.model.layers
     _shift(layers[0].self_attn, blocks, config)
     _gather(layers[1].self_attn, blocks, mark, config, generator)
-    for depth, layer in enumerate(layers[2:]):
-        _match(layer.self_attn, blocks, generator, copy=0.4 if depth == 0 else 0.05)
+    for layer in layers[2:]:
+        _match(layer.self_attn, blocks, generator, copy=0.4)
     for layer in layers:
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)  # a random feed-forward would drown the circuit
     return model

@@ -77,6 +77,8 @@ class TrainConfig:
         micro_batch: contexts that one process holds at a time.
         questions: questions asked of a context in one step, drawn anew each time; 0 asks all that it has.
         top_k: teacher tokens, beside the right one, over which the loss is taken.
+        match: weight, at the first step, of the hidden states' relative squared error beside the KL; it falls linearly
+            to zero over the first two thirds of the run. The paper has none; it speeds the start up.
         weight_decay: weight decay of matrices; the latent bank and the biases have none.
         clip: largest norm of the gradient.
         held_out: share of the contexts held out for validation when no row's `split` says which; 0 for none.
@@ -102,6 +104,7 @@ class TrainConfig:
     micro_batch: int = 1
     questions: int = 0
     top_k: int = 200
+    match: float = 0.0
     weight_decay: float = 0.01
     clip: float = 1.0
     held_out: float = 0.05
@@ -123,10 +126,16 @@ class TrainConfig:
             raise ValueError(f"ratios is {self.ratios}; give one or more, each at least 1 (tokens per slot)")
         if self.lengths and min(self.lengths) < 1:
             raise ValueError(f"lengths is {self.lengths}; each must be at least 1 token")
+        if self.match < 0:
+            raise ValueError(f"match is {self.match}; it must be 0 or more")
         if self.keep < 2:
             raise ValueError(f"keep is {self.keep}; it must be 2 or more, since the newest may be half written")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule is {self.schedule!r}; it must be constant, linear or cosine")
+
+    def match_at(self, step: int) -> float:
+        """The weight `match` at a step, counted from 0."""
+        return self.match * max(0.0, 1 - 1.5 * step / self.steps)
 
 
 def _at_least_one(config: object, *names: str) -> None:

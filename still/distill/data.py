@@ -49,6 +49,8 @@ class Row:
         turns: question ids, as they are after an answer, and answer ids of every turn; an answer includes what ends it.
         opening: ids of the turns' questions when they come first after the context; empty where they are the same.
         kinds: the turns' kinds, `""` where the row names none.
+        raw_ids: what is read after the compaction and before the first question, and stays raw: with it a compactor
+            learns slots behind which the model reads on as it should, as contexts in chunks need.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Row:
     opening: Sequence[Sequence[int]] = ()
     kinds: Sequence[str] = ()
     held_out: bool = False
+    raw_ids: Sequence[int] = ()
 
     @property
     def tokens(self) -> int:
@@ -247,7 +250,7 @@ def collate(rows: Sequence[Row], rng: random.Random, questions: int = 0, pad_id:
     turns = []
     for row in rows:
         order = rng.sample(range(len(row.turns)), min(questions or len(row.turns), len(row.turns)))
-        ids, labels = [], []
+        ids, labels = list(row.raw_ids), [IGNORE] * len(row.raw_ids)
         for place, index in enumerate(order):
             question, answer = row.turns[index]
             if place == 0 and row.opening:

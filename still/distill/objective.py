@@ -33,6 +33,7 @@ class DistillOutput:
         right: bool `[answer tokens]`: the student's most likely token is the gold one.
         tokens: answer tokens in the batch.
         teacher_right: bool `[answer tokens]`: the same as `right` for the full cache.
+        hidden: mean relative squared error of the hidden states, summed over layers; 0 where it has no weight.
     """
 
     loss: torch.Tensor
@@ -42,6 +43,7 @@ class DistillOutput:
     right: torch.Tensor
     tokens: int
     teacher_right: torch.Tensor
+    hidden: torch.Tensor
 
 
 def top_k_kl(teacher: torch.Tensor, student: torch.Tensor, gold: torch.Tensor, k: int = 200) -> torch.Tensor:
@@ -98,6 +100,7 @@ class Distiller(nn.Module):
         context_mask: torch.Tensor | None = None,
         turn_mask: torch.Tensor | None = None,
         num_items_in_batch: int | None = None,
+        match: float = 0.0,
     ) -> DistillOutput:
         """Loss of one batch.
 
@@ -109,6 +112,8 @@ class Distiller(nn.Module):
             context_mask: `[batch, T]`, zeros at padding; None where no row is padded.
             turn_mask: `[batch, L]`, likewise.
             num_items_in_batch: divide the summed KL by this instead of by this batch's answer tokens.
+            match: weight of the hidden states' relative squared error on answer tokens, summed over layers. It reaches
+                every layer's compactor directly, where the KL has to pass through all layers above.
 
         Raises:
             ValueError: no answer token is supervised, or a row has fewer tokens than slots.
@@ -129,44 +134,52 @@ class Distiller(nn.Module):
             raise ValueError(f"slots is {slots}; it must lie between 1 and the {min(rows)} tokens of the shortest row")
 
         with torch.no_grad():
-            full, hidden = self._teach(context_ids, turn_ids, mask, positions)
-            teacher = self.model.get_output_embeddings()(hidden[:, :-1][wanted])
+            full, hidden = self._teach(context_ids, turn_ids, mask, positions, bool(match))
+            taught = [states[:, :-1][wanted] for states in hidden]
+            teacher = self.model.get_output_embeddings()(taught[-1])
 
         layers = self.compactor.compact_rows(full, rows, slots=slots)
         small = StillCache.from_layers(
             self.model.config, layers, tokens, source=full, token_ids=context_ids, attention_mask=context_mask
         )
-        hidden = self._hidden(turn_ids, mask, positions[:, tokens:], small)
-        student = self.model.get_output_embeddings()(hidden[:, :-1][wanted])
+        learnt = [x[:, :-1][wanted] for x in self._hidden(turn_ids, mask, positions[:, tokens:], small, bool(match))]
+        student = self.model.get_output_embeddings()(learnt[-1])
 
         per_token = top_k_kl(teacher, student, gold, self.top_k)
         with torch.no_grad():
             student_ce = F.cross_entropy(student.float(), gold)
             teacher_ce = F.cross_entropy(teacher.float(), gold)
             right, teacher_right = student.argmax(-1) == gold, teacher.argmax(-1) == gold
-        total = per_token.sum()
+        apart = torch.zeros_like(per_token)
+        if match:
+            for one, other in zip(learnt, taught, strict=True):
+                gap = (one.float() - other.float()).square().sum(-1)
+                apart = apart + gap / other.float().square().sum(-1).clamp_min(1e-12)
+        total = (per_token + match * apart).sum()
         loss = total / (num_items_in_batch if num_items_in_batch is not None else per_token.numel())
-        mean = per_token.mean().detach()
-        return DistillOutput(loss, mean, student_ce, teacher_ce, right, per_token.numel(), teacher_right)
+        means = per_token.mean().detach(), apart.mean().detach()
+        return DistillOutput(loss, means[0], student_ce, teacher_ce, right, per_token.numel(), teacher_right, means[1])
 
-    def _teach(self, context_ids, turn_ids, mask, positions) -> tuple[DynamicCache, torch.Tensor]:
-        """The full cache of the context alone, and the teacher's hidden states of the turns."""
+    def _teach(self, context_ids, turn_ids, mask, positions, every) -> tuple[DynamicCache, list[torch.Tensor]]:
+        """The full cache of the context alone, and the teacher's hidden states of the turns; see `_hidden`."""
         tokens = context_ids.shape[1]
         full = DynamicCache(config=self.model.config)
         if all(type(layer) is DynamicLayer for layer in full.layers):
             # Causality makes one forward enough: the context's keys and values do not see the turns.
             ids = torch.cat((context_ids, turn_ids), dim=1)
-            hidden = self._hidden(ids, mask, positions, full)[:, tokens:]
+            hidden = [states[:, tokens:] for states in self._hidden(ids, mask, positions, full, every)]
             for layer in full.layers:
                 layer.keys, layer.values = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
             return full, hidden
         # Sliding windows and recurrent states cannot be cut back.
-        self._hidden(context_ids, mask[:, :tokens], positions[:, :tokens], full)
-        return full, self._hidden(turn_ids, mask, positions[:, tokens:], copy.deepcopy(full))
+        self._hidden(context_ids, mask[:, :tokens], positions[:, :tokens], full, False)
+        return full, self._hidden(turn_ids, mask, positions[:, tokens:], copy.deepcopy(full), every)
 
-    def _hidden(self, ids, mask, positions, cache) -> torch.Tensor:
-        decoder = self.model.get_decoder()
-        return decoder(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+    def _hidden(self, ids, mask, positions, cache, every: bool) -> list[torch.Tensor]:
+        """Hidden states `[batch, L, width]` after the last layer, or with `every` after each."""
+        out = self.model.get_decoder()(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            output_hidden_states=every,
+        )  # fmt: skip
+        return list(out.hidden_states[1:]) if every else [out.last_hidden_state]
 

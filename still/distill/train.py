@@ -180,7 +180,7 @@ def _check_run(output: Path, record: dict[str, Any]) -> None:
     if newest_complete(output) is None or not (output / "train.json").exists():
         return
     before = json.loads((output / "train.json").read_text(encoding="utf-8"))["run"]
-    free = (*FREE, "steps") if record["schedule"] == "constant" else FREE
+    free = (*FREE, "steps") if record["schedule"] == "constant" and not record["match"] else FREE
     changed = [name for name in record if name not in free and before.get(name) != record[name]]
     if changed:
         shown = ", ".join(f"{name} {before.get(name)!r} -> {record[name]!r}" for name in changed)

@@ -198,7 +198,8 @@ class DistillTrainer(Trainer):
         """KL per answer token over the tokens of the whole step: every process and every micro-batch."""
         inputs = dict(inputs)
         ratio, _ = inputs.pop("ratio"), inputs.pop("length")
-        out = model(**inputs, num_items_in_batch=num_items_in_batch)
+        match = self.config.match_at(self.state.global_step)
+        out = model(**inputs, num_items_in_batch=num_items_in_batch, match=match)
         counts = [out.kl * out.tokens, out.cross_entropy * out.tokens, out.right.sum(), out.tokens]
         self._sums[f"{ratio:g}x"] += torch.stack([torch.as_tensor(x, dtype=torch.float64).cpu() for x in counts])
         lengths = inputs["context_mask"].sum(-1)
@@ -210,7 +211,7 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write a line of metrics; `kl` is nats per answer token, mean over the steps since the last line."""
         if "loss" in logs:
-            logs["kl"] = logs.pop("loss")
+            logs.pop("loss")  # what is no KL may be in it
             logs |= self._take_sums()
         super().log(logs, start_time)
         logs.pop("epoch", None)
@@ -249,7 +250,10 @@ class DistillTrainer(Trainer):
         table = self.accelerator.reduce(table, "sum").double().cpu()
         self._sums.clear()
         tokens = table[:, 3].sum().clamp(min=1)
-        out = {"cross_entropy": (table[:, 1].sum() / tokens).item(), "right": (table[:, 2].sum() / tokens).item()}
+        out = {
+            name: (table[:, column].sum() / tokens).item()
+            for column, name in enumerate(("kl", "cross_entropy", "right"))
+        }
         return out | {f"kl_{name}": (row[0] / row[3]).item() for name, row in zip(names, table, strict=True) if row[3]}
 
     def _save_checkpoint(self, model, trial) -> None:

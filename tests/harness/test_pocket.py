@@ -1,18 +1,24 @@
 """The pocket: its tokenizer, its recipes, and what the shipped weights can do."""
 
+from __future__ import annotations
+
+import random
 
 import pytest
 import torch
 
 from still import models
 from still.compactor import StillCompactor
+from still.distill.data import collate
+from still.distill.objective import IGNORE
 from still.eval.judge import exact_judge
 from still.eval.matters import generate_matter, question_set
 from still.eval.matters.words import TRADES
 from still.harness.ask import Prompt, ask
-from still.harness.pocket import SEEDS, WEIGHTS, resolve
+from still.harness.pocket import SEEDS, VERSION, WEIGHTS, resolve
 from still.harness.pocket.base import STATE, BaseRecipe, train_base, whole_answers
 from still.harness.pocket.compactors import LENGTHS, MatterRows, recipe
+from still.harness.pocket.context_dropout import HIDDEN, ContextDropout
 from still.harness.pocket.curriculum import STAGES, Rows
 from still.harness.pocket.dialogue import context_messages
 from still.harness.pocket.induction import induction_start, pocket_config
@@ -20,7 +26,7 @@ from still.harness.pocket.tokenizer import SPECIALS, train_tokenizer
 from still.prompts import PromptFormat, render, render_answer
 from still.reading import read
 
-shipped = pytest.mark.skipif(not (WEIGHTS / "pocket-1").is_dir(), reason="the pocket's weights are not here")
+shipped = pytest.mark.skipif(not (WEIGHTS / VERSION).is_dir(), reason="the pocket's weights are not here")
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +57,11 @@ def test_training_reads_what_the_evaluation_feeds(tokenizer):
 
 def test_rows_of_the_curriculum_end_every_answer_and_repeat_with_their_seed(tokenizer):
     for stage in STAGES[:2]:
-        ids, labels = Rows(tokenizer, 5).row(stage)
-        assert (ids, labels) == Rows(tokenizer, 5).row(stage) != Rows(tokenizer, 6).row(stage)
-        assert sum(label == tokenizer.eos_token_id for label in labels) == stage.facts
-        assert all(label in (-100, id_) for id_, label in zip(ids, labels, strict=True))
+        row = Rows(tokenizer, 5).row(stage)
+        assert row == Rows(tokenizer, 5).row(stage) != Rows(tokenizer, 6).row(stage)
+        assert sum(label == tokenizer.eos_token_id for label in row.labels) == stage.facts
+        assert all(label in (-100, id_) for id_, label in zip(row.ids, row.labels, strict=True))
+        assert set(row.labels[: row.context]) == {-100}
 
 
 def test_whole_answers_are_right_in_every_token():
@@ -78,6 +85,45 @@ def test_a_fresh_base_already_looks_at_the_name_it_is_asked_about(tokenizer):
         induction_start(pocket_config(len(tokenizer), layers=2), names)
 
 
+def dropping(model, contexts, length, seed=0):
+    dropout = ContextDropout()
+    shape = model.config.num_hidden_layers, model.config.num_key_value_heads
+    dropout.draw(torch.Generator().manual_seed(seed), contexts, length, [True, False], *shape)
+    return dropout
+
+
+def test_heads_answer_without_the_tokens_that_are_hidden_from_them(tokenizer):
+    model = induction_start(pocket_config(len(tokenizer)), []).eval()
+    ids = torch.randint(3, len(tokenizer), (2, 40), generator=torch.Generator().manual_seed(1))
+    other = ids.clone()
+    other[:, 7] = 5
+    with torch.no_grad():
+        plain = model(ids).logits
+        dropout = dropping(model, [30, 24], 40)
+        dropout.attach(model)
+        some, changed = model(ids).logits, model(other).logits
+        dropout.hidden[0, :, :, 7] = HIDDEN  # from every head
+        blind, blind_changed = model(ids).logits, model(other).logits
+    torch.testing.assert_close(some[1], plain[1], atol=1e-4, rtol=1e-4)  # a row in which nothing is dropped
+    torch.testing.assert_close(some[0, :30], plain[0, :30], atol=1e-4, rtol=1e-4)  # the matter reads itself whole
+    assert (some[0, 30:] - plain[0, 30:]).abs().max() > 0.1
+    assert (changed[0, 30:] - some[0, 30:]).abs().max() > 1e-3
+    # Token 7 still reaches the answers through what later tokens of the matter made of it, in the layers above.
+    assert (blind_changed[0, 7:30] - blind[0, 7:30]).abs().max() > 1e-3
+
+
+def test_every_token_stays_visible_to_an_upper_head(tokenizer):
+    model = induction_start(pocket_config(len(tokenizer)), [])
+    hidden = dropping(model, [300, 300], 400).hidden
+    assert (hidden[1] == 0).all()
+    assert (hidden[:, :, :, 300:] == 0).all()
+    upper = hidden[0, 2:, :, :300]
+    assert (upper == 0).any(dim=(0, 1)).all()
+    shares = [(dropping(model, [300, 300], 400, seed).hidden[0, 2:, :, :300] != 0).float().mean() for seed in range(20)]
+    assert 0.4 < sum(shares) / len(shares) < 0.6
+    assert all(len(head.unique()) == 1 for layer in hidden[0, :2, :, :300] for head in layer)
+
+
 def test_training_the_base_goes_on_where_it_was_cut_off(tmp_path):
     small = BaseRecipe(steps=3, tokens=600, warmup=2)
     assert train_base(tmp_path / "whole", small, minutes=10, report=str)
@@ -98,7 +144,24 @@ def test_matters_for_compactors_are_a_function_of_seed_and_step(tokenizer):
     again = MatterRows(tokenizer, config).rows(draw, 3, range(1, 2))
     assert [row.id for row in again] == [rows[1].id]
     assert all(row.tokens <= draw.length and len(row.turns) == LENGTHS[draw.length] for row in rows)
+    drawn = [source.draws.at(step).length for step in range(config.steps)]
+    assert set(drawn[: config.steps // 2]) == {min(LENGTHS)}
+    assert set(drawn) == set(LENGTHS)
     assert rows[0].id != MatterRows(tokenizer, recipe(1)).rows(draw, 3, range(3))[0].id
+
+
+def test_documents_that_are_read_on_follow_the_compacted_ones(tokenizer):
+    source = MatterRows(tokenizer, recipe(0))
+    matter = generate_matter(3, "tiny", "train")
+    whole, part = source.row(matter), source.row(matter, read_on=True)
+    assert not whole.raw_ids
+    assert [*part.context_ids, *part.raw_ids] == whole.context_ids
+    assert part.context_ids == source.renderer.context([(doc.name, doc.text) for doc in matter.documents[:1]])
+    batch = collate([part], random.Random(0), questions=1)
+    labels = batch["labels"][0]
+    assert batch["turn_ids"][0, : len(part.raw_ids)].tolist() == part.raw_ids
+    assert (labels[: len(part.raw_ids)] == IGNORE).all()
+    assert (labels != IGNORE).any()
 
 
 def pass_rate(base, cache, questions, rendered):
@@ -138,7 +201,7 @@ def test_the_name_pocket_brings_its_compactors():
     named = resolve("pocket")
     assert named.path.is_dir()
     loaded = models.load("pocket", device="cpu")
-    assert loaded.model.config._name_or_path == loaded.name == "pocket-1"  # files of caches carry it elsewhere
+    assert loaded.model.config._name_or_path == loaded.name == VERSION  # files of caches carry it elsewhere
     assert named.compactors
     assert len(named.compactors) <= len(SEEDS)
     sizes = [file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()]

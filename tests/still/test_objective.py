@@ -97,6 +97,27 @@ def test_padded_batches_give_the_kl_of_a_loop_over_tokens(kind):
     check_against_a_loop(distiller_for(kind), batch_of())
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_hidden_states_are_matched_beside_the_kl(kind):
+    distiller, batch = distiller_for(kind), batch_of((20, 20), (7, 7))
+    plain, both = distiller(**batch, slots=6), distiller(**batch, slots=6, match=0.5)
+    assert plain.hidden == 0
+    torch.testing.assert_close(plain.kl, both.kl)
+    torch.testing.assert_close(both.loss, both.kl + 0.5 * both.hidden)
+    wanted = batch["labels"][:, 1:] != IGNORE
+    with torch.no_grad():
+        ids = torch.cat((batch["context_ids"], batch["turn_ids"]), dim=1)
+        taught = distiller.model(ids, output_hidden_states=True).hidden_states[1:]
+        small = distiller.compactor.compact(read(distiller.model, batch["context_ids"]), slots=6)
+        given = small.continuation(batch["turn_ids"])
+        learnt = distiller.model(**given, past_key_values=small, output_hidden_states=True).hidden_states[1:]
+        apart = sum(
+            ((x - y[:, 20:]).square().sum(-1) / y[:, 20:].square().sum(-1))[:, :-1][wanted].mean()
+            for x, y in zip(learnt, taught, strict=True)
+        )
+    torch.testing.assert_close(both.hidden, apart, rtol=1e-3, atol=1e-5)
+
+
 def test_beta_is_part_of_the_student():
     distiller = distiller_for(model=model_for({"beta": True}), beta=True)
     with torch.no_grad():
