@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .agreement import JudgeComparison, Rates, compare_judges
-from .page_parts import dollars
+from .page_parts import dollars, few_tasks
 from .questions import write_text
 from .scored import Rubrics, RunFolders, ScoredRun, graded_by, judges_of, load_runs
 from .stats import Interval
@@ -44,8 +44,9 @@ def compare(args: argparse.Namespace) -> int:
             wrong = part.counts["false_pass"], part.counts["false_fail"]
             if any(wrong):
                 print(f"  {task}: {wrong[0]} false passes, {wrong[1]} false fails of {len(part.pairs)}")
-        for warning in each.warnings:
-            print(f"  note: {warning}")
+        for warning in (*each.warnings, few_tasks(len(each.by_task))):
+            if warning:
+                print(f"  note: {warning}")
     if args.html:
         from .pages_judges import judges_page
 
@@ -98,6 +99,10 @@ def items(args: argparse.Namespace) -> int:
     from .quarantine import candidates, item_statistics
 
     found = item_statistics(load_named(args.paths, Rubrics(args.task), RunFolders(args.runs)))
+    if args.candidates:
+        suspects = candidates(found, args.least)
+        suspects.save(args.candidates)
+        print(f"{len(suspects.entries)} criteria to go through are in {args.candidates}", file=sys.stderr)
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["task", "criterion", "rubric", "kind", "runs", "verdicts", "passes", "unscored", "judges_split",
                   "correlation", "flags", "title"])  # fmt: skip
@@ -105,10 +110,6 @@ def items(args: argparse.Namespace) -> int:
         numbers = ["" if value is None else f"{value:.3f}" for value in (item.split, item.discrimination)]
         out.writerow([item.task, item.criterion, item.rubric, item.kind, item.runs, item.verdicts, item.passes,
                       item.unscored, *numbers, "; ".join(item.flags(args.least)), item.title])  # fmt: skip
-    if args.candidates:
-        suspects = candidates(found, args.least)
-        suspects.save(args.candidates)
-        print(f"{len(suspects.entries)} criteria to go through are in {args.candidates}", file=sys.stderr)
     return 0
 
 

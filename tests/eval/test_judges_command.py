@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from judge_server import Answer, JudgeServer
@@ -101,6 +103,14 @@ def test_items_are_csv_and_candidates_a_list_that_report_takes(judged, capsys):
     assert by_key["tax/a", "C-003"]["judges_split"] == "1.000"
     assert main(["judges", "report", str(judged / "strong"), "--quarantine", str(listed),
                  "--output", str(judged / "out")]) == 0  # fmt: skip
+
+
+def test_candidates_are_written_even_where_nobody_reads_the_table(judged):
+    listed = judged / "candidates.json"
+    argv = [sys.executable, "-m", "still.cli", "judges", "items", str(judged), "--least", "2"]
+    with subprocess.Popen([*argv, "--candidates", str(listed)], stdout=subprocess.PIPE) as process:
+        process.stdout.close()
+    assert json.loads(listed.read_text())
 
 
 def test_correct_takes_labels_and_says_what_they_change(judged, capsys):
