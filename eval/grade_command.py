@@ -94,6 +94,8 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
         for state in ("missing", "empty", "unreadable"):
             add(f"--{state}", choices=["fail", "unscored", "judge"], default="fail",
                 help=f"what a criterion gets whose deliverables are {state} (default: fail)")  # fmt: skip
+        add("--names", choices=["exact", "closest"], default="exact",
+            help="closest: take a misnamed output for a missing one, as LAB does (default: exact)")  # fmt: skip
         add("--max-cost", type=float, metavar="X", help="US dollars; a run that reaches them stops cleanly")
         add("--max-tokens", type=int, metavar="N", help="tokens, input and output; the same")
         add("--output", type=Path, metavar="DIR", help="where scores go (default: into each run folder)")
