@@ -219,7 +219,8 @@ class Episode:
         memo = sampled.text if good else (held.text if held else "")
         if not self.log.recorded:
             self.go_live()
-            self.workspace.files.write((MEMO,), memo.encode())
+            with suppress(IsADirectoryError):  # a command made a folder of that name; the memo crosses all the same
+                self.workspace.files.write((MEMO,), memo.encode("utf-8", "replace"))
             self.state.has(self.folder.snapshot())
         return memo, "" if not flaw else "memo cut to its budget" if good else f"no memo: {flaw}"
 

@@ -36,6 +36,7 @@ class RunConfig:
         retry_temperature: least temperature of a second attempt.
         seed: of the sampling.
         tools: which of bash, read, write, edit, glob and grep the agent is given.
+        sandbox: what bash runs in: auto (bubblewrap where it works, else there is no bash), bwrap (it must work), none.
     """
 
     backend: BackendName = "kv"
@@ -58,6 +59,7 @@ class RunConfig:
     retry_temperature: float = 0.7
     seed: int = 0
     tools: tuple[str, ...] = ("read", "write", "edit", "glob", "grep", "bash")
+    sandbox: Literal["auto", "bwrap", "none"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("reads", "max_turns", "max_windows", "max_new_tokens", "attempts"):

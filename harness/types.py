@@ -47,7 +47,7 @@ class ToolCall:
         """The arguments, or None where they are no JSON object."""
         try:
             found = json.loads(self.arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
