@@ -12,7 +12,7 @@ Every event has `event` (its kind), `n` (its number in the file) and `time` (UTC
     run      schema, run_id, task, backend, policy, window_tokens, bytes_per_token, config, tools, system, user,
              documents [{name, sha256, characters, tokens}], base_ids, provenance
     turn     turn, window, kind action|memo|draft|final, forced, repaired, text, calls [{name, arguments, id}], finish,
-             problem, append_ids, output_ids, logprobs, margin, prompt_tokens, output_tokens, seconds, cost
+             problem, append_ids, output_ids, logprobs, margin, prompt_tokens, output_tokens, seconds, cost, version
     reject   a turn that was sampled again: the same, and attempt, reason. Never trained on
     tool     turn, window, index, name, arguments, ok, rule, problem, result (sha256 of a blob), characters, tokens,
              document, start, document_characters, truncated, seconds; `files` {path: [sha256 of a blob, bytes]}, all of

@@ -32,11 +32,15 @@ class LocalPolicy:
         loaded: from `still.models.load`.
         window: tokens of context to use; the model's own limit unless given.
 
+    Attributes:
+        version: of the weights, set by whoever trains them; every sampled turn records it.
+
     Raises:
         ValueError: the window is larger than the model's, or its chat template has no tool calls.
     """
 
     capabilities = frozenset({"tokens", "kv", "queries"})
+    version: int | None = None
 
     def __init__(self, loaded: LoadedModel, window: int | None = None):
         self.name, self.model, self.tokenizer = loaded.name, loaded.model, loaded.tokenizer
@@ -224,7 +228,7 @@ class LocalSession:
         return Sampled(
             text, calls, "stop" if ended else "length", problem, tuple(turn.append_ids), tuple(turn.output),
             tuple(round(x, 6) for x in turn.logprobs), None if turn.margin == float("inf") else round(turn.margin, 6),
-            turn.prompt, len(turn.output), round(time.perf_counter() - turn.started, 6),
+            turn.prompt, len(turn.output), round(time.perf_counter() - turn.started, 6), version=self.policy.version,
         )  # fmt: skip
 
     def accept(self, sampled: Sampled) -> None:
