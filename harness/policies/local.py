@@ -17,9 +17,9 @@ import torch
 
 from ...cache import StillCache
 from ...models import LoadedModel
-from ...reading import capture_queries, read
+from ...reading import capture_queries
 from ...rope import full_attention_layers
-from ...types import CompactKV
+from ..backends.slots import exact_cache
 from ..types import ContextSize, Limit, Message, Sampled
 from .calls import parser_of
 from .chat import ChatFormat
@@ -288,12 +288,7 @@ class LocalSession:
     def exact_base(self) -> StillCache:
         """A cache of S and U alone."""
         if self._exact is None:
-            ids = torch.tensor([self.base_ids], device=self.policy.model.device)
-            full = read(self.policy.model, ids).cache
-            layers = {i: CompactKV(full.layers[i].keys, full.layers[i].values) for i in self.layers}
-            where = torch.arange(len(self.base_ids))
-            config = self.policy.model.config
-            self._exact = StillCache.from_layers(config, layers, len(self.base_ids), source=full, positions=where)
+            self._exact = exact_cache(self.policy.model, self.base_ids)
         return self._exact.clone()
 
     @property
