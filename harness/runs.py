@@ -17,7 +17,7 @@ Every event has `event` (its kind), `n` (its number in the file) and `time` (UTC
     tool     turn, window, index, name, arguments, ok, rule, problem, result (sha256 of a blob), characters, tokens,
              document, start, document_characters, truncated, seconds; `files` {path: [sha256 of a blob, bytes]}, all of
              the agent's files, where the call changed them
-    note     turn, why memo|nudge, text: a user message by the harness
+    note     turn, why memo|nudge|review, text: a user message by the harness
     compact  window, trigger, forced, degraded, attempts, artifact {kind, path, text (sha256 of a blob), sha256, tokens,
              nbytes, details}, before and after {base, compacted, raw, compacted_bytes}, seconds, decoded_tokens,
              prefill_tokens, pending_ids, bridge (sha256 of a blob), read [[name, window, characters]], files

@@ -5,13 +5,32 @@ The scripts stand for a model that plays well; nothing here says anything about 
 
 from __future__ import annotations
 
+import json
 import math
 
 import torch
-from agent_cases import Reader, SteeredPolicy, SteeredSession, episode, make_task, texts, tiny_agent
+from agent_cases import (
+    Reader,
+    SteeredPolicy,
+    SteeredSession,
+    episode,
+    make_task,
+    texts,
+    tiny_agent,
+    tiny_agent_tokenizer,
+)
 
+from still.eval.judges import find_judge
+from still.eval.matters.generate import Difficulty
+from still.eval.matters.lab_format import write_lab_tasks
+from still.eval.reward import RubricReward
+from still.eval.tasks import load_task
 from still.harness.agent import drive
+from still.harness.episodes import Oracle
 from still.harness.policies.chat import ChatFormat
+from still.harness.policies.scripted import ScriptedPolicy
+from still.harness.run_config import RunConfig
+from still.harness.types import Message, ToolCall
 from still.harness.windows import IGNORE, WindowRow, rows_of_run
 
 
@@ -68,3 +87,62 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], b
     worst = max(float((one[name] - other[name]).abs().max()) for name in one) / size
     assert worst < bound, worst
     return worst
+
+
+TINY = Difficulty("tiny", facts=4, documents=4, amended=0.0)
+RUN = RunConfig(
+    backend="memo", budget="700t", window=6000, reserve=900, reads=2, reads_force=3, max_new_tokens=800,
+    tools=("read", "write"), temperature=0.0,
+)  # fmt: skip
+
+
+def matters(root, seeds=(1, 2), difficulty=TINY):
+    """Synthetic tasks."""
+    return [load_task(place) for place in write_lab_tasks(root, "practice", list(seeds), difficulty, "train")]
+
+
+def exact() -> list:
+    """Two graders that share nothing."""
+    return [RubricReward(find_judge("exact")).grade for _ in range(2)]
+
+
+class ScriptedTeacher:
+    """A script that knows the rubrics: it plays `Oracle`, and forgets a line of each draft until it is told.
+
+    Args:
+        tasks: that it may meet.
+        forgets: leave out a line before the first private note.
+        says: what it says when it goes on after one.
+        memo_tokens: of its memos.
+    """
+
+    def __init__(self, tasks, forgets: bool = True, says: str = "Let me check the terms once more.", memo_tokens=600):
+        self.tasks, self.forgets, self.says, self.memo_tokens = tasks, forgets, says, memo_tokens
+
+    def __call__(self, seen, limit):
+        """One turn."""
+        task = next(task for task in self.tasks if all(each.title in seen[0].content for each in task.criteria))
+        oracle = Oracle(task, self.memo_tokens, len)
+        noted = [place for place, m in enumerate(seen) if m.role == "user" and "For you alone: not" in m.content]
+        if noted:
+            later = [m.call for m in seen[noted[-1] :] if m.role == "tool" and m.call.name == "write"]
+            written = {call.parsed()["path"] for call in later}
+            missing = [name for name in oracle.files if f"output/{name}" not in written]
+            if not missing:
+                return Message("assistant", "Done.")
+            draft = oracle._draft(missing[0], oracle._look(seen)[0])
+            call = ToolCall("write", json.dumps({"path": f"output/{missing[0]}", "content": draft}))
+            return Message("assistant", self.says, (call,))
+        message = oracle(seen, limit)
+        if self.forgets and message.calls and '"output/' in message.calls[0].arguments:
+            arguments = message.calls[0].parsed()
+            kept = arguments["content"].splitlines()[:-1]
+            arguments["content"] = "\n".join(kept) or "Nothing found."
+            return Message("assistant", "", (ToolCall("write", json.dumps(arguments)),))
+        return message
+
+
+def scripted_teacher(tasks, window: int = 12_000, **options) -> ScriptedPolicy:
+    """The script as a policy; its name says what it is."""
+    player = ScriptedTeacher(tasks, **options)
+    return ScriptedPolicy(tiny_agent_tokenizer(), lambda: player, window, name="scripted teacher")
