@@ -12,12 +12,12 @@ Every event has `event` (its kind), `n` (its number in the file) and `time` (UTC
     run      schema, run_id, task, backend, policy, window_tokens, bytes_per_token, config, tools, system, user,
              documents [{name, sha256, characters, tokens}], base_ids, provenance
     turn     turn, window, kind action|memo|draft|final, forced, repaired, text, calls [{name, arguments, id}], finish,
-             problem, append_ids, output_ids, logprobs, margin, prompt_tokens, output_tokens, seconds, cost
+             problem, append_ids, output_ids, logprobs, margin, prompt_tokens, output_tokens, seconds, cost, version
     reject   a turn that was sampled again: the same, and attempt, reason. Never trained on
     tool     turn, window, index, name, arguments, ok, rule, problem, result (sha256 of a blob), characters, tokens,
              document, start, document_characters, truncated, seconds; `files` {path: [sha256 of a blob, bytes]}, all of
              the agent's files, where the call changed them
-    note     turn, why memo|nudge, text: a user message by the harness
+    note     turn, why memo|nudge|review, text: a user message by the harness
     compact  window, trigger, forced, degraded, attempts, artifact {kind, path, text (sha256 of a blob), sha256, tokens,
              nbytes, details}, before and after {base, compacted, raw, compacted_bytes}, seconds, decoded_tokens,
              prefill_tokens, pending_ids, bridge (sha256 of a blob), read [[name, window, characters]], files

@@ -101,6 +101,7 @@ class Sampled:
         output_tokens: sampled.
         seconds: wall time.
         cost: in dollars; None where there are no prices.
+        version: of the weights that sampled it, as a trainer counts them; None where nothing trains.
     """
 
     text: str
@@ -115,6 +116,7 @@ class Sampled:
     output_tokens: int = 0
     seconds: float = 0.0
     cost: float | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True)
