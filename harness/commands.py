@@ -1,4 +1,4 @@
-"""Commands of this room: `sweep` and `report`. Loading this module loads neither torch nor matplotlib."""
+"""Commands of this room. Loading this module loads neither torch nor matplotlib."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..flags import add_flags
 from .cells import PRESETS, SweepConfig
+from .rows_command import Rows
 from .run_command import Run
 
 COMMITTED = Path("bench/rows")
@@ -79,7 +80,7 @@ examples:
         return 0
 
 
-COMMANDS = {"sweep": Sweep(), "report": Report(), "run": Run()}
+COMMANDS = {"sweep": Sweep(), "report": Report(), "run": Run(), "rows": Rows()}
 
 
 def config_from(args: argparse.Namespace) -> SweepConfig:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ..budgets import Split
 from ..cache import StillCache
 from ..compactor import StillCompactor
 
@@ -101,6 +102,7 @@ class Distiller(nn.Module):
         turn_mask: torch.Tensor | None = None,
         num_items_in_batch: int | None = None,
         match: float = 0.0,
+        split: Split | None = None,
     ) -> DistillOutput:
         """Loss of one batch.
 
@@ -114,6 +116,7 @@ class Distiller(nn.Module):
             num_items_in_batch: divide the summed KL by this instead of by this batch's answer tokens.
             match: weight of the hidden states' relative squared error on answer tokens, summed over layers. It reaches
                 every layer's compactor directly, where the KL has to pass through all layers above.
+            split: how the slots are divided over the heads; the model must run `attn_implementation="still"` then.
 
         Raises:
             ValueError: no answer token is supervised, or a row has fewer tokens than slots.
@@ -138,7 +141,8 @@ class Distiller(nn.Module):
             taught = [states[:, :-1][wanted] for states in hidden]
             teacher = self.model.get_output_embeddings()(taught[-1])
 
-        layers = self.compactor.compact_rows(full, rows, slots=slots)
+        compactor = self.compactor if split is None else self.compactor.with_split(split)
+        layers = compactor.compact_rows(full, rows, slots=slots)
         small = StillCache.from_layers(
             self.model.config, layers, tokens, source=full, token_ids=context_ids, attention_mask=context_mask
         )
