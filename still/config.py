@@ -25,6 +25,9 @@ class StillConfig:
         open_start: begin the parts that add nothing at first (later blocks, self-attention) with random queries and
             keys and a scale of 8, so that gradients reach them; the start stays the identity. With the canonical
             start they are saturated copies of one direction.
+        first_scale: attention scale at which the first cross-attention starts; None is the canonical `latent_width`. A
+            lower one mixes neighbouring tokens at first, so that gradients tell which of them to keep; the fresh
+            compactor is then no exact copy.
         rms_eps: added to the mean square of a latent before its root.
         rope_base: base of the compactor's own rotary embedding.
         split: how slots are divided over layers and KV heads, as `still.budgets.Split.to_dict` has it, that the
@@ -46,6 +49,7 @@ class StillConfig:
     fractional_positions: bool = False
     learned_scale: bool = False
     open_start: bool = False
+    first_scale: float | None = None
     rms_eps: float = 1e-3
     rope_base: float = 10.0
     split: dict | None = None
@@ -63,6 +67,8 @@ class StillConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.feed_forward < 0:
             raise ValueError(f"feed_forward is {self.feed_forward}; it must be a width, or 0 for none")
+        if self.first_scale is not None and self.first_scale <= 0:
+            raise ValueError(f"first_scale is {self.first_scale}; it must be above 0, or None for the latent width")
         if self.rms_eps <= 0 or self.rope_base <= 1:
             raise ValueError(f"rms_eps is {self.rms_eps} and rope_base {self.rope_base}; they must be above 0 and 1")
 

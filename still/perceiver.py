@@ -116,7 +116,7 @@ class LayerPerceiver(nn.Module):
         self.fractional = config.fractional_positions
         self.rope_base = config.rope_base
         self.kv_heads = kv_heads
-        self.open_start = config.open_start
+        self.open_start, self.first_scale = config.open_start, config.first_scale
         self.identity_start()
 
     @torch.no_grad()
@@ -143,6 +143,8 @@ class LayerPerceiver(nn.Module):
         self.value_head.weight[:, head_dim : 2 * head_dim] = torch.eye(head_dim)
         if self.beta_head is not None:
             nn.init.zeros_(self.beta_head.weight)
+        if self.first_scale is not None:
+            nn.init.constant_(self.blocks[0].cross.log_scale, math.log(self.first_scale) / SCALE_GAIN)
         if self.open_start:
             silent = [block.self_attention for block in self.blocks] + [block.cross for block in self.blocks[1:]]
             for attention in silent:

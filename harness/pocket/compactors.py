@@ -19,12 +19,12 @@ from .dialogue import answer_text
 LENGTHS = {336: 16, 608: 32, 1152: 64}
 """Facts of the matters that fit a length in tokens."""
 
-OFTEN = (4.0, 8.0, 16.0)
-"""Ratios that are drawn twice as often as the others."""
+OFTEN = (4.0, 8.0, 8.0, 16.0, 16.0)
+"""Ratios that are drawn more often than once: these come on top."""
 
-OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True}
+OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True, "open_start": True, "first_scale": 16.0}
 
-SHORT = 0.6
+SHORT = 0.75
 """Share of the steps, at the beginning, that draw the shortest length alone: what is learnt there carries over."""
 
 READ_ON = 0.25
@@ -44,7 +44,7 @@ class Curriculum(Draws):
         return replace(draw, length=min(LENGTHS)) if step < self.short else draw
 
 
-def recipe(seed: int, steps: int = 1200) -> TrainConfig:
+def recipe(seed: int, steps: int = 1000) -> TrainConfig:
     """How a compactor of the pocket is trained; only the seed differs between the three that ship."""
     return TrainConfig(
         ratios=[2.0, 4.0, 8.0, 16.0, 32.0, 64.0],

@@ -152,3 +152,19 @@ def test_an_open_start_lets_gradients_into_parts_that_add_nothing_yet():
         run(layer, keys, values, torch.arange(24)[None], 6)[1].square().sum().backward()
         moved[name] = layer.blocks[1].cross.key.weight.grad.norm().item()
     assert moved["open start"] > 100 * moved["canonical"]
+
+
+def test_a_lower_first_scale_mixes_neighbours_and_keeps_the_place():
+    keys, values = tokens(33, batch=1)
+    positions = torch.arange(33)[None]
+    with torch.no_grad():
+        copied = run(perceiver(), keys, values, positions, 5)[0]
+        layer = perceiver(first_scale=16.0, learned_scale=True)
+        mixed = run(layer, keys, values, positions, 5)[0]
+    nearest = keys[:, :, [0, 8, 16, 24, 32]]
+    torch.testing.assert_close(copied, nearest, atol=1e-4, rtol=1e-4)
+    assert (mixed - nearest).abs().mean() > 0.1
+    similarity = torch.nn.functional.cosine_similarity(mixed[:, :, :, None], keys[:, :, None], dim=-1)
+    assert similarity.argmax(-1).tolist() == [[[0, 8, 16, 24, 32]] * HEADS]
+    with pytest.raises(ValueError, match="first_scale is 0"):
+        StillConfig(first_scale=0)
