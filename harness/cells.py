@@ -117,7 +117,14 @@ PRESETS = {
     "quickstart": SweepConfig(
         tasks=("matters", "matters-unseen:still+still-untrained"), count=12, questions=32, max_new_tokens=16
     ),
-}
+    "uneven": SweepConfig(
+        methods=(
+            "still", f"still{UNEVEN}", "attention_matching", f"attention_matching{UNEVEN}", "keydiff",
+            f"keydiff{UNEVEN}", f"snapkv{UNEVEN}", f"h2o{UNEVEN}", f"expected_attention{UNEVEN}",
+        ),
+        seeds=(0, 1, 2), count=12, questions=32, max_new_tokens=16,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
