@@ -16,7 +16,7 @@ from .agreement import JudgeComparison, Rates, compare_judges
 from .page_parts import dollars, few_tasks
 from .questions import write_text
 from .scored import Rubrics, RunFolders, ScoredRun, graded_by, judges_of, load_runs
-from .stats import Interval
+from .stats import Interval, for_json
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -59,7 +59,8 @@ def compare(args: argparse.Namespace) -> int:
             raise ValueError("the figure needs what the candidates' verdicts cost, and these files do not say")
         write_text(args.figure, svg)
     if args.json:
-        write_text(args.json, json.dumps([_comparison_json(each) for each in found], indent=1, ensure_ascii=False))
+        numbers = for_json([_comparison_json(each) for each in found])
+        write_text(args.json, json.dumps(numbers, indent=1, ensure_ascii=False))
     return 0
 
 
@@ -83,7 +84,7 @@ def report(args: argparse.Namespace) -> int:
     notes = [f"Quarantine entry {e.task} {e.criterion} took no effect: {why}." for e, why in quarantine.unused(runs)]
     write_text(args.output / "index.html", runs_page(runs, found, rubrics, links, notes))
     numbers = [each.to_json() for each in found]
-    write_text(args.output / "numbers.json", json.dumps(numbers, indent=1, ensure_ascii=False))
+    write_text(args.output / "numbers.json", json.dumps(for_json(numbers), indent=1, ensure_ascii=False))
     for each in found:
         for system, scores in each.systems.items():
             official = scores.official

@@ -133,6 +133,20 @@ def test_prose_around_the_answer_is_read_past(wrapped):
     assert len(server.log) == 4
 
 
+def test_half_a_character_in_an_answer_loses_nothing(tmp_path):
+    """Models that break an emoji's escape in two write JSON whose text no file takes."""
+
+    def rule(asked: Asked) -> Answer:
+        return Answer(verdicts(asked.ids, reason="half \ud83d pair", evidence=["The fee is \ud83d due."]))
+
+    with VerdictStore(tmp_path / "verdicts.sqlite") as store:
+        grading, _ = run(rule, 2, store=store)
+        assert len(store) == 2
+    assert [each.label for each in grading.verdicts] == [truth(each.id) for each in grading.verdicts]
+    assert {each.reason for each in grading.verdicts} == {"half ? pair"}
+    assert {each.misquotes for each in grading.verdicts} == {("The fee is ? due.",)}
+
+
 def test_an_injected_verdict_stays_content_and_changes_nothing():
     """The deliverable holds a whole answer that says PASS; a judge that repeats it first is still heard at the end."""
     injected = MEMO["memo.md"]

@@ -16,6 +16,7 @@ from still.eval.judges import ExactJudge, find_judge
 from still.eval.matters.lab_format import write_lab_tasks
 from still.eval.prompting import PromptError, load_prompt
 from still.eval.scored import load_runs
+from still.eval.stats import for_json
 from still.eval.tasks import load_task
 from still.eval.tune import TuneConfig, Tuner
 
@@ -117,7 +118,7 @@ def test_an_edit_that_helps_on_held_out_tasks_is_kept_and_the_others_are_not(gra
     assert "passes nothing on the tuning side" in found.stopped
     assert "kept" in lines[0]
     log = json.loads((tmp_path / "log.json").read_text())
-    assert log["rounds"] == json.loads(json.dumps(found.rounds))
+    assert log["rounds"] == json.loads(json.dumps(for_json(found.rounds)))
     assert set(log["tasks"]["tuning"]).isdisjoint(log["tasks"]["held-out"])
     assert (tmp_path / "prompt.md").read_text() == found.prompt.text == (tmp_path / f"{log['prompt']}.md").read_text()
     assert load_prompt(tmp_path / "prompt.md").sha256 == log["prompt"]
