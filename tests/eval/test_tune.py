@@ -23,6 +23,7 @@ from still.eval.tune import TuneConfig, Tuner
 ANCHOR = "Work through a checklist:"
 CAREFUL = "Compare every figure, digit by digit."
 LUCKY = "Look at the first page twice."
+HINTING = "Mind the odd ones."
 HARSH = "When in doubt, fail."
 KIND = "Be kind to the author."
 BROKEN = "Answer in verse."
@@ -74,6 +75,7 @@ class World:
         criteria = {each.id: each for each in task.criteria}
         body = re.search(r"begin [^\]]*\]\n(.*?)\n\[DELIVERED", asked.text, re.DOTALL)[1]
         careful = CAREFUL in asked.text or (LUCKY in asked.text and task.id in self.tuning)
+        careful |= HINTING in asked.text and task.id in (*self.tuning, list(self.by_title.values())[-1].id)
         found = []
         for name in asked.ids:
             right = exact_criterion(body, criteria[name]).label
@@ -136,6 +138,18 @@ def test_luck_on_the_tuning_side_is_not_kept(graded, tmp_path):
     assert not entry["kept"]
     assert found.prompt.sha256 == load_prompt("checklist").sha256
     assert (found.held_out, "not kept" in lines[0]) == (None, True)
+
+
+def test_a_fall_that_may_be_chance_on_held_out_tasks_is_not_kept(graded, tmp_path):
+    """Fewer false passes on one held-out task of eight: the interval over tasks holds zero."""
+    found, _, lines = tune(graded, tmp_path, [[edit(HINTING)]], rounds=1)
+    (entry,) = found.rounds[0]["edits"]
+    before, after = entry["held_out"]["false_passes"]
+    assert 0 < after < before
+    interval = entry["held_out"]["change"]["interval"]
+    assert interval["estimate"] < 0 <= interval["high"]
+    assert not entry["kept"]
+    assert "not kept" in lines[0]
 
 
 def test_an_edit_that_fails_good_work_or_breaks_answers_goes_no_further(graded, tmp_path):
