@@ -24,6 +24,8 @@ ANCHOR = "Work through a checklist:"
 CAREFUL = "Compare every figure, digit by digit."
 LUCKY = "Look at the first page twice."
 HINTING = "Mind the odd ones."
+STRICT_ELSEWHERE = "Trust no one else."
+SILENT_ELSEWHERE = "Speak at home alone."
 HARSH = "When in doubt, fail."
 KIND = "Be kind to the author."
 BROKEN = "Answer in verse."
@@ -75,11 +77,15 @@ class World:
         criteria = {each.id: each for each in task.criteria}
         body = re.search(r"begin [^\]]*\]\n(.*?)\n\[DELIVERED", asked.text, re.DOTALL)[1]
         careful = CAREFUL in asked.text or (LUCKY in asked.text and task.id in self.tuning)
+        careful |= STRICT_ELSEWHERE in asked.text or SILENT_ELSEWHERE in asked.text
         careful |= HINTING in asked.text and task.id in (*self.tuning, list(self.by_title.values())[-1].id)
         found = []
         for name in asked.ids:
             right = exact_criterion(body, criteria[name]).label
-            label = "fail" if HARSH in asked.text else right if careful else "pass"
+            harsh = HARSH in asked.text or (STRICT_ELSEWHERE in asked.text and task.id not in self.tuning)
+            if SILENT_ELSEWHERE in asked.text and task.id not in self.tuning and name == asked.ids[0]:
+                continue
+            label = "fail" if harsh else right if careful else "pass"
             found.append({"id": name, "evidence": [], "reason": f"{label}ed", "verdict": label})
         return Answer(json.dumps({"verdicts": found}))
 
@@ -150,6 +156,21 @@ def test_a_fall_that_may_be_chance_on_held_out_tasks_is_not_kept(graded, tmp_pat
     assert interval["estimate"] < 0 <= interval["high"]
     assert not entry["kept"]
     assert "not kept" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "harm"),
+    [
+        (STRICT_ELSEWHERE, lambda outcome: outcome["false_fail_rise"] == 1.0),
+        (SILENT_ELSEWHERE, lambda outcome: outcome["lost"] == 8),
+    ],
+)
+def test_fewer_false_passes_at_the_cost_of_good_work_or_of_verdicts_are_not_kept(graded, tmp_path, words, harm):
+    found, _, _ = tune(graded, tmp_path, [[edit(words)]], rounds=1)
+    (entry,) = found.rounds[0]["edits"]
+    assert entry["held_out"]["change"]["interval"]["high"] < 0
+    assert harm(entry["held_out"])
+    assert not entry["kept"]
 
 
 def test_an_edit_that_fails_good_work_or_breaks_answers_goes_no_further(graded, tmp_path):
