@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ..flags import add_flags
+from .budgets_command import Budgets
 from .cells import PRESETS, SweepConfig
 from .rows_command import Rows
 from .run_command import Run
@@ -80,7 +81,7 @@ examples:
         return 0
 
 
-COMMANDS = {"sweep": Sweep(), "report": Report(), "run": Run(), "rows": Rows()}
+COMMANDS = {"sweep": Sweep(), "report": Report(), "run": Run(), "rows": Rows(), "budgets": Budgets()}
 
 
 def config_from(args: argparse.Namespace) -> SweepConfig:

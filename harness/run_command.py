@@ -59,7 +59,7 @@ class PolicyConfig:
         method, attention = None, None
         if config.backend in ("kv", "hybrid") and config.method != "still":
             method = methods.get(config.method, **options)
-            attention = "still" if method.uses_beta else None
+            attention = "still" if method.needs_still_attention else None
         loaded = models.load(self.policy, self.device, self.dtype, attention)
         policy = LocalPolicy(loaded, config.window)
         if config.backend in ("kv", "hybrid") and config.method == "still":

@@ -73,7 +73,8 @@ def measure_split(
         rows: calibration contexts with questions and answers; a few are enough.
         method: compacts a head at each level; `still` with a trained compactor, or one that needs no training.
         ratio: tokens per slot at which slots are allocated.
-        levels: compression ratios of the measured head, beside one averaged slot and the whole context.
+        levels: compression ratios of the measured head, the highest first, beside one averaged slot and the whole
+            context.
         questions: questions asked of each row, drawn by the seed; 0 asks all.
         floor: slots that every head gets at least.
         seed: of the questions.
@@ -83,27 +84,26 @@ def measure_split(
     Raises:
         ValueError: there is no row, or a ratio leaves less than the floor.
     """
+    levels = sorted(levels, reverse=True)
     trial = Trial(model, rows, method, questions, seed)
     every = Split.uniform(trial.layers, trial.kv_heads).heads
     chosen = every if heads is None else list(heads)
-    losses: dict[str, list[tuple[float, float]]] = {f"{layer}.{head}": [] for layer, head in chosen}
+    places = len(levels) + 1
+    shares, losses = ({head: [0.0] * places for head in chosen} for _ in range(2))
     total = len(trial.rows) * (len(chosen) * (len(levels) + 1) + len(MIXES))
     with attending(model), tqdm(total=total, desc="heads", unit="forward", disable=not progress) as bar:
-        sums: dict[tuple[str, float], float] = {}
         for sitting in trial.sittings():
-            for layer, head, share, kl in sitting.reduced(chosen, levels, bar):
-                key = f"{layer}.{head}", share
-                sums[key] = sums.get(key, 0.0) + kl
-        for (name, share), kl in sums.items():
-            losses[name].append((share, kl / trial.answer_tokens))
-        curves = {tuple(map(int, name.split("."))): sorted({*points, (1.0, 0.0)}) for name, points in losses.items()}
-        losses = {f"{layer}.{head}": points for (layer, head), points in curves.items()}
+            for head, place, share, kl in sitting.reduced(chosen, levels, bar):
+                shares[head][place] += share / len(trial.rows)
+                losses[head][place] += kl / trial.answer_tokens
+        curves = {head: [*zip(shares[head], losses[head], strict=True), (1.0, 0.0)] for head in chosen}
         split = replace(allocate(curves, 1 / ratio, every), floor=floor, fingerprint=fingerprint(model))
         uniform = Split.uniform(trial.layers, trial.kv_heads)
         candidates = {mix: replace(split.mixed(uniform, 1 - mix), source="measured", floor=floor) for mix in MIXES}
         mixes = dict(zip(candidates, trial.losses(list(candidates.values()), ratio, bar), strict=True))
     best = candidates[min(mixes, key=mixes.get)]
-    return Measurement(best, ratio, losses, mixes, len(trial.rows), trial.answer_tokens, trial.forwards)
+    named = {f"{layer}.{head}": points for (layer, head), points in curves.items()}
+    return Measurement(best, ratio, named, mixes, len(trial.rows), trial.answer_tokens, trial.forwards)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from .cache_layer import CompactLayer
 from .cache_ragged import as_ragged, even_positions
 from .cache_rows import left_padded_lengths, pack
 from .cache_slots_ragged import append_ragged, check_replaced, lengths_after, new_spans
+from .rope import head_dim_of
 from .types import CompactKV
 
 
@@ -57,8 +58,7 @@ def append_slots(
             f"missing and {sorted(set(layers) - set(own))} are too many"
         )
     config, lengths = cache.config, None if mask is None else left_padded_lengths(mask, tokens)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = config.num_key_value_heads, head_dim
+    shape = config.num_key_value_heads, head_dim_of(config)
     given = [index for index, record in layers.items() if record.counts is not None]
     if given and (row_slots is not None or positions is not None):
         raise ValueError(

@@ -54,7 +54,7 @@ class Trial:
         self.layers = full_attention_layers(model.config)
         self.kv_heads = model.config.get_text_config(decoder=True).num_key_value_heads
         self.rotary = Rotary.for_model(model)
-        self.rows, self.forwards = [], 0
+        self.rows, self.forwards, self._lone = [], 0, None
         for row in rows:
             rng = random.Random(f"{seed}:{len(self.rows)}")
             turns = rng.sample(list(row.turns), min(questions or len(row.turns), len(row.turns)))
@@ -62,9 +62,12 @@ class Trial:
         self.answer_tokens = sum(len(answer) for _, turns in self.rows for _, answer in turns)
 
     def sittings(self) -> Iterator[Sitting]:
-        """Each row, read."""
+        """Each row, read. A lone one is kept: its reading costs as much as many forwards."""
         for context, turns in self.rows:
-            yield Sitting(self, context, turns)
+            sitting = self._lone or Sitting(self, context, turns)
+            if len(self.rows) == 1:
+                self._lone = sitting
+            yield sitting
 
     def losses(self, splits: Sequence[Split], ratio: float, bar) -> list[float]:
         """KL in nats per answer token of whole splits; `bar` counts the forwards."""
@@ -94,14 +97,15 @@ class Sitting:
 
     def reduced(
         self, heads: Sequence[tuple[int, int]], levels: Sequence[float], bar
-    ) -> Iterator[tuple[int, int, float, float]]:
-        """For each head and level: layer, head, share of the tokens kept, and the summed KL of that head alone."""
+    ) -> Iterator[tuple[tuple[int, int], int, float, float]]:
+        """For each head and level: (layer, head), the place of the level, the share of tokens kept, the summed KL."""
         for layer, head in heads:
             sizes = [slots_for(self.tokens, level) for level in levels]
-            for part in (self._average(layer, head), *(self._compacted(layer, head, slots) for slots in sizes)):
+            parts = (self._average(layer, head), *(self._compacted(layer, head, slots) for slots in sizes))
+            for place, part in enumerate(parts):
                 own = [part if index == head else self._head(layer, index) for index in range(self.trial.kv_heads)]
                 kl = self.kl({**self.full, layer: self._record(own)})
-                yield layer, head, part.keys.shape[2] / self.tokens, kl
+                yield (layer, head), place, part.keys.shape[2] / self.tokens, kl
                 bar.update()
 
     def divided(self, counts: dict[int, tuple[int, ...]]) -> dict[int, CompactKV]:

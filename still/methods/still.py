@@ -59,4 +59,5 @@ class Still(Method):
     def options(self) -> dict[str, Any]:
         """The label, and the steps and seed of the training."""
         config = self.compactor.config
-        return {"label": self.label, "steps": config.steps, "seed": config.seed}
+        split = {} if self.split is None else {"split": self.split.source}
+        return {"label": self.label, "steps": config.steps, "seed": config.seed, **split}
