@@ -11,6 +11,7 @@ from ..flags import add_flags
 from .cells import PRESETS, SweepConfig
 from .rows_command import Rows
 from .run_command import Run
+from .trainers.commands import COMMANDS as TRAINERS
 
 COMMITTED = Path("bench/rows")
 
@@ -80,7 +81,7 @@ examples:
         return 0
 
 
-COMMANDS = {"sweep": Sweep(), "report": Report(), "run": Run(), "rows": Rows()}
+COMMANDS = {"sweep": Sweep(), "report": Report(), "run": Run(), "rows": Rows(), **TRAINERS}
 
 
 def config_from(args: argparse.Namespace) -> SweepConfig:
