@@ -12,6 +12,7 @@ from .budgets_command import Budgets
 from .cells import PRESETS, SweepConfig
 from .rows_command import Rows
 from .run_command import Run
+from .trainers.commands import COMMANDS as TRAINERS
 
 COMMITTED = Path("bench/rows")
 
@@ -81,7 +82,9 @@ examples:
         return 0
 
 
-COMMANDS = {"sweep": Sweep(), "report": Report(), "run": Run(), "rows": Rows(), "budgets": Budgets()}
+COMMANDS = {
+    "sweep": Sweep(), "report": Report(), "run": Run(), "rows": Rows(), "budgets": Budgets(), **TRAINERS,
+}  # fmt: skip
 
 
 def config_from(args: argparse.Namespace) -> SweepConfig:

@@ -102,7 +102,7 @@ class Collector:
         found = []
         for task in tasks:
             mine: list[Attempt] = []
-            while len(mine) < self.config.attempts and sum(a.kept for a in mine) < self.config.keep_per_task:
+            while len(mine) < self.config.rollouts and sum(a.kept for a in mine) < self.config.keep_per_task:
                 mine.append(self.attempt(task, len(mine), mine[-1] if mine else None))
                 self.report(mine[-1])
             found += mine

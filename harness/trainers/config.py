@@ -66,7 +66,7 @@ class IsftConfig:
 
     Attributes:
         rounds: of collect, filter, train, evaluate.
-        attempts: rollouts of a task in a round at most; a task that is solved gets no more.
+        rollouts: attempts at a task in a round at most; a task that is solved often enough gets no more.
         keep_per_task: rollouts of a task that are kept in a round.
         private: what happens when a rollout falls short: submit (one private bit, and the teacher goes on), rollback
             (the last boundary, and another sample), gate (the same neutral review for all), none (a plain resample).
@@ -78,13 +78,15 @@ class IsftConfig:
         gradings: independent gradings that must all say all-pass.
         rubric: show the teacher the criteria in a private prefix.
         evaluate_on: backends of the hold-out evaluation.
-        longest_copy: tokens in a row that assistant text may share with a criterion and with nothing that was read.
+        select: kept (rollouts that pass everything) or any (the control: unfiltered ones, up to `token_budget`).
+        token_budget: trained tokens of a round at most, for the control.
+        longest_copy: words in a row that assistant text may share with a criterion and with nothing that was read.
         clairvoyance: share of values in a correction that no document so far contains.
         leaks: drop the rollouts that leak, or stop the run.
     """
 
     rounds: int = 3
-    attempts: int = 4
+    rollouts: int = 4
     keep_per_task: int = 2
     private: Literal["submit", "rollback", "gate", "none"] = "submit"
     private_rounds: int = 2
@@ -95,12 +97,14 @@ class IsftConfig:
     gradings: int = 2
     rubric: bool = True
     evaluate_on: tuple[str, ...] = ("memo", "kv")
+    select: Literal["kept", "any"] = "kept"
+    token_budget: int | None = None
     longest_copy: int = 12
     clairvoyance: float = 0.02
     leaks: Literal["drop", "stop"] = "drop"
 
     def __post_init__(self) -> None:
-        _positive(self, "rounds", "attempts", "keep_per_task", "epochs", "batch", "gradings", "longest_copy")
+        _positive(self, "rounds", "rollouts", "keep_per_task", "epochs", "batch", "gradings", "longest_copy")
 
 
 @dataclass(frozen=True)

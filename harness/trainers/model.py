@@ -123,13 +123,16 @@ class RowModel(nn.Module):
                 self._behind_slots(out, share, known)
         return out
 
-    def logprobs(self, row: WindowRow) -> torch.Tensor:
-        """Log-probabilities of a row's trained tokens `[trained]`, at the temperature of the row."""
-        if not row.prefix_plan:
-            return self.logprobs_of_text([row])[0]
+    def logprobs(self, row: WindowRow, policy=None) -> torch.Tensor:
+        """Log-probabilities of a row's trained tokens `[trained]`, at the temperature of the row.
+
+        Args:
+            row: behind text or slots.
+            policy: another model behind the same slots: a reference.
+        """
         check_method(row, self.method)
-        cache = self._prefix(row, {}, False)
-        return self._picked(self._logits(row, self.policy, cache), row)
+        cache = self._prefix(row, {}, False) if row.prefix_plan else None
+        return self._picked(self._logits(row, policy or self.policy, cache), row)
 
     def logprobs_of_text(self, rows: Sequence[WindowRow]) -> list[torch.Tensor]:
         """The same of several text rows, in one padded forward."""

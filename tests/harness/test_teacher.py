@@ -24,7 +24,7 @@ from still.harness.windows import IGNORE, check_rows, rows_of_run
 
 def collect(root, tasks, config=None, run=RUN, **teacher):
     """A round's attempts."""
-    config = config or IsftConfig(attempts=1)
+    config = config or IsftConfig(rollouts=1)
     made = Collector(scripted_teacher(tasks, **teacher), tiny_agent_tokenizer(), run, config, exact(), root, 1)
     return made.collect(tasks)
 
@@ -64,8 +64,8 @@ def test_a_private_submit_is_cut_out_and_the_public_log_stays_valid(tmp_path, ba
 
 def test_a_private_bit_saves_a_rollout_that_a_plain_resample_does_not(tmp_path):
     tasks = matters(tmp_path / "lab")
-    private = collect(tmp_path / "a", tasks, IsftConfig(attempts=2))
-    plain = collect(tmp_path / "b", tasks, IsftConfig(attempts=2, private="none"))
+    private = collect(tmp_path / "a", tasks, IsftConfig(rollouts=2))
+    plain = collect(tmp_path / "b", tasks, IsftConfig(rollouts=2, private="none"))
     assert [attempt.kept for attempt in private] == [True] * 4
     assert [attempt.kept for attempt in plain] == [False] * 4
     assert all(rate < 1 for attempt in plain for rate in attempt.rates)
@@ -95,7 +95,7 @@ def test_attempts_that_are_done_are_read_and_a_cut_one_is_gone_on_with(tmp_path)
 
 def test_a_rollback_begins_at_the_last_boundary_of_the_attempt_before(tmp_path):
     tasks = matters(tmp_path / "lab", (1,))
-    first, second = collect(tmp_path, tasks, IsftConfig(attempts=2, private="rollback"))
+    first, second = collect(tmp_path, tasks, IsftConfig(rollouts=2, private="rollback"))
     assert (first.rolled_back_from, second.rolled_back_from) == (None, 0)
     events, again = read_run(first.folder), read_run(second.folder)
     last = max(n for n, event in enumerate(events) if event["event"] == "compact")
@@ -106,7 +106,7 @@ def test_a_rollback_begins_at_the_last_boundary_of_the_attempt_before(tmp_path):
 def test_the_neutral_gate_says_the_same_to_all(tmp_path):
     tasks = matters(tmp_path / "lab", (1,))
     for forgets in (True, False):
-        (attempt,) = collect(tmp_path / str(forgets), tasks, IsftConfig(attempts=1, private="gate"), forgets=forgets)
+        (attempt,) = collect(tmp_path / str(forgets), tasks, IsftConfig(rollouts=1, private="gate"), forgets=forgets)
         notes = [event["text"] for event in of(read_run(attempt.folder), "note") if event["why"] == "review"]
         assert len(notes) == 1
         assert "Read the assignment and your deliverables once more" in notes[0]
