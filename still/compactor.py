@@ -21,7 +21,7 @@ from .cache_compaction import MODES
 from .config import StillConfig
 from .perceiver import LayerPerceiver
 from .reading import check_mask, read
-from .rope import Rotary, full_attention_layers, rotate, unrotate
+from .rope import Rotary, full_attention_layers, rotate
 from .types import CompactKV, Reading
 
 WEIGHTS, CONFIG = "compactor.safetensors", "compactor.json"
@@ -144,8 +144,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
     def _compact(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: int, tables: Tables) -> CompactKV:
         dtype = keys.dtype
         with torch.autocast(keys.device.type, enabled=False):
-            stripped = unrotate(keys.float(), *tables.tokens)
-            small, mixed, beta = self.layers[str(layer)](stripped, values.float(), slots, tables.turns)
+            small, mixed, beta = self.layers[str(layer)](keys, values, slots, tables.turns, tables.tokens)
             small = rotate(small, *tables.slots)
         return CompactKV(small.to(dtype), mixed.to(dtype), None if beta is None else beta.to(dtype))
 
