@@ -90,12 +90,12 @@ def compaction(dry: bool, tokens: list[int]) -> tuple[int, list[tuple[str, float
         chunk = 48 if dry else 8192
         for size in dict.fromkeys((chunk, length)):
             ask = ["--tokens", str(length), "--chunk", str(size), "--ratios", "8", *([] if dry else ["50"])]
-            ask += ["--shape", "tiny", "--repeats", "1", "--no-rows"] if dry else [
+            ask += ["--shape", "tiny", "--threads", "1", "--repeats", "1", "--no-rows"] if dry else [
                 "--shape", "qwen3-4b", "--device", "cuda", "--repeats", "3"]  # fmt: skip
             done = subprocess.run([*script, *ask], cwd=HERE, stdout=subprocess.PIPE, text=True)
-            if not done.stdout.strip().startswith(("{", " ")):
+            *lines, last = done.stdout.rstrip().splitlines() or [""]
+            if not last.startswith("{"):
                 return done.returncode or 1, found
-            *lines, last = done.stdout.strip().splitlines()
             print("\n".join(lines))
             how = "one pass" if size == length else f"chunks of {size}"
             for each in json.loads(last)["results"]:

@@ -137,6 +137,7 @@ CONFIGS: dict[tuple, dict[str, Config]] = {
         "key_grad_kernel, source": Config({"BQ": 32, "BT": 64}),
     },
     ("blackwell", 32, "narrow"): {
+        "project_kernel": Config({"BT": 64, "BK": 32}),
         "query_grad_kernel": Config({"BQ": 32, "BT": 16}, stages=1),
         "key_grad_kernel": Config({"BQ": 16, "BT": 16}, stages=1),
         "key_grad_kernel, source": Config({"BQ": 16, "BT": 16}, stages=1),
