@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from still.bench.arithmetic import Decoder
 from still.provenance import describe_device, git_state, versions
 
 ROWS = Path(__file__).parent / "rows"
@@ -29,12 +30,16 @@ SHAPES = {
         "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
     },
+    "qwen3-4b": {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    },
     "tiny": {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 512,
     },
 }  # fmt: skip
-TOKENS = {"pocket": 1050, "qwen3-0.6b": 4096, "tiny": 256}
+TOKENS = {"pocket": 1050, "qwen3-0.6b": 4096, "qwen3-4b": 8192, "tiny": 256}
 
 
 def shape_config(shape: str, **overrides):
@@ -48,48 +53,46 @@ def shape_config(shape: str, **overrides):
     })  # fmt: skip
 
 
-def random_model(shape: str, seed: int = 0, **overrides):
-    """A frozen model of that shape with random weights, in fp32."""
+def random_model(shape: str, seed: int = 0, device: str = "cpu", dtype: str = "float32", **overrides):
+    """A frozen model of that shape with random weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(shape_config(shape, **overrides), attn_implementation="sdpa")
-    return model.float().eval().requires_grad_(False)
+    config = shape_config(shape, **overrides)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=getattr(torch, dtype))
+    return model.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def decoder(shape: str) -> Decoder:
+    """What its arithmetic depends on."""
+    c = SHAPES[shape]
+    return Decoder(
+        c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"],
+        c["num_key_value_heads"], c["head_dim"],
+    )  # fmt: skip
 
 
 def prefill_flops(shape: str, tokens: int, start: int = 0) -> float:
-    """Reading `tokens` tokens after `start` others, without logits; attention counts the causal half alone.
-
-    Per layer `2 n (2 h a + 2 h k + 3 h m)` and `4 a (n s + n^2 / 2)`: h hidden, a = query heads x d, k = KV heads x d,
-    m intermediate.
-    """
-    c = SHAPES[shape]
-    h, m, d = c["hidden_size"], c["intermediate_size"], c["head_dim"]
-    a, k = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
-    linear = 2 * tokens * (2 * h * a + 2 * h * k + 3 * h * m)
-    return c["num_hidden_layers"] * (linear + 4 * a * (tokens * start + tokens**2 / 2))
+    """Reading `tokens` tokens after `start` others, without logits."""
+    return decoder(shape).prefill(tokens, start)
 
 
 def compaction_flops(shape: str, tokens: int, slots: int, blocks: int = 2) -> float:
-    """Compacting all layers of one row, canonical latents of width w = 2 d.
-
-    Per layer, KV head and block: keys `2 T w^2`; scores and weighted sum `4 t T w`; query, value and output `6 t w^2`;
-    self-attention `8 t w^2 + 4 t^2 w`. Per layer and KV head: the two heads `4 t w d`.
-    """
-    c = SHAPES[shape]
-    w = 2 * c["head_dim"]
-    block = 2 * tokens * w**2 + 4 * slots * tokens * w + 14 * slots * w**2 + 4 * slots**2 * w
-    return c["num_hidden_layers"] * c["num_key_value_heads"] * (blocks * block + 2 * slots * w**2)
+    """Compacting all layers of one row in one pass."""
+    return decoder(shape).compaction(tokens, slots, blocks)
 
 
-def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
-    """Wall times of `repeats` calls after one that is not counted."""
+def milliseconds(call: Callable[[], object], repeats: int, wait: Callable[[], object] = lambda: None) -> list[float]:
+    """Wall times of `repeats` calls after one that is not counted; `wait` returns when a device is done."""
     call()
+    wait()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
         call()
+        wait()
         times.append(1e3 * (time.perf_counter() - started))
     return times
 
@@ -100,15 +103,16 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
 
 
-def append_rows(name: str, rows: Iterable[dict], config: dict, folder: Path = ROWS) -> Path:
-    """Append measurements to `rows/<name>.csv`; conditions are added to each."""
+def append_rows(name: str, rows: Iterable[dict], config: dict, folder: Path = ROWS, on: str = "cpu") -> Path:
+    """Append measurements to `rows/<name>.csv`; conditions are added to each, `on` is the device."""
     folder.mkdir(parents=True, exist_ok=True)
-    device, git = describe_device(), git_state() or {}
-    known = versions()
+    device, git = describe_device(on), git_state() or {}
+    known, named = versions(), ("still-kv", "torch", "transformers", *(("triton",) if on != "cpu" else ()))
+    threads = f", {os.cpu_count()} cores, {device.get('threads', '?')} threads"
     common = {
         "config": json.dumps(config, sort_keys=True),
-        "device": f"{device['name']}, {os.cpu_count()} cores, {device.get('threads', '?')} threads",
-        "version": " ".join(f"{name} {known[name]}" for name in ("still-kv", "torch", "transformers") if name in known),
+        "device": device["name"] + (threads if on == "cpu" else ""),
+        "version": " ".join(f"{name} {known[name]}" for name in named if name in known),
         "commit": git.get("commit", "") + ("+changes" if git.get("dirty") else ""),
     }
     path = folder / f"{name}.csv"

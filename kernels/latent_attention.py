@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .dispatch import runs_triton
+from . import dispatch
 from .latent_attention_plan import unsupported
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -28,7 +28,7 @@ def latent_attention(
     values: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    turns: Pair,
+    turns: Pair | None,
     *,
     strip: Pair | None = None,
     scale: float | torch.Tensor = 1.0,
@@ -55,7 +55,7 @@ def latent_attention(
         bias: `b_k` `[width]`.
         turns: the compactor's own RoPE at the latents and at the tokens, complex
             `[batch or 1, 1, latents or tokens, width / 2]` (`[batch or 1, sum(counts), width / 2]` for packed
-            latents): the pair of dims `i` and `i + width / 2` turns by entry `i`.
+            latents): the pair of dims `i` and `i + width / 2` turns by entry `i`. None where there is no such RoPE.
         strip: the model's cos and sin at the tokens, `[batch or 1, tokens, rotary_dim]`, halves alike, as its rotary
             module gives them; None where keys are un-rotated already.
         scale: of the scores, a number or a tensor of one number.
@@ -76,17 +76,21 @@ def latent_attention(
     spans = None
     if lengths is not None:
         spans = [(tokens - n, tokens) if padding == "left" else (0, n) for n in lengths]
-    query = turn(query, turns[0]) * scale
-    obstacle = unsupported(keys.shape[-1], weight.shape[0]) or ""
-    if not runs_triton("latent_attention", (keys, values, query, weight, bias), obstacle):
-        return reference(query, keys, values, weight, bias, turns[1], strip, counts, spans).to(query.dtype)
+    query = (query if turns is None else turn(query, turns[0])) * scale
+    if not takes(keys, values, weight.shape[0]):
+        own = None if turns is None else turns[1]
+        return reference(query, keys, values, weight, bias, own, strip, counts, spans).to(query.dtype)
 
     from .latent_attention_launch import LatentAttention
 
+    if turns is None:
+        own = torch.ones(1, 1, tokens, query.shape[-1] // 2, dtype=torch.complex64, device=keys.device)
+    else:
+        own = turns[1]
     packed = query if counts else query.flatten(1, 2)
     out = LatentAttention.apply(
         packed, *(x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values)), weight, bias,
-        torch.view_as_real(turns[1]).flatten(0, -4).contiguous(),
+        torch.view_as_real(own).flatten(0, -4).contiguous(),
         strip and tuple(table.contiguous() for table in strip),
         counts or (query.shape[2],) * keys.shape[1],
         torch.tensor(spans or [(0, tokens)] * len(keys), dtype=torch.int32, device=keys.device),
@@ -94,8 +98,28 @@ def latent_attention(
     return (out if counts else out.unflatten(1, query.shape[1:3])).to(query.dtype)
 
 
+def takes(keys: torch.Tensor, values: torch.Tensor, width: int) -> bool:
+    """Whether the kernels run on these keys and values `[batch, kv_heads, tokens, head_dim]`; logs why where not.
+
+    A caller that would prepare more than `latent_attention` asks for, to share it between calls, asks this first.
+
+    Args:
+        keys: as `latent_attention` takes them.
+        values: as `latent_attention` takes them.
+        width: of latents and projected keys.
+
+    Raises:
+        ValueError: the mode is `"triton"` and the kernels cannot run here.
+    """
+    arch = 10 * dispatch.capability(keys.device)[0]
+    obstacle = unsupported(keys.shape[-1], width, 8 * keys.element_size(), arch)
+    if keys.shape[0] * keys.shape[1] > 65535:
+        obstacle = f"it takes up to 65535 rows and heads together, not {keys.shape[0]} x {keys.shape[1]}"
+    return dispatch.runs_triton("latent_attention", (keys, values), obstacle)
+
+
 def reference(query, keys, values, weight, bias, turns, strip=None, counts=None, spans=None) -> torch.Tensor:
-    """The same in PyTorch, on any device. `query` is turned and scaled already, `turns` those of the tokens alone.
+    """The same in PyTorch, on any device. `query` is turned and scaled already, `turns` are the tokens' alone, or None.
 
     `spans` are the first and last token (exclusive) of each row. Runs in fp32, or fp64 where any of query and keys is.
     """
@@ -109,8 +133,10 @@ def reference(query, keys, values, weight, bias, turns, strip=None, counts=None,
         source = source.masked_fill(~mask.transpose(-1, -2), 0.0)
     # Scores do not mind the order of dims, and pairs that turn together turn fastest side by side.
     projected = F.linear(source, _in_pairs(weight, 0), _in_pairs(bias, 0))
-    pairs = torch.view_as_complex(F.normalize(projected, dim=-1).unflatten(-1, (-1, 2)))
-    key = torch.view_as_real(pairs * turns.reshape(-1, 1, *turns.shape[-2:])).flatten(-2).to(dtype)
+    key = F.normalize(projected, dim=-1)
+    if turns is not None:
+        pairs = torch.view_as_complex(key.unflatten(-1, (-1, 2)))
+        key = torch.view_as_real(pairs * turns.reshape(-1, 1, *turns.shape[-2:])).flatten(-2).to(dtype)
     query = _in_pairs(query.to(dtype), -1).expand(len(keys), *query.shape[1:])
     if counts is None:
         return F.scaled_dot_product_attention(query, key, source, attn_mask=mask, scale=1.0)
@@ -145,8 +171,9 @@ def _check(query, keys, values, weight, bias, turns, strip, scale, counts, lengt
     """Refuse what the kernels would read wrongly."""
     tensors = {
         "query": query, "keys": keys, "values": values, "weight": weight, "bias": bias,
-        "turns[0]": turns[0], "turns[1]": turns[1],
     }  # fmt: skip
+    if turns is not None:
+        tensors |= {"turns[0]": turns[0], "turns[1]": turns[1]}
     if strip is not None:
         tensors |= {"strip[0]": strip[0], "strip[1]": strip[1]}
     if isinstance(scale, torch.Tensor):
@@ -179,7 +206,9 @@ def _check(query, keys, values, weight, bias, turns, strip, scale, counts, lengt
                 f"got {shapes}"
             )
     require(query.shape[0] in (1, batch) and query.numel() > 0, f"query must hold latents for {batch} rows, or for one")
-    for name, x, wanted in (("turns[0]", turns[0], places), ("turns[1]", turns[1], [1, tokens, width // 2])):
+    for name, x, wanted in zip(
+        ("turns[0]", "turns[1]"), turns or (), (places, [1, tokens, width // 2]), strict=False
+    ):
         fits = x.is_complex() and x.shape[0] in (1, batch) and list(x.shape[1:]) == wanted
         require(fits, f"{name} must be complex {[f'{batch} or 1', *wanted]}")
     if strip is not None:

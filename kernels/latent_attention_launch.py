@@ -46,7 +46,7 @@ class Inputs:
         head_dim, width = self.keys.shape[-1], self.weight.shape[0]
         self.shape = plan.Shape(
             head_dim, self.strip[0].shape[-1] if self.strip else head_dim // 2 * 2, width, self.strip is not None,
-            self.keys.element_size() * 8, 10 * major + minor or 90,
+            self.keys.element_size() * 8, 10 * major + minor,
         )  # fmt: skip
         self.processors = dispatch.processors(self.keys.device)
         # W_k and b_k as the kernels read them: halves and sides padded to whole blocks.

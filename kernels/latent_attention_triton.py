@@ -7,7 +7,7 @@ by their log-sum-exps.
 
 Names: `i_` program ids, `p_` pointers, `b_` blocks in registers, `m_` masks. `D` head dim, `R` rotary dim, `W` latent
 width, `T` tokens, `N` latents of all heads (packed, head after head). A block size is the next power of two: `BD` of D,
-`BR` of R / 2, `BE` of the unrotated rest D - R, `BW` of W, `BH` of W / 2. Scores carry a factor log2(e) from the
+`BW` of W, `BH` of W / 2. Scores carry a factor log2(e) from the
 queries, so that softmax takes exp2; log-sum-exps in memory are base 2.
 """
 

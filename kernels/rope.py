@@ -11,7 +11,7 @@ import torch
 from . import dispatch
 
 FARTHEST = 2**24
-"""Positions are exact in fp32 below this; the kernel turns others into NaN, the reference refuses them."""
+"""Positions are exact in fp32 below this. On a CPU others are refused; on a GPU keys there become NaN."""
 
 
 def strip_rope(
@@ -40,7 +40,8 @@ def strip_rope(
         The keys before rotation, in the dtype of `keys`. Gradients reach `keys`, not the tables.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or positions lie beyond 2**24.
+        ValueError: shapes, dtypes or devices do not fit together, or positions lie beyond 2**24 (on a GPU, where
+            nothing is read back, keys at such positions become NaN instead).
     """
     return _turn("strip_rope", keys, cos, sin, positions, frequencies, scaling, inplace)
 
@@ -75,7 +76,9 @@ def turn_reference(keys, cos, sin, inverse: bool, divide: bool) -> torch.Tensor:
 
 def angles(positions: torch.Tensor, frequencies: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Half tables `[batch or 1, tokens, rotary_dim / 2]`, as a model's rotary module computes them in fp32."""
-    angle = positions.float().unsqueeze(-1) * frequencies.float()
+    where = positions.float()
+    where = where.masked_fill(~(where.abs() < FARTHEST), torch.nan)  # on a GPU positions are not read back
+    angle = where.unsqueeze(-1) * frequencies.float()
     return angle.cos() * scaling, angle.sin() * scaling
 
 

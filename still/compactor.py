@@ -23,7 +23,7 @@ from .cache_compaction import MODES
 from .config import StillConfig
 from .perceiver import LayerPerceiver
 from .reading import check_mask, read
-from .rope import Rotary, full_attention_layers, rotate, unrotate
+from .rope import Rotary, full_attention_layers, rotate
 from .rows import join_rows
 from .types import CompactKV, Reading
 
@@ -229,8 +229,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
     def _mix(self, layer, keys, values, slots: int, tables: Tables, heads: list[int] | None = None) -> CompactKV:
         dtype = keys.dtype
         with torch.autocast(keys.device.type, enabled=False):
-            stripped = unrotate(keys.float(), *tables.tokens)
-            small, mixed, beta = self.layers[str(layer)](stripped, values.float(), slots, tables.turns, heads)
+            small, mixed, beta = self.layers[str(layer)](keys, values, slots, tables.turns, tables.tokens, heads)
             small = rotate(small, *tables.slots)
         return CompactKV(small.to(dtype), mixed.to(dtype), None if beta is None else beta.to(dtype))
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .config import StillConfig
+from .kernels import latent_attention
+from .kernels.rope import strip_rope
 
 SCALE_GAIN = 10.0  # a scale is learned in its logarithm, at ten times the rate of the weights: it has far to go
 OPEN_SCALE = 8.0
@@ -38,6 +41,20 @@ def in_pairs(rows: torch.Tensor) -> torch.Tensor:
     return rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
+class Raw(NamedTuple):
+    """A source that the kernels read as it is cached, and never as `[RoPE^-1(K) ; V]` in memory.
+
+    Attributes:
+        keys: `[batch, heads, T, head_dim]`.
+        values: `[batch, heads, T, head_dim]`.
+        strip: the model's cos and sin at the tokens, `[batch or 1, T, rotary_dim]`; None where nothing is rotated.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    strip: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class Attention(nn.Module):
     """One head with l2-normalised queries and keys: softmax(scale * q k^T) over the source, values projected last."""
 
@@ -50,7 +67,16 @@ class Attention(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale) / SCALE_GAIN), requires_grad=learned_scale)
 
     def forward(self, latents, source, turns=None):
-        """`latents` `[rows, heads, t, width]` are normalised already; `turns` rotate (queries, keys)."""
+        """`latents` `[rows, heads, t, width]` are normalised already; `turns` rotate (queries, keys).
+
+        `source` is `[batch, heads, T, 2 * head_dim]`, or `Raw` for the kernels.
+        """
+        if isinstance(source, Raw):
+            mixed = latent_attention.latent_attention(
+                F.normalize(self.query(latents), dim=-1), source.keys, source.values, self.key.weight, self.key.bias,
+                turns, strip=source.strip, scale=(SCALE_GAIN * self.log_scale).exp(),
+            )  # fmt: skip
+            return self.output(self.value(mixed))
         query, key = self._direction(self.query, latents, turns, 0), self._direction(self.key, source, turns, 1)
         # The scale goes into the queries: it may be learned, and sdpa takes a float.
         query = (query * (SCALE_GAIN * self.log_scale).exp()).expand(len(source), -1, -1, -1)
@@ -82,10 +108,14 @@ class Block(nn.Module):
         return z * (z.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
     def forward(self, z, source, turns):
-        """`z` `[batch or 1, heads, t, width]`, `source` `[batch, heads, T, 2 * head_dim]`, `turns` of both."""
+        """`z` `[batch or 1, heads, t, width]`, `source` and `turns` as `Attention` takes them."""
         z = z + self.cross(self.rms(z), source, turns)
         normed = self.rms(z)
-        z = z + self.self_attention(normed, normed)
+        if isinstance(source, Raw):  # the latents are a source like another, in halves, and nothing turns them
+            among = Raw(*normed.to(source.keys.dtype).chunk(2, dim=-1), None)
+            z = z + self.self_attention(normed, among, None)
+        else:
+            z = z + self.self_attention(normed, normed)
         return z if self.feed_forward is None else z + self.feed_forward(self.rms(z))
 
 
@@ -177,21 +207,29 @@ class LayerPerceiver(nn.Module):
         start, width = positions[:, :1], self.bank.shape[-1]  # small angles keep fp32 exact far into a context
         return own_turns(where - start, width, self.rope_base), own_turns(positions - start, width, self.rope_base)
 
-    def forward(self, keys, values, slots, turns, heads=None):
-        """Compact some heads of one layer, in un-rotated space.
+    def forward(self, keys, values, slots, turns, strip=None, heads=None):
+        """Compact some heads of one layer.
+
+        The Triton kernels read keys and values as they are cached, in their dtype; where those do not run, PyTorch
+        un-rotates them once for all blocks, in fp32.
 
         Args:
-            keys: un-rotated keys `[batch, heads, T, head_dim]`, fp32.
-            values: `[batch, heads, T, head_dim]`, fp32.
+            keys: `[batch, heads, T, head_dim]`.
+            values: `[batch, heads, T, head_dim]`.
             slots: how many slots to make of each head.
             turns: what `turns` gives for the tokens' positions and the latents'.
+            strip: the model's cos and sin at the tokens `[batch or 1, T, rotary_dim]`; None where keys are un-rotated.
             heads: indices of these KV heads; None for all of them.
 
         Returns:
             Un-rotated compact keys and values `[batch, heads, slots, head_dim]`, and beta `[batch, heads, slots]` or
             None.
         """
-        source = torch.cat((keys, values), dim=-1)
+        if latent_attention.takes(keys, values, self.bank.shape[-1]):
+            source = Raw(keys, values, strip)
+        else:
+            plain = keys.float() if strip is None else strip_rope(keys.float(), *strip)
+            source = torch.cat((plain, values.float()), dim=-1)
         z = self.latents(slots, heads)[None]
         for block in self.blocks:
             z = block(z, source, turns)

@@ -3,4 +3,4 @@
 An operation is a module here with `cases(device, dtype, tokens) -> Iterator[Case]`.
 """
 
-OPERATIONS = ("rope", "prefix_attention")
+OPERATIONS = ("rope", "latent_attention", "prefix_attention")

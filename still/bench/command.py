@@ -15,7 +15,8 @@ from .config import BenchConfig
 if TYPE_CHECKING:
     import torch
 
-    from .measure import Case, Roof
+    from .arithmetic import Roof
+    from .measure import Case
 
 COLUMNS = (
     "kernel", "provider", "mode", "metric", "unit", "x", "median", "p20", "p80", "config", "device", "version",
@@ -34,7 +35,8 @@ On a CPU the PyTorch references run against eager PyTorch. Rows are appended to 
     examples = """\
 examples:
   still bench
-  still bench --kernels rope --tokens 8192,131072 --device cuda:0"""
+  still bench --kernels rope --tokens 8192,131072 --device cuda:0
+  still bench --floors h200"""
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the flags."""
@@ -42,7 +44,13 @@ examples:
 
     def run(self, args: argparse.Namespace) -> int:
         """Measure, print, write; 1 where a kernel's numbers are wrong."""
-        return bench(from_flags(args, BenchConfig))
+        config = from_flags(args, BenchConfig)
+        if config.floors:
+            from .floors import TOKENS, table
+
+            print(table(config.floors, config.tokens or TOKENS))
+            return 0
+        return bench(config)
 
 
 COMMANDS = {"bench": Bench()}
@@ -70,7 +78,7 @@ def bench(config: BenchConfig) -> int:
         raise ValueError(f"device is {config.device}, and torch finds no GPU; leave out --device to use the CPU")
     gpu = device.type == "cuda"
     dtype = getattr(torch, config.dtype or ("bfloat16" if gpu else "float32"))
-    tokens = config.tokens or ((8192, 32768, 131072) if gpu else (1024, 4096))
+    tokens = config.tokens or ((8192, 32768, 131072) if gpu else (512, 2048))
     config.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -111,28 +119,28 @@ def measure_all(names, device: torch.device, dtype: torch.dtype, tokens, repeats
 
 
 def measure_case(case: Case, device: torch.device, dtype: torch.dtype, repeats: int, limits: Roof) -> dict[str, Any]:
-    """Error and time of every provider; `wrong` names those whose error is past the bar."""
+    """Error and time of every provider; `wrong` names ours where its error is past twice that of PyTorch's best."""
     import torch
 
     from .measure import error, extra_memory, seconds
 
-    exact, floor = case.exact() if case.exact else None, limits.floor(case)
-    bar = 64 * torch.finfo(dtype).eps
-    found, wrong = {}, []
+    exact, floor, found = case.exact() if case.exact else None, limits.floor(case.work), {}
     for name, call in case.providers.items():
         checked = None if exact is None or name == "copy" else error(call(), exact)
-        if checked is not None and not checked <= bar:
-            wrong.append(name)
         took = seconds(call, device, repeats)
         found[name] = {
-            "seconds": took, "error": checked, "memory": extra_memory(call, device),
+            "seconds": took, "error": checked, "memory": extra_memory(case.whole.get(name, call), device),
             "share_of_floor": floor / took["median"],
         }  # fmt: skip
+    mine = found[case.ours]["error"]
+    others = [each["error"] for name, each in found.items() if name != case.ours and each["error"] is not None]
+    bar = max(8 * torch.finfo(dtype).eps, 2 * min(others, default=0.0))
+    wrong = [case.ours] if mine is not None and not mine <= bar else []
     if wrong:
-        print(f"WRONG: {', '.join(wrong)} of {case.kernel} differ from fp64 by more than {bar:.1e}")
+        print(f"WRONG: {case.ours} of {case.kernel} differs from fp64 by {mine:.1e}, more than {bar:.1e}")
     return {
-        "kernel": case.kernel, "mode": case.mode, "x": case.x, "config": case.config, "bytes": case.bytes,
-        "operations": case.operations, "floor": floor, "ours": case.ours, "wrong": wrong, "providers": found,
+        "kernel": case.kernel, "mode": case.mode, "x": case.x, "config": case.config, "bytes": case.work.bytes,
+        "operations": case.work.operations, "floor": floor, "ours": case.ours, "wrong": wrong, "providers": found,
     }  # fmt: skip
 
 

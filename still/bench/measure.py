@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .arithmetic import Roof, Work
+
 
 @dataclass
 class Case:
@@ -19,40 +21,23 @@ class Case:
         kernel: the public function.
         mode: `forward`, `backward`, `decode`, ...
         x: what the table runs along, in tokens or slots.
-        bytes: that any implementation moves to and from memory at the least.
-        operations: that any implementation does at the least, two for a multiply and an add.
-        providers: how it can be computed; each call does the work once and returns the result.
+        work: what any implementation has to do at the least.
+        providers: how it can be computed; each call does the work once and returns the result, or several.
         config: the shapes, for the row.
         exact: the result in fp64, computed when it is asked for; None where the case is too large to check.
         ours: the provider that is checked and whose share of the floor is reported.
+        whole: for some providers a call whose memory is reported in the place of its own: forward and backward.
     """
 
     kernel: str
     mode: str
     x: int
-    bytes: float
-    operations: float
+    work: Work
     providers: dict[str, Callable[[], Any]]
     config: dict[str, Any] = field(default_factory=dict)
-    exact: Callable[[], torch.Tensor] | None = None
+    exact: Callable[[], Any] | None = None
     ours: str = "triton"
-
-
-@dataclass(frozen=True)
-class Roof:
-    """What the device was measured to do.
-
-    Attributes:
-        bandwidth: of a copy, read and written bytes a second.
-        rate: of a matrix product in the dtype, operations a second.
-    """
-
-    bandwidth: float
-    rate: float
-
-    def floor(self, case: Case) -> float:
-        """Seconds below which the case cannot come: the larger of its memory's and its arithmetic's."""
-        return max(case.bytes / self.bandwidth, case.operations / self.rate)
+    whole: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, float]:
@@ -106,6 +91,17 @@ def roof(device: torch.device, dtype: torch.dtype, repeats: int) -> Roof:
     return Roof(max(bandwidths), max(rates))
 
 
-def error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest difference, over the largest exact value."""
+def error(got: Any, exact: Any) -> float:
+    """The largest difference, over the largest exact value; of several results that of the worst."""
+    if isinstance(got, tuple):
+        return max(error(*pair) for pair in zip(got, exact, strict=True))
     return ((got.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
+
+
+def runs(call: Callable[[], Any]) -> bool:
+    """Whether a way to compute it takes these shapes on this device."""
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True

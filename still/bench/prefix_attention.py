@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels.prefix_attention import attend_reference, prefix_attention
-from .measure import Case
+from . import arithmetic
+from .measure import Case, runs
 
 HEADS, GROUP, DIM, SPREAD = 8, 4, 128, 60
 BACKENDS = {
@@ -23,8 +24,9 @@ BACKENDS = {
 
 
 def cases(device: torch.device, dtype: torch.dtype, tokens: tuple[int, ...]) -> Iterator[Case]:
-    """Slots from an eighth of the context, uniform and with a spread of 60 to 1 over the heads."""
-    for slots in (max(length // 8, 16) for length in tokens):
+    """An eighth of each context (and 128 on a GPU), uniform and with a spread of 60 to 1 over the heads."""
+    sizes = {max(length // 8, 16) for length in tokens} | ({128} if device.type == "cuda" else set())
+    for slots in sorted(sizes):
         for mode, batch, queries in (("decode", 1, 1), ("decode", 32, 1), ("question", 1, 512)):
             if device.type == "cpu" and batch * queries > 512:
                 continue
@@ -89,11 +91,10 @@ def case(query, keys, values, bias, offsets, mode, config, providers) -> Case:
     """The bytes that exist are read once, whatever the query heads; each query head does its own arithmetic."""
     batch, query_heads, queries, dim = query.shape
     slots = keys.shape[1] if offsets else keys.shape[1] * keys.shape[2]
-    numbers = batch * slots * (2 * dim + (bias is not None)) + 2 * query.numel()
+    size, biased = query.element_size(), bias is not None
     return Case(
         "prefix_attention", mode, slots // HEADS,
-        bytes=numbers * query.element_size() + 4 * batch * query_heads * queries,
-        operations=4 * batch * slots * (query_heads // HEADS) * queries * dim,
+        arithmetic.prefix_attention(batch, query_heads, queries, slots, HEADS, dim, size, biased),
         providers=providers,
         config={"batch": batch, "queries": queries, "query_heads": query_heads, "kv_heads": HEADS, "head_dim": dim,
                 **config},
@@ -114,12 +115,3 @@ def flash(query, keys, values):
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (query, keys, values))
     return lambda: flash_attn_with_kvcache(q, k, v).transpose(1, 2)
-
-
-def runs(call) -> bool:
-    """Whether a backend takes these shapes on this device."""
-    try:
-        call()
-    except RuntimeError:
-        return False
-    return True

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..kernels.rope import angles, strip_rope, turn_reference
+from . import arithmetic
 from .measure import Case
 
 HEADS, DIM = 8, 128
@@ -41,7 +42,7 @@ def cases(device: torch.device, dtype: torch.dtype, tokens: tuple[int, ...]) -> 
             providers["triton"] = by_positions
         yield Case(
             "strip_rope", "forward", length,
-            bytes=2 * keys.numel() * keys.element_size(), operations=6 * keys.numel() / 2, providers=providers,
+            arithmetic.strip_rope(1, HEADS, length, DIM, keys.element_size()), providers=providers,
             config={"batch": 1, "kv_heads": HEADS, "head_dim": DIM},
             exact=lambda reference=reference, keys=keys, half=half: turn_reference(
                 keys.double(), *(x.double() for x in half), inverse=True, divide=True

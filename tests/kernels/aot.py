@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 TENSOR_CORES = {8: r"mma\.sync", 9: r"wgmma\.mma_async", 10: r"tcgen05\.mma"}
+"""By generation, in PTX; older kinds stay for blocks too small for the newer."""
+MACHINE = ("HMMA", "HGMMA", "UTCHMMA", "LDL", "STL")
+"""The same in machine code, after ptxas, and loads and stores of local memory, where spills would be."""
 
 
 class Driver:
@@ -71,13 +74,17 @@ def usage(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        text, code = (
+            subprocess.run([tool, what, cubin.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
     counts = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     ptx = compiled.asm["ptx"]
     return {
         "registers": counts["REG"],
         "shared": compiled.metadata.shared,
         "spilled": counts["STACK"] + counts["LOCAL"],
+        "sass": {kind: code.count(f" {kind}") for kind in MACHINE if f" {kind}" in code},
         "mma": {kind: len(re.findall(kind, ptx)) for kind in TENSOR_CORES.values() if re.search(kind, ptx)},
     }
 

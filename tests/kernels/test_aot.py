@@ -18,7 +18,11 @@ from aot import TENSOR_CORES, run
 SHARED = {8: 99 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 """Bytes of shared memory that a block may have; programs for sm_80 also run on sm_86 and sm_89, which have less."""
 OPERATIONS = sorted(file.stem.removeprefix("aot_") for file in Path(__file__).parent.glob("aot_*.py"))
-SAMPLES = {"prefix_attention": "decode bf16 d128|read bf16 d128$", "rope": "strip_rope bf16 d128"}
+SAMPLES = {
+    "latent_attention": "bf16 d128 rotary 128 many",
+    "prefix_attention": "decode bf16 d128$|read bf16 d128$",
+    "rope": "strip_rope bf16 d128 rotary 128",
+}
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
 
@@ -36,6 +40,8 @@ def check(operation, capability, pattern=""):
     scalar = importlib.import_module(f"aot_{operation}").SCALAR
     matrix = [each for each in kernels if each["kernel"] not in scalar]
     assert all(each["mma"] for each in matrix), [each["call"] for each in matrix if not each["mma"]]
+    assert not any({"LDL", "STL"} & each["sass"].keys() for each in kernels)
+    assert all({"HMMA", "HGMMA", "UTCHMMA"} & each["sass"].keys() for each in matrix)
     return matrix
 
 
@@ -51,3 +57,6 @@ def test_everything_compiles_without_spills(operation, capability):
     matrix = check(operation, capability)
     if matrix and capability[0] > 8:  # tiles of 64 rows and more use the instructions of the generation
         assert any(TENSOR_CORES[capability[0]] in each["mma"] for each in matrix)
+    for each in matrix:
+        if capability[0] == 9 and operation == "latent_attention" and "bf16 d128 rotary 128 " in each["call"]:
+            assert "HGMMA" in each["sass"] or each.get("SOURCE"), each

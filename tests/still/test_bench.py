@@ -44,6 +44,25 @@ def test_bench_writes_rows_a_document_and_a_figure(tmp_path, capsys):
     assert len(again) > len(rows)
 
 
+def test_latent_attention_is_measured_both_ways(tmp_path):
+    assert run(tmp_path, "--kernels", "latent_attention", "--no-figure", "--tokens", "24") == 0
+    results = json.loads((tmp_path / "kernels.json").read_text())["results"]
+    assert {result["mode"] for result in results} == {"forward", "backward"}
+    for result in results:
+        assert {"reference", "eager"} == set(result["providers"])
+        assert result["providers"]["eager"]["error"] < 1e-4
+
+
+def test_floors_need_no_device_and_agree_with_the_published_shares(capsys):
+    """Compaction's share of the prefill of a Qwen3-4B-shaped cache in chunks of 8,192, at 8x and 50x."""
+    assert main(["bench", "--floors", "h200"]) == 0
+    table = capsys.readouterr().out
+    shares = [line.split()[-2] for line in table.splitlines() if "chunks of 8192" in line]
+    assert shares == ["8.5%", "1.9%", "4.9%", "1.1%", "1.8%", "0.4%"]
+    copied = next(line.split() for line in table.splitlines() if line.startswith("strip_rope") and "T=131072" in line)
+    assert float(copied[6]) == pytest.approx(2 * 8 * 131072 * 128 * 2 / 4.8e12 * 1e6, abs=0.1)
+
+
 def test_wrong_numbers_end_in_an_error(tmp_path, monkeypatch, capsys):
     from still.bench import rope
 
@@ -59,7 +78,8 @@ def test_wrong_numbers_end_in_an_error(tmp_path, monkeypatch, capsys):
 
 def test_unknown_kernels_and_devices_are_named(tmp_path, capsys):
     assert run(tmp_path, "--kernels", "softmax") == 2
-    assert "there is no benchmark 'softmax'; there are rope, prefix_attention" in capsys.readouterr().err
+    refusal = "there is no benchmark 'softmax'; there are rope, latent_attention, prefix_attention"
+    assert refusal in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert main(["bench", "--device", "cuda:0", "--output", str(tmp_path)]) == 2
         assert "torch finds no GPU" in capsys.readouterr().err
