@@ -97,8 +97,13 @@ def _said(item: Mapping[str, Any], reason_key: str, ordered: bool = False) -> tu
         return None, "the verdict came before its reason"
     quotes = item.get("evidence", [])
     quotes = [quotes] if isinstance(quotes, str) else quotes if isinstance(quotes, list) else []
-    texts = tuple(each.strip() for each in quotes if isinstance(each, str) and each.strip())
-    return Said(label, reason.strip(), texts), ""
+    texts = tuple(_writable(each) for each in quotes if isinstance(each, str) and each.strip())
+    return Said(label, _writable(reason), texts), ""
+
+
+def _writable(text: str) -> str:
+    """The text with "?" for each half of a pair (a lone "\\ud83d" in the JSON), which no file or data base takes."""
+    return text.strip().encode("utf-8", "replace").decode()
 
 
 def _short(value: Any) -> str:

@@ -8,6 +8,8 @@ unscored.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +26,8 @@ from .verdict_store import Kept, VerdictStore, verdict_key
 from .verdicts import CriterionVerdict, State, Tokens
 
 _UNSCORED: dict[str, State] = {"refused": "refused", "rejected": "rejected", "fatal": "stopped"}
+_HOPELESS, _RECONSIDER = 8, 60.0
+"""Calls given up before a server that never answered is left alone, and seconds until it is tried again."""
 _OUTPUT = 400  # tokens that a verdict is taken to need until the judge has shown what it needs
 
 
@@ -111,6 +115,8 @@ class Asker:
         self.judge, self.prompt, self.lane, self.store = judge, prompt, lane, store
         self.budget, self.price, self.reasks, self.retry = budget, price, reasks, retry or Retry()
         self.stopped = ""
+        self._stopped_until = math.inf
+        self._given_up: int | None = 0  # calls in a row; None once there was an answer
         self._output = _OUTPUT
         config = getattr(judge, "config", None)
         self._cache_marks = bool(config and config.cache_marks)
@@ -186,15 +192,16 @@ class Asker:
         characters = len(batch.system) + len(batch.shared) + len(question)
 
         async def attempt() -> Reply:
-            if self.stopped:
+            if self.stopped and time.monotonic() < self._stopped_until:
                 raise JudgeError("fatal", self.stopped)
+            self.stopped = ""
             try:
                 chat = messages(batch.system, batch.shared, question, self._cache_marks)
                 return await self.judge.ask(chat, self.prompt.schema)
             except JudgeError as trouble:
                 batch.ledger.troubles[trouble.trouble] += 1
                 if trouble.trouble == "fatal":
-                    self.stopped = str(trouble)
+                    self.stopped, self._stopped_until = str(trouble), math.inf
                 raise
 
         estimate = Tokens(input=characters // 3, output=self._output * len(criteria))
@@ -203,12 +210,25 @@ class Asker:
         spent, cost = Tokens(), 0.0
         try:
             reply = await self.lane.run(attempt, estimate.total, self.retry)
+            self._given_up = None
             self._spend(batch, reply.tokens, len(criteria))
             spent = reply.tokens if reply.tokens.input else estimate  # a server that counts nothing costs something
             cost = self._cost(spent) or 0.0
             return reply
+        except JudgeError as trouble:
+            self._count_given_up(trouble)
+            raise
         finally:
             self.budget.settle(*held, spent, cost)
+
+    def _count_given_up(self, trouble: JudgeError) -> None:
+        """Leave a server alone that never answered: a wrong address costs a minute then, not a night."""
+        if self._given_up is None or trouble.trouble not in ("throttled", "transient"):
+            return
+        self._given_up += 1
+        if self._given_up >= _HOPELESS and not self.stopped:
+            self.stopped = f"{self._given_up} calls were given up and none was answered; the last one: {trouble}"
+            self._stopped_until = time.monotonic() + _RECONSIDER
 
     def _spend(self, batch: Batch, tokens: Tokens, criteria: int) -> None:
         cost, known = self._cost(tokens), batch.ledger.dollars

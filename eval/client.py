@@ -78,6 +78,10 @@ class OpenAIJudge:
             raise self._sorted(problem) from None
         except openai.APITimeoutError:
             raise JudgeError("throttled", f"no answer within {self.config.timeout:g} s") from None
+        except openai.APIConnectionError as problem:
+            why = problem.__cause__ or problem
+            said = f"the connection to {self.config.base_url} failed ({type(why).__name__}: {why})"
+            raise JudgeError("transient", self._scrub(said)) from None
         except (openai.OpenAIError, ValueError, TypeError) as problem:
             raise JudgeError("transient", self._scrub(f"{type(problem).__name__}: {problem}")) from None
         return self._reply(completion)
@@ -124,7 +128,8 @@ class OpenAIJudge:
         return Reply(message.content or "", _tokens(completion.usage), choices[0].finish_reason or "stop")
 
     def _sorted(self, problem: openai.APIStatusError) -> JudgeError:
-        status, said = problem.status_code, self._scrub(f"{problem.status_code}: {problem.message}")
+        status = problem.status_code
+        said = self._scrub(f"{status}: {problem.message.removeprefix(f'Error code: {status} - ')}")
         wait = retry_after(problem.response.headers)
         if status == 403 and _any(_MODERATION_WORDS, said):
             return JudgeError("refused", said)

@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from .prompting import Section
@@ -23,6 +23,7 @@ from .readers import DocumentError, find_outputs, read
 from .tasks import Criterion, LabTask
 
 Policy = Literal["fail", "unscored", "judge"]
+Names = Literal["exact", "closest"]
 _STATES = {"missing": "missing", "empty": "empty", "no_text": "empty"}
 _WHY = {"missing": "this file was not delivered", "empty": "this file is empty"}
 _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u00a0", "''\"\"-- ", "*_`\\")
@@ -123,6 +124,7 @@ class Outputs:
     def __init__(self, source: str | Path | Mapping[str, str]):
         self._texts = self._root = None
         self._read: dict[tuple[str, bool], Deliverable] = {}
+        self._taken_for: dict[str, set[str]] = {}
         if isinstance(source, Mapping):
             self._texts, self.names = dict(source), tuple(sorted(source))
             return
@@ -140,14 +142,22 @@ class Outputs:
             self._read[key] = self._load(*key)
         return self._read[key]
 
-    def sheet(self, task: LabTask, criterion: Criterion) -> Sheet:
-        """The files that a criterion is judged on."""
-        names = task.files_for(criterion, self.names)
+    def sheet(self, task: LabTask, criterion: Criterion, naming: Names = "exact") -> Sheet:
+        """The files that a criterion is judged on; with "closest", a misnamed one where the right one is not there."""
+        names = dict.fromkeys(self._found(each, naming) for each in task.files_for(criterion, self.names))
         return Sheet(tuple(self.read(each, criterion.include_redlines) for each in names), bool(criterion.deliverables))
 
     def records(self) -> list[dict[str, Any]]:
         """What was read so far, for result files."""
-        return [self._read[key].record() for key in sorted(self._read)]
+        taken = {name: {"taken_for": sorted(asked)} for name, asked in self._taken_for.items()}
+        return [self._read[key].record() | taken.get(key[0], {}) for key in sorted(self._read)]
+
+    def _found(self, name: str, naming: Names) -> str:
+        other = closest(name, self.names) if naming == "closest" and name not in self.names else None
+        if other is None:
+            return name
+        self._taken_for.setdefault(other, set()).add(name)
+        return other
 
     def _load(self, name: str, redlines: bool) -> Deliverable:
         if self._texts is not None:
@@ -164,15 +174,34 @@ class Outputs:
         )
 
 
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The output that LAB's evaluator takes for one that is not there; None where no single one can be meant.
+
+    It is the only one with the same extension, else the one whose stem shares the most words with the name. (LAB then
+    lets a model guess; we do not.)
+    """
+    names = list(names)
+    alike = [each for each in names if PurePath(each).suffix.lower() == PurePath(name).suffix.lower()]
+    if len(alike) == 1:
+        return alike[0]
+    shared = {each: len(_words(each) & _words(name)) for each in alike or names}
+    best = [each for each, count in shared.items() if count and count == max(shared.values())]
+    return best[0] if len(best) == 1 else None
+
+
 def group_by_sheet(
-    task: LabTask, outputs: Outputs, criteria: tuple[Criterion, ...]
+    task: LabTask, outputs: Outputs, criteria: tuple[Criterion, ...], naming: Names = "exact"
 ) -> list[tuple[Sheet, list[Criterion]]]:
     """The criteria in groups that are judged on identical texts, in the order in which they first occur."""
     groups: dict[str, tuple[Sheet, list[Criterion]]] = {}
     for criterion in criteria:
-        sheet = outputs.sheet(task, criterion)
+        sheet = outputs.sheet(task, criterion, naming)
         groups.setdefault(json.dumps(sheet.key), (sheet, []))[1].append(criterion)
     return list(groups.values())
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[^\W_]+", PurePath(name).stem.lower()))
 
 
 def _given(name: str, text: str | None) -> Deliverable:

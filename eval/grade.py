@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .asking import Asker, Batch, Ledger
-from .deliverables import Outputs, Policy, Sheet, group_by_sheet
+from .deliverables import Names, Outputs, Policy, Sheet, group_by_sheet
 from .ensemble import Ensemble, Panel, Verdicts, join
 from .grading import Grading
 from .judge import Label
@@ -55,6 +55,7 @@ class GradeConfig:
         missing: what follows from a deliverable that is not there: "fail" or "unscored", without a call, or "judge".
         empty: the same for one without text.
         unreadable: the same for one that no reader can read.
+        names: "closest" takes a misnamed output for a missing one as LAB's evaluator does, "exact" calls it missing.
         max_cost: most US dollars for fresh calls; None is no limit.
         max_tokens: most tokens for fresh calls; None is no limit.
     """
@@ -68,6 +69,7 @@ class GradeConfig:
     missing: Policy = "fail"
     empty: Policy = "fail"
     unreadable: Policy = "fail"
+    names: Names = "exact"
     max_cost: float | None = None
     max_tokens: int | None = None
 
@@ -80,6 +82,8 @@ class GradeConfig:
         for state in ("missing", "empty", "unreadable"):
             if getattr(self, state) not in get_args(Policy):
                 raise ValueError(f"the policy for {state} is {getattr(self, state)!r}; it is fail, unscored or judge")
+        if self.names not in get_args(Names):
+            raise ValueError(f"names is {self.names!r}; it is exact or closest")
 
 
 class Grader:
@@ -155,7 +159,7 @@ class Grader:
         started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         folder = Path(outputs) if isinstance(outputs, str | Path) else None
         outputs = outputs if isinstance(outputs, Outputs) else Outputs(outputs)
-        groups = await asyncio.to_thread(group_by_sheet, task, outputs, task.criteria)
+        groups = await asyncio.to_thread(group_by_sheet, task, outputs, task.criteria, self.config.names)
         ledgers = {name: Ledger() for name in self.askers}
 
         async def ask(panel: Panel, criteria: Sequence[Criterion]) -> Verdicts:
@@ -200,7 +204,7 @@ class Grader:
         """What each judge would be asked about a run, without asking; a cascade's strong judge at most."""
         outputs = outputs if isinstance(outputs, Outputs) else Outputs(outputs)
         total = dict.fromkeys(self.leaves, Estimate())
-        for sheet, criteria in group_by_sheet(task, outputs, task.criteria):
+        for sheet, criteria in group_by_sheet(task, outputs, task.criteria, self.config.names):
             for name, judge in self.leaves.items():
                 if self._settled(judge, sheet) or name not in self.askers:
                     total[name] += Estimate(criteria=len(criteria), without_call=len(criteria))

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -93,6 +94,8 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
         for state in ("missing", "empty", "unreadable"):
             add(f"--{state}", choices=["fail", "unscored", "judge"], default="fail",
                 help=f"what a criterion gets whose deliverables are {state} (default: fail)")  # fmt: skip
+        add("--names", choices=["exact", "closest"], default="exact",
+            help="closest: take a misnamed output for a missing one, as LAB does (default: exact)")  # fmt: skip
         add("--max-cost", type=float, metavar="X", help="US dollars; a run that reaches them stops cleanly")
         add("--max-tokens", type=int, metavar="N", help="tokens, input and output; the same")
         add("--output", type=Path, metavar="DIR", help="where scores go (default: into each run folder)")
@@ -207,6 +210,7 @@ class Tally:
         self.passed, self.unscored, self.criteria = grading.n_passed, grading.n_unscored, len(grading.verdicts)
         self.all_pass, self.stopped, self.cost = grading.all_pass, grading.stopped, grading.cost
         self.states = count_states(grading.verdicts)
+        self.reasons = Counter(each.reason for each in grading.verdicts if each.label == "unscored")
         judges = [each for each in grading.judging["judges"].values() if "tokens" in each]
         self.tokens = sum((Tokens(**each["tokens"]) for each in judges), Tokens())
         self.fresh = sum(each["fresh_verdicts"] for each in judges)
@@ -347,8 +351,11 @@ def total(gradings: Sequence[Tally]) -> str:
         f"tokens: {tokens.input - tokens.cached:,} uncached and {tokens.cached:,} cached in, {tokens.output:,} out"
         + (price(None if None in costs else sum(costs)) or " (cost unknown: no price in the table)"),
     ]
-    stopped = next((each.stopped for each in gradings if each.stopped), "")
-    return "\n".join(lines + ([f"stopped: {stopped}"] if stopped else []))
+    if stopped := next((each.stopped for each in gradings if each.stopped), ""):
+        return "\n".join([*lines, f"stopped: {stopped}"])
+    for reason, count in sum((each.reasons for each in gradings), Counter()).most_common(1):
+        lines.append(f"unscored, {count} of {unscored} times: {' '.join(reason.split())[:300]}")
+    return "\n".join(lines)
 
 
 def price(cost: float | None) -> str:

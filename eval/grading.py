@@ -7,7 +7,8 @@
   from the cache, `fresh_verdicts`, `cached_verdicts`, `troubles` (failed calls and useless answers by kind), and
   `adapted` where the model refused a parameter;
 - `prompt`: its name and hash; `config`: every field of `grade.GradeConfig`;
-- `deliverables`: each file with its state, reader, hash and length; `states`: how many verdicts came about how;
+- `deliverables`: each file with its state, reader, hash and length, and the missing name that it was `taken_for`;
+- `states`: how many verdicts came about how;
 - `started_at`, `seconds`, and `stopped`: why calls were no longer made, or "".
 """
 

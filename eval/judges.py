@@ -99,6 +99,10 @@ class JudgeConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, kinds, told in _KINDS:
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"judge {self.name!r} has {name} {value!r}; it is {told}")
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"judge {self.name!r} has base_url {self.base_url!r}; write http://HOST:PORT/v1")
@@ -116,6 +120,17 @@ class JudgeConfig:
         keep = ("model", "base_url", "temperature", "max_tokens", "structured", "extra")
         return {key: getattr(self, key) for key in keep}
 
+
+_TEXT, _COUNT, _NUMBER = ((str,), "a text"), ((int,), "a whole number"), ((int, float), "a number")
+_KINDS = (
+    *((name, *_TEXT) for name in ("name", "model", "base_url", "api_key_env")),
+    *((name, *kind) for name, kind in (("concurrency", _COUNT), ("timeout", _NUMBER))),
+    ("max_tokens", (int, type(None)), "a whole number"),
+    *((name, (int, float, type(None)), "a number")
+      for name in ("temperature", "requests_per_minute", "tokens_per_minute")),
+    ("cache_marks", (bool,), "true or false"),
+    ("extra", (dict,), "a table"),
+)  # fmt: skip
 
 PROVIDERS = {
     ("gpt-", "o1", "o3", "o4", "chatgpt-"): ("https://api.openai.com/v1", "OPENAI_API_KEY"),
@@ -140,27 +155,34 @@ def find_judge(name: str, table: Mapping[str, JudgeConfig] | None = None) -> Jud
     Raises:
         ValueError: nothing is called so.
     """
-    table = table or {}
-    model, at, url = name.partition("@http")
     if name == "exact":
         return ExactJudge()
-    if name in table:
-        config = table[name]
-    elif at and model:
-        config = JudgeConfig(model, model, f"http{url}", LOCAL_KEY_ENV if os.environ.get(LOCAL_KEY_ENV) else "")
-    else:
-        known = [place for prefixes, place in PROVIDERS.items() if name.startswith(prefixes)]
-        if not known:
-            prefixes = ", ".join(f"{prefix}*" for group in PROVIDERS for prefix in group)
-            raise ValueError(
-                f"no judge is called {name!r}; write exact, MODEL@http://HOST:PORT/v1, a model of a known provider "
-                f"({prefixes})"
-                + (f", or one of your table: {', '.join(table)}" if table else ", or name a --judges file")
-            )
-        config = JudgeConfig(name, name, *known[0])
+    config = find_config(name, table)
     from .client import OpenAIJudge
 
     return OpenAIJudge(config)
+
+
+def find_config(name: str, table: Mapping[str, JudgeConfig] | None = None) -> JudgeConfig:
+    """The settings of a served judge by its name, as `find_judge` takes it; no key is needed yet.
+
+    Raises:
+        ValueError: nothing is called so.
+    """
+    table = table or {}
+    model, at, url = name.partition("@http")
+    if name in table:
+        return table[name]
+    if at and model:
+        return JudgeConfig(model, model, f"http{url}", LOCAL_KEY_ENV if os.environ.get(LOCAL_KEY_ENV) else "")
+    for prefixes, place in PROVIDERS.items():
+        if name.startswith(prefixes):
+            return JudgeConfig(name, name, *place)
+    prefixes = ", ".join(f"{prefix}*" for group in PROVIDERS for prefix in group)
+    raise ValueError(
+        f"no judge is called {name!r}; write exact, MODEL@http://HOST:PORT/v1, a model of a known provider ({prefixes})"
+        + (f", or one of your table: {', '.join(table)}" if table else ", or name a --judges file")
+    )
 
 
 def load_judges(path: str | Path) -> dict[str, JudgeConfig]:
@@ -183,8 +205,7 @@ def load_judges(path: str | Path) -> dict[str, JudgeConfig]:
         if unknown := sorted(set(entry) - known):
             raise ValueError(f"{path}: judge {name!r} has unknown settings {unknown}; there are {sorted(known)}")
         if "base_url" not in entry:
-            judge = find_judge(entry["model"])
-            found[name] = replace(judge.config, **{**entry, "name": name})
+            found[name] = replace(find_config(str(entry["model"])), **{**entry, "name": name})
         else:
             found[name] = JudgeConfig(**{**entry, "name": name})
     return found

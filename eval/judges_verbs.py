@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .agreement import JudgeComparison, Rates, compare_judges
-from .page_parts import dollars
+from .page_parts import dollars, few_tasks
 from .questions import write_text
 from .scored import Rubrics, RunFolders, ScoredRun, graded_by, judges_of, load_runs
-from .stats import Interval
+from .stats import Interval, for_json
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -44,8 +44,9 @@ def compare(args: argparse.Namespace) -> int:
             wrong = part.counts["false_pass"], part.counts["false_fail"]
             if any(wrong):
                 print(f"  {task}: {wrong[0]} false passes, {wrong[1]} false fails of {len(part.pairs)}")
-        for warning in each.warnings:
-            print(f"  note: {warning}")
+        for warning in (*each.warnings, few_tasks(len(each.by_task))):
+            if warning:
+                print(f"  note: {warning}")
     if args.html:
         from .pages_judges import judges_page
 
@@ -58,7 +59,8 @@ def compare(args: argparse.Namespace) -> int:
             raise ValueError("the figure needs what the candidates' verdicts cost, and these files do not say")
         write_text(args.figure, svg)
     if args.json:
-        write_text(args.json, json.dumps([_comparison_json(each) for each in found], indent=1, ensure_ascii=False))
+        numbers = for_json([_comparison_json(each) for each in found])
+        write_text(args.json, json.dumps(numbers, indent=1, ensure_ascii=False))
     return 0
 
 
@@ -82,7 +84,7 @@ def report(args: argparse.Namespace) -> int:
     notes = [f"Quarantine entry {e.task} {e.criterion} took no effect: {why}." for e, why in quarantine.unused(runs)]
     write_text(args.output / "index.html", runs_page(runs, found, rubrics, links, notes))
     numbers = [each.to_json() for each in found]
-    write_text(args.output / "numbers.json", json.dumps(numbers, indent=1, ensure_ascii=False))
+    write_text(args.output / "numbers.json", json.dumps(for_json(numbers), indent=1, ensure_ascii=False))
     for each in found:
         for system, scores in each.systems.items():
             official = scores.official
@@ -98,6 +100,10 @@ def items(args: argparse.Namespace) -> int:
     from .quarantine import candidates, item_statistics
 
     found = item_statistics(load_named(args.paths, Rubrics(args.task), RunFolders(args.runs)))
+    if args.candidates:
+        suspects = candidates(found, args.least)
+        suspects.save(args.candidates)
+        print(f"{len(suspects.entries)} criteria to go through are in {args.candidates}", file=sys.stderr)
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["task", "criterion", "rubric", "kind", "runs", "verdicts", "passes", "unscored", "judges_split",
                   "correlation", "flags", "title"])  # fmt: skip
@@ -105,10 +111,6 @@ def items(args: argparse.Namespace) -> int:
         numbers = ["" if value is None else f"{value:.3f}" for value in (item.split, item.discrimination)]
         out.writerow([item.task, item.criterion, item.rubric, item.kind, item.runs, item.verdicts, item.passes,
                       item.unscored, *numbers, "; ".join(item.flags(args.least)), item.title])  # fmt: skip
-    if args.candidates:
-        suspects = candidates(found, args.least)
-        suspects.save(args.candidates)
-        print(f"{len(suspects.entries)} criteria to go through are in {args.candidates}", file=sys.stderr)
     return 0
 
 

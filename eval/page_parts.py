@@ -46,7 +46,7 @@ th { font-weight: 600; background: var(--soft); }
 td small { display: block; font-size: .8em; color: var(--faint); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 td.text { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
-.item { border: 1px solid var(--line); border-left: 4px solid var(--line); margin: 0 0 .6rem; break-inside: avoid; }
+.item { border: 1px solid var(--line); border-left: 4px solid var(--line); margin: 0 0 .6rem; }
 .item.pass { border-left-color: var(--pass); } .item.fail { border-left-color: var(--fail); }
 .item.unscored { border-left-color: var(--open); }
 .item > summary, .item > .head { padding: .55rem .9rem; display: flex; gap: .8rem; align-items: baseline; }
@@ -64,16 +64,30 @@ td.text { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
 blockquote { margin: .3rem 0 .3rem; padding: .15rem .9rem; border-left: 2px solid var(--line); white-space: pre-wrap;
   font-family: Georgia, "Liberation Serif", serif; font-size: .92rem; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
-figure { margin: .6rem 0 1.2rem; } svg { max-width: 100%; height: auto; }
+figure { margin: .6rem 0 1.2rem; overflow-x: auto; } svg { max-width: 100%; min-width: 34rem; height: auto; }
 a { color: var(--accent); }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); font-size: .8rem;
   color: var(--faint); }
 code { font-size: .82rem; }
 @media (max-width: 44rem) { .pair { grid-template-columns: 1fr; } }
-@media print { body { margin: 0; max-width: none; font-size: 10.5pt; } .item > summary::after { content: ""; }
-  .item { break-inside: avoid; } h2, h3 { break-after: avoid; } }
+@media print {
+  @page { margin: 16mm 15mm; }
+  body { margin: 0; padding: 0; max-width: none; font-size: 10.5pt; }
+  p, blockquote, .said { max-width: none; orphans: 3; widows: 3; }
+  h2, h3, .label, .head, .item > summary { break-after: avoid; }
+  .item { break-inside: auto; }
+  .item > summary::after { display: none; }
+  details::details-content { content-visibility: visible; display: block; block-size: auto; }
+  .scroll, figure { overflow: visible; }
+  figure, tr { break-inside: avoid; }
+  svg { min-width: 0; }
+  table { font-size: 8.5pt; }
+  th, td { padding: .25rem .35rem; white-space: normal; overflow-wrap: break-word; }
+  td small { white-space: nowrap; }
+}
 """
 
+_ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
@@ -126,13 +140,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], caption: str = 
         kind = ' class="text"' if index in texts else ""
         return f"<{tag}{kind}>{value if isinstance(value, Markup) else escape(value)}</{tag}>"
 
-    top = "".join(cell("th", index, name) for index, name in enumerate(head))
+    top = "".join(cell("th", index, name) for index, name in enumerate(head)) if any(head) else ""
     lines = ["<tr>" + "".join(cell("td", i, value) for i, value in enumerate(row)) + "</tr>" for row in rows]
     if not lines:
         return ""
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="scroll"><table>{title}<thead><tr>{top}</tr></thead><tbody>\n'
+        f'<div class="scroll"><table>{title}{top and f"<thead><tr>{top}</tr></thead>"}<tbody>\n'
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )
@@ -147,6 +161,21 @@ def note(lines: Iterable[str]) -> str:
 def count(number: int, noun: str) -> str:
     """1 run, 2 runs."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def quoted(text: str) -> str:
+    """A passage as a reader of the work knows it: without the backslashes that pandoc sets before its punctuation."""
+    return _ESCAPED.sub(r"\1", text)
+
+
+def p_value(value: float) -> str:
+    """Three digits, never a bare zero; a dash where it is not defined."""
+    return "\u2013" if value != value else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def few_tasks(tasks: int) -> str:
+    """A warning where rates rest on so few tasks that their intervals say little; "" from ten on."""
+    return f"All of this rests on {count(tasks, 'task')}; the intervals are as wide as that makes them." * (tasks < 10)
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .page_parts import Markup, count, dollars, escape, header, note, page, table, tiles
+from .page_parts import Markup, count, dollars, escape, header, note, page, quoted, table, tiles
 from .scored import ScoredRun
 from .tasks import LabTask
 from .verdicts import CriterionVerdict, Tokens
@@ -115,7 +115,7 @@ def _quoted(label: str, quotes: Sequence[str]) -> list[str]:
         return []
     return [
         f'<p class="label">{escape(label)}</p>',
-        *(f'<blockquote dir="auto">{escape(quote)}</blockquote>' for quote in quotes),
+        *(f'<blockquote dir="auto">{escape(quoted(quote))}</blockquote>' for quote in quotes),
     ]
 
 

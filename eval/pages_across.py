@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .page_parts import Markup, count, dollars, escape, header, interval, note, page, percent, points, table, tiles
+from .page_parts import (
+    Markup,
+    count,
+    dollars,
+    escape,
+    few_tasks,
+    header,
+    interval,
+    note,
+    p_value,
+    page,
+    percent,
+    points,
+    table,
+    tiles,
+)
 from .pages import title_of
 from .quarantine import Item, item_statistics
 from .scored import Rubrics, ScoredRun, judges_of
@@ -38,10 +53,7 @@ def runs_page(
     ]
     body = [header("Results across runs", "How much of the work was done right", facts)]
     tasks = len({run.task for run in runs})
-    told = list(notes)
-    if tasks < 10:
-        told.append(f"All of this rests on {count(tasks, 'task')}; the intervals are as wide as that makes them.")
-    body.append(note(told))
+    body.append(note([*notes, few_tasks(tasks)]))
     for each in found:
         if len(found) > 1:
             body.append(f"<h2>Judge: {escape(each.judge)}</h2>")
@@ -61,9 +73,9 @@ def _judge_section(found: Overview) -> list[str]:
     parts = [_headline(next(iter(found.systems.values()))) if len(found.systems) == 1 else ""]
     parts.append(_systems_table(found.systems))
     pairs = [
-        [first, second, points(each.criterion.interval), _p(each.criterion.p_value),
-         points(each.all_pass.interval if each.all_pass else None), f"{each.only_a} / {each.only_b}", _p(each.mcnemar),
-         f"{each.tasks:,}"]
+        [first, second, points(each.criterion.interval), p_value(each.criterion.p_value),
+         points(each.all_pass.interval if each.all_pass else None), f"{each.only_a} / {each.only_b}",
+         p_value(each.mcnemar), f"{each.tasks:,}"]
         for first, second, each in found.pairs
     ]  # fmt: skip
     head = [
@@ -167,7 +179,3 @@ def _share(run: ScoredRun) -> float | None:
 
 def _name(run: ScoredRun) -> str:
     return run.system or UNNAMED
-
-
-def _p(value: float) -> str:
-    return "\u2013" if value != value else "< 0.001" if value < 0.001 else f"{value:.3f}"

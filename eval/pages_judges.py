@@ -6,7 +6,21 @@ from collections.abc import Sequence
 
 from .agreement import JudgeComparison, Rates
 from .chart import Point, cost_figure
-from .page_parts import Markup, count, dollars, escape, header, interval, note, page, points, table
+from .page_parts import (
+    Markup,
+    count,
+    dollars,
+    escape,
+    few_tasks,
+    header,
+    interval,
+    note,
+    p_value,
+    page,
+    points,
+    quoted,
+    table,
+)
 from .stats import Interval
 from .verdicts import CriterionVerdict
 
@@ -22,7 +36,8 @@ def judges_page(comparisons: Sequence[JudgeComparison], most: int = 200) -> str:
     facts = [f"Reference: {reference}", f"{count(comparisons[0].runs, 'run')} graded by both"]
     body = [
         header("Comparison of judges", f"How judges differ from {reference}", facts),
-        note([f"{each.candidate}: {warning}." for each in comparisons for warning in each.warnings]),
+        note([few_tasks(max(len(each.by_task) for each in comparisons)),
+              *(f"{each.candidate}: {warning}." for each in comparisons for warning in each.warnings)]),
         rates_table(comparisons),
         _figure(comparisons),
         '<p class="faint">Agreement: the same label. False pass: passed among those that the reference failed; these '
@@ -47,7 +62,7 @@ def rates_table(comparisons: Sequence[JudgeComparison]) -> str:
         lean = rates.leniency.interval if rates.leniency else None
         rows.append(
             [each.candidate, interval(rates.agreement), kappa(rates.kappa), interval(rates.false_pass),
-             interval(rates.false_fail), f"{rates.mcnemar:.3f}", points(lean), dollars(each.costs[1]),
+             interval(rates.false_fail), p_value(rates.mcnemar), points(lean), dollars(each.costs[1]),
              f"{len(rates.pairs):,}", f"{sum(each.unscored):,}"]
         )  # fmt: skip
     head = ["judge", "agreement", "kappa", "false pass", "false fail", "McNemar p", "pass rate, points", "per 1,000",
@@ -153,7 +168,7 @@ def _disagreements(comparison: JudgeComparison, most: int) -> str:
 
 def _side(judge: str, verdict: CriterionVerdict) -> str:
     word = {"pass": "met", "fail": "not met"}[verdict.label]
-    quotes = "".join(f'<blockquote dir="auto">{escape(quote)}</blockquote>' for quote in verdict.evidence)
+    quotes = "".join(f'<blockquote dir="auto">{escape(quoted(quote))}</blockquote>' for quote in verdict.evidence)
     return (
         f'<div><p class="label">{escape(judge)}: <span class="badge {verdict.label}">{word}</span></p>'
         f'<p class="said" dir="auto">{escape(verdict.reason)}</p>{quotes}</div>'

@@ -12,6 +12,7 @@ import random
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 LAB_DESIGN_EFFECT = 5.3
 """The largest design effect measured on real LAB runs (52 tasks, two systems, two judges)."""
@@ -225,6 +226,15 @@ def t_quantile(p: float, df: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if t_tail(middle, df) > 1 - p else (low, middle)
     return (low + high) / 2
+
+
+def for_json(value: Any) -> Any:
+    """The same plain data with None for every nan, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: for_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _z(confidence: float) -> float:

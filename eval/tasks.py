@@ -83,6 +83,17 @@ class AgentTask:
             raise FileNotFoundError(f"{name!r} is no document of task {self.id!r}; it has {len(self.documents)} others")
         return (self._root / name).read_bytes()
 
+    @property
+    def folder(self) -> Path:
+        """Where the documents lie on disk, for a sandbox that shows the originals; it may be missing."""
+        return self._root
+
+    @property
+    def hidden(self) -> tuple[Path, ...]:
+        """What lies in `folder` and is not the agent's: hidden files and folders."""
+        found = (path for path in self._root.rglob(".*") if not path.is_symlink())
+        return tuple(sorted(path for path in found if not _hidden(path.parent.relative_to(self._root))))
+
 
 @dataclass(frozen=True)
 class LabTask:

@@ -24,7 +24,7 @@ from .prices import Prices
 from .prompting import Prompt, PromptError, load_prompt
 from .questions import write_text
 from .scored import ScoredRun
-from .stats import PairedDifference, paired_difference
+from .stats import PairedDifference, for_json, paired_difference
 from .tasks import LabTask
 from .verdict_store import VerdictStore
 from .verdicts import CriterionVerdict
@@ -316,7 +316,7 @@ class Tuner:
             "stopped": result.stopped,
         }
         write_text(self.folder / "prompt.md", result.prompt.text)
-        write_text(self.folder / "log.json", json.dumps(log, indent=1, ensure_ascii=False))
+        write_text(self.folder / "log.json", json.dumps(for_json(log), indent=1, ensure_ascii=False))
 
 
 def _labels(runs: Sequence[ScoredRun], tasks: Mapping[str, LabTask]) -> Verdicts:

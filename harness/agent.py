@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .bridge import Counters, Ledger, base_messages, memo_demand, memo_reminder, nudge, rewrite
+from .bridge import Counters, Ledger, base_messages, memo_demand, memo_reminder, nudge, review, rewrite
 from .rules import MISTAKES, Rules
 from .run_config import RunConfig
 from .runs import EventLog, RunError, RunFolder
@@ -172,11 +172,14 @@ class Episode:
         return Decision() if state.deferred is None else self.issue_again()
 
     def finish(self) -> None:
-        """The agent stopped: one note where a deliverable is missing."""
+        """The agent stopped: one note where a deliverable is missing, and one where all are asked to check again."""
         missing = self.missing()
         if missing and not self.state.nudged:
             self.state.nudged = True
             self.tell(nudge(missing if self.task.deliverables else ()), "nudge")
+        elif self.config.review and not self.state.reviewed:
+            self.state.reviewed = True
+            self.tell(review(), "review")
         else:
             self.state.stop = "no_deliverable" if missing else "done"
 
@@ -219,7 +222,8 @@ class Episode:
         memo = sampled.text if good else (held.text if held else "")
         if not self.log.recorded:
             self.go_live()
-            self.workspace.files.write((MEMO,), memo.encode())
+            with suppress(IsADirectoryError):  # a command made a folder of that name; the memo crosses all the same
+                self.workspace.files.write((MEMO,), memo.encode("utf-8", "replace"))
             self.state.has(self.folder.snapshot())
         return memo, "" if not flaw else "memo cut to its budget" if good else f"no memo: {flaw}"
 

@@ -136,6 +136,11 @@ def memo_demand(tokens: int) -> str:
     return f"Write the memo now: answer with the text of {MEMO} alone, at most {tokens} tokens, without a tool call."
 
 
+def review() -> str:
+    """The note of the neutral gate: the same for good work and bad, in training and in evaluation."""
+    return "Read the assignment and your deliverables once more. Mend what is missing, or answer without a tool call."
+
+
 def nudge(missing: Sequence[str]) -> str:
     """The one note that an agent gets which stops without its deliverables."""
     names = ", ".join(f"output/{name}" for name in missing) or "any file in output/"

@@ -18,8 +18,11 @@ FORMAT = 1
 FLOOR, CEILING = "none", "full"
 QUANTISED = ("int8", "int4")
 CONTROLS = ("still-untrained", "still-wrong-matter")
-LEARNED = ("still", *CONTROLS)
-"""Rows made by a STILL compactor: trained, untrained, and asked about a matter that it did not read."""
+UNEVEN = "-uneven"
+"""Ending of a method whose slots are divided over the heads by a split: `still-uneven`, `snapkv-uneven`."""
+
+LEARNED = ("still", f"still{UNEVEN}", *CONTROLS)
+"""Rows made by a STILL compactor: trained, with a split, untrained, and asked about a matter that it did not read."""
 
 WITHOUT_RATIO = (FLOOR, CEILING, *QUANTISED)
 """Methods whose size no ratio sets."""
@@ -39,6 +42,8 @@ class SweepConfig:
         model: causal language model: `pocket`, a folder or a Hub id
         compactor: trained STILL compactors: the name of a model that brings its own, folders (a folder of folders is
             one compactor per seed), or Hub ids
+        split: JSON file of `still budgets` for methods such as `still-uneven` and `snapkv-uneven`; the compactor's own
+            unless given
         tasks: `matters`, `matters-unseen` (templates that training never shows), `ruler`, `ruler/TASK`, or paths of
             question sets and LAB tasks; `TASK:METHOD+METHOD` computes only these methods of it
         difficulty: of the synthetic matters
@@ -55,6 +60,7 @@ class SweepConfig:
 
     model: str = "pocket"
     compactor: tuple[str, ...] = ("pocket",)
+    split: str = ""
     tasks: tuple[str, ...] = ("matters",)
     difficulty: str = "standard"
     methods: tuple[str, ...] = METHODS
@@ -111,7 +117,14 @@ PRESETS = {
     "quickstart": SweepConfig(
         tasks=("matters", "matters-unseen:still+still-untrained"), count=12, questions=32, max_new_tokens=16
     ),
-}
+    "uneven": SweepConfig(
+        methods=(
+            "still", f"still{UNEVEN}", "attention_matching", f"attention_matching{UNEVEN}", "keydiff",
+            f"keydiff{UNEVEN}", f"snapkv{UNEVEN}", f"h2o{UNEVEN}", f"expected_attention{UNEVEN}",
+        ),
+        seeds=(0, 1, 2), count=12, questions=32, max_new_tokens=16,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Commands of this room: `sweep` and `report`. Loading this module loads neither torch nor matplotlib."""
+"""Commands of this room. Loading this module loads neither torch nor matplotlib."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ..flags import add_flags
+from .budgets_command import Budgets
 from .cells import PRESETS, SweepConfig
+from .rows_command import Rows
 from .run_command import Run
+from .trainers.commands import COMMANDS as TRAINERS
 
 COMMITTED = Path("bench/rows")
 
@@ -79,7 +82,9 @@ examples:
         return 0
 
 
-COMMANDS = {"sweep": Sweep(), "report": Report(), "run": Run()}
+COMMANDS = {
+    "sweep": Sweep(), "report": Report(), "run": Run(), "rows": Rows(), "budgets": Budgets(), **TRAINERS,
+}  # fmt: skip
 
 
 def config_from(args: argparse.Namespace) -> SweepConfig:

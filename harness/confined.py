@@ -86,14 +86,17 @@ class Confined:
                 raise
 
     def files(self) -> Iterator[tuple[str, int]]:
-        """Every file below the root with its size in bytes, in sorted order; links and hidden files are left out."""
+        """Every file below the root with its size in bytes, in sorted order.
+
+        Left out: links, hidden files, and names that `parse` would refuse, which only a command in a sandbox can make.
+        """
         yield from self._files((), 0)
 
     def _files(self, parts: Parts, depth: int) -> Iterator[tuple[str, int]]:
         with self._folder(parts) as folder, os.scandir(folder) as entries:
             found = sorted((e.name, e.is_dir(follow_symlinks=False), e.stat(follow_symlinks=False)) for e in entries)
         for name, is_folder, state in found:
-            if name.startswith("."):
+            if name.startswith(".") or not name.isprintable():
                 continue
             if is_folder and depth < 64:
                 yield from self._files((*parts, name), depth + 1)
@@ -132,3 +135,18 @@ def _open(parts: Parts, flags: int, folder: int) -> int:
 
 def _is_link(name: str, folder: int) -> bool:
     return stat.S_ISLNK(os.lstat(name, dir_fd=folder).st_mode)
+
+
+def own_all(folder: Path) -> None:
+    """Give this process back what a command took from it: every file below can be listed, read and removed."""
+    _own(folder)
+    for here, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            _own(Path(here, name))
+
+
+def _own(path: Path) -> None:
+    mode = path.lstat().st_mode
+    wanted = 0o700 if stat.S_ISDIR(mode) else 0o600
+    if not stat.S_ISLNK(mode) and mode & wanted != wanted:
+        path.chmod(stat.S_IMODE(mode) | wanted)

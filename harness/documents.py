@@ -85,7 +85,7 @@ class Documents:
             FileNotFoundError: it is no document of the task.
             DocumentError: it gave no text.
         """
-        return self.reading(name).text
+        return valid(self.reading(name).text)
 
     def reading(self, name: str) -> Reading:
         """The text of a document, its hashes and its reader; see `text`."""
@@ -116,6 +116,15 @@ class Documents:
             else self.readings[name].record()
             for name in self.names
         ]
+
+
+def valid(text: str) -> str:
+    """The text, with a "?" for each half of a surrogate pair, which no file and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
 
 
 def _cached(folder: Path, name: str, data: bytes, limits: Limits) -> Reading:

@@ -29,9 +29,9 @@ from .run_config import RunConfig
 from .runs import RunFolder, read_run
 from .tools import Workspace
 from .types import MEMO, Artifact, Boundary, Limit, Message, ToolCall
+from .windows import KINDS, SLOTS, streams
 
-KINDS = {"context": 0, "action": 1, "memo": 2, "draft": 3, "review": 4, "final": 5}
-
+__all__ = ["KINDS", "Oracle", "Pretended", "Row", "oracle_events", "rows_of", "synthetic_rows"]
 
 @dataclass(frozen=True)
 class Row:
@@ -71,33 +71,22 @@ def rows_of(events: Sequence[Mapping[str, Any]]) -> list[Row]:
     Rejected memos are not there, and turns that the harness issued again are context.
     """
     run, base = events[0], list(events[0]["base_ids"])
-    compacts = [event for event in events if event["event"] == "compact"]
-    slots = any(event["artifact"]["kind"] in ("kv", "hybrid", "memo_kv") for event in compacts)
-    rows, cuts = [_Part(base)], []
-    for event in events:
-        if event["event"] == "turn":
-            rows[-1].add(event["append_ids"])
-            rows[-1].add(event["output_ids"], KINDS[event["kind"]], not event["repaired"])
-        elif event["event"] == "compact" and slots:
-            rows[-1].add(event["pending_ids"])
-            cuts.append(len(rows[-1].ids))
-        elif event["event"] == "compact":
-            rows.append(_Part(base))
-    shared = {"task": run["task"], "windows": len(compacts) + 1, "base": len(base), "backend": run["backend"]}
+    slots = any(event["event"] == "compact" and event["artifact"]["kind"] in SLOTS for event in events)
+    windows, rows, cuts = streams(events), [], []
+    for number, window in enumerate(windows):
+        if not (slots and number):
+            rows.append(([*base], [False] * len(base), [0] * len(base)))
+        pending = window.pending if slots else []
+        rows[-1][0].extend(window.ids + pending)
+        rows[-1][1].extend(window.trained + [False] * len(pending))
+        rows[-1][2].extend(window.kinds + [0] * len(pending))
+        if slots and number < len(windows) - 1:
+            cuts.append(len(rows[-1][0]))
+    shared = {"task": run["task"], "windows": len(windows), "base": len(base), "backend": run["backend"]}
     return [
-        Row(part.ids, part.trained, part.kinds, window=number, cuts=tuple(cuts), **shared)
-        for number, part in enumerate(rows)
+        Row(ids, trained, kinds, window=number, cuts=tuple(cuts), **shared)
+        for number, (ids, trained, kinds) in enumerate(rows)
     ]
-
-
-class _Part:
-    def __init__(self, base: list[int]):
-        self.ids, self.trained, self.kinds = list(base), [False] * len(base), [0] * len(base)
-
-    def add(self, ids: Sequence[int], kind: int = 0, trained: bool = False) -> None:
-        self.ids += ids
-        self.trained += [trained and kind > 0] * len(ids)
-        self.kinds += [kind] * len(ids)
 
 
 class Pretended(TextBackend):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cells import CEILING, CONTROLS, FLOOR, QUANTISED, write_file
+from .cells import CEILING, CONTROLS, FLOOR, QUANTISED, UNEVEN, write_file
 from .rows import COMPUTED, Row
 
 INK, FAINT, GRID = "#1f2328", "#6e7681", "#e6e8eb"
@@ -28,6 +28,7 @@ class Style:
 # Hues of Okabe and Ito and of Tol's muted scheme; markers tell apart what a grey print cannot.
 STYLES = {
     "still": Style(ACCENT, "o", "STILL"),
+    "still-uneven": Style("#7a1fa2", "o", "STILL, uneven heads"),
     "still-untrained": Style("#8a8f98", "o", "STILL, untrained"),
     "still-wrong-matter": Style("#8a8f98", "x", "STILL, wrong matter"),
     "attention_matching": Style("#0072b2", "s", "Attention Matching"),
@@ -71,6 +72,8 @@ def style_of(method: str) -> Style:
     """The style of a method; one that this table does not know gets a colour of its own by its name."""
     if method in STYLES:
         return STYLES[method]
+    if (plain := method.removesuffix(UNEVEN)) in STYLES:
+        return Style(STYLES[plain].colour, "$u$", f"{STYLES[plain].label}, uneven heads")
     return Style(OTHERS[sum(method.encode()) % len(OTHERS)], "8", method)
 
 

@@ -98,8 +98,11 @@ class Rules:
         return "", result
 
     def memo(self) -> str:
-        """The memo as it lies in the workspace."""
-        return self.workspace.files.read((MEMO,), 1 << 24).decode(errors="replace")
+        """The memo as it lies in the workspace; empty where a command made it a link, or took it away."""
+        try:
+            return self.workspace.files.read((MEMO,), 1 << 24).decode(errors="replace")
+        except (ValueError, FileNotFoundError):
+            return ""
 
     def memo_is_due(self) -> bool:
         """Whether nothing more may be read before a memo is written."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..flags import add_flags, add_pass_through, from_flags
 from .run_config import RunConfig
+from .sandbox import find_sandbox
 
 SERVED = "server:"
 
@@ -57,7 +59,7 @@ class PolicyConfig:
         method, attention = None, None
         if config.backend in ("kv", "hybrid") and config.method != "still":
             method = methods.get(config.method, **options)
-            attention = "still" if method.uses_beta else None
+            attention = "still" if method.needs_still_attention else None
         loaded = models.load(self.policy, self.device, self.dtype, attention)
         policy = LocalPolicy(loaded, config.window)
         if config.backend in ("kv", "hybrid") and config.method == "still":
@@ -97,6 +99,18 @@ def _beta_attention() -> str:
 
     register()
     return NAME
+
+
+def _sandbox(config: RunConfig):
+    """What bash runs in, or None; where it was not asked for by name, its absence is said and no more."""
+    if config.sandbox == "none" or "bash" not in config.tools:
+        return None
+    sandbox, reason = find_sandbox()
+    if sandbox is None and config.sandbox == "bwrap":
+        raise ValueError(f"sandbox is 'bwrap', and {reason}")
+    if sandbox is None:
+        print(f"bash is off: {reason}", file=sys.stderr)
+    return sandbox
 
 
 class Run:
@@ -144,9 +158,10 @@ A budget is the peak of attended compacted context: bytes (64MiB), or as many as
             raise ValueError(f"there is no task.json below {', '.join(map(str, args.tasks))}; name LAB task folders")
         tasks = [load_task(folder) for folder in folders]
         seeds = [int(seed) for seed in args.seeds.split(",")]
+        sandbox = _sandbox(config)
         policy, method = model.load(config, args.option)
         outcomes = play_tasks(
-            tasks, policy, config, args.output, seeds=seeds, method=method, together=args.together,
+            tasks, policy, config, args.output, seeds=seeds, method=method, sandbox=sandbox, together=args.together,
             report=lambda outcome: print(*table([outcome]), flush=True),
         )  # fmt: skip
         return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0

@@ -34,8 +34,10 @@ class RunConfig:
         on_failure: when no memo could be had: degrade (go on with the memo before, flagged) or fail (stop).
         temperature: 0 is greedy.
         retry_temperature: least temperature of a second attempt.
+        review: answer the agent's first stop, good or bad, with one neutral note to check its work again.
         seed: of the sampling.
         tools: which of bash, read, write, edit, glob and grep the agent is given.
+        sandbox: what bash runs in: auto (bubblewrap where it works, else there is no bash), bwrap (it must work), none.
     """
 
     backend: BackendName = "kv"
@@ -56,8 +58,10 @@ class RunConfig:
     on_failure: Literal["degrade", "fail"] = "degrade"
     temperature: float = 0.0
     retry_temperature: float = 0.7
+    review: bool = False
     seed: int = 0
     tools: tuple[str, ...] = ("read", "write", "edit", "glob", "grep", "bash")
+    sandbox: Literal["auto", "bwrap", "none"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("reads", "max_turns", "max_windows", "max_new_tokens", "attempts"):

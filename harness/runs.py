@@ -12,12 +12,12 @@ Every event has `event` (its kind), `n` (its number in the file) and `time` (UTC
     run      schema, run_id, task, backend, policy, window_tokens, bytes_per_token, config, tools, system, user,
              documents [{name, sha256, characters, tokens}], base_ids, provenance
     turn     turn, window, kind action|memo|draft|final, forced, repaired, text, calls [{name, arguments, id}], finish,
-             problem, append_ids, output_ids, logprobs, margin, prompt_tokens, output_tokens, seconds, cost
+             problem, append_ids, output_ids, logprobs, margin, prompt_tokens, output_tokens, seconds, cost, version
     reject   a turn that was sampled again: the same, and attempt, reason. Never trained on
     tool     turn, window, index, name, arguments, ok, rule, problem, result (sha256 of a blob), characters, tokens,
              document, start, document_characters, truncated, seconds; `files` {path: [sha256 of a blob, bytes]}, all of
              the agent's files, where the call changed them
-    note     turn, why memo|nudge, text: a user message by the harness
+    note     turn, why memo|nudge|review, text: a user message by the harness
     compact  window, trigger, forced, degraded, attempts, artifact {kind, path, text (sha256 of a blob), sha256, tokens,
              nbytes, details}, before and after {base, compacted, raw, compacted_bytes}, seconds, decoded_tokens,
              prefill_tokens, pending_ids, bridge (sha256 of a blob), read [[name, window, characters]], files
@@ -39,9 +39,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
-from .confined import Confined
+from .confined import Confined, own_all
 
 SCHEMA = 1
 
@@ -126,7 +127,7 @@ class RunFolder:
         self.root = Path(root)
         self.workspace, self.artifacts = self.root / "workspace", self.root / "artifacts"
         self.output, self.blobs = self.root / "output", self.root / "blobs"
-        for folder in (self.workspace / "output", self.artifacts, self.blobs):
+        for folder in (self.workspace, self.artifacts, self.blobs):
             folder.mkdir(parents=True, exist_ok=True)
         self.confined = Confined(self.workspace)
 
@@ -170,12 +171,17 @@ class RunFolder:
 
     def restore(self, files: Mapping[str, Sequence]) -> None:
         """Put the workspace back to a snapshot: what ran but was never committed leaves no trace, here or beside it."""
-        for folder, pattern in ((self.workspace, ".*.part"), (self.artifacts, ".*.tmp"), (self.blobs, ".*.tmp")):
-            for partial in folder.rglob(pattern):
+        for folder in (self.artifacts, self.blobs):
+            for partial in folder.glob(".*.tmp"):
                 partial.unlink()
-        for name in [name for name, _ in self.confined.files()]:
-            if name not in files and not name.startswith("documents/"):
-                (self.workspace / name).unlink()
+        own_all(self.workspace)
+        for entry in self.workspace.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        if "output" not in files:
+            self.workspace.joinpath("output").mkdir()
         for name, (sha256, _) in files.items():
             self.confined.write(tuple(name.split("/")), self.data(sha256))
 
@@ -341,7 +347,7 @@ def sha256_of(path: Path) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place and move it there whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{os.getpid()}-{token_hex(4)}.tmp")
     try:
         partial.write_bytes(data)
         partial.replace(path)

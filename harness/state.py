@@ -36,6 +36,7 @@ class State:
         rejected: memos of this window that were sampled again.
         mistakes: turns in a row with nothing but mistakes.
         nudged: the agent was told of a missing deliverable.
+        reviewed: the agent was asked to check its work again.
         stop: why the run must stop.
         history: the window's turns as text.
     """
@@ -59,6 +60,7 @@ class State:
     rejected: int = 0
     mistakes: int = 0
     nudged: bool = False
+    reviewed: bool = False
     stop: str = ""
     history: list[str] = field(default_factory=list)
 

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import methods, models
+from ..attention import attending
+from ..budgets import Split
 from ..compactor import StillCompactor
 from ..eval.judge import exact_judge
 from ..eval.questions import Question, QuestionSet
@@ -29,7 +31,7 @@ from ..provenance import provenance
 from ..reading import read
 from ..types import Reading
 from .ask import Asked, Prompt, ask
-from .cells import CEILING, FLOOR, Cell, CellStore, SweepConfig, cells_of, digest
+from .cells import CEILING, FLOOR, UNEVEN, Cell, CellStore, SweepConfig, cells_of, digest
 from .question_sets import question_sets
 
 COMPACTOR_FILE = "compactor.json"
@@ -62,6 +64,7 @@ def run_sweep(
         "model": f"{loaded.name} {weights_digest(loaded.model)}",
         "questions": digest([each.to_json() for sets in tasks.values() for each in sets])[:16],
         **{f"compactor seed {seed}": name for seed, name in bench.compactor_names.items()},
+        **({"split": digest(bench.split_of(None).to_dict())[:16]} if config.split else {}),
     }
     store = CellStore.create(output, config, inputs, record)
     plan = [
@@ -86,6 +89,7 @@ def run_sweep(
 def check_methods(names: tuple[str, ...]) -> None:
     """Refuse a method that nobody knows, before anything is loaded."""
     known = [*methods.NAMES, "still-untrained", "still-wrong-matter"]
+    known += [name + UNEVEN for name in methods.SPLIT_NAMES]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no method {unknown[0]!r}; choose from {', '.join(known)}")
 
@@ -105,19 +109,37 @@ class Bench:
         self.attention = self.model.config._attn_implementation
         self.compactors: dict[int, StillCompactor] = {}
         self.compactor_names: dict[int, str] = {}
-        self.needs_queries = any(methods.METHODS[name].needs_queries for name in names if name in methods.METHODS)
-        if {"still", "still-wrong-matter"} & set(names):
+        plain = [name.removesuffix(UNEVEN) for name in names]
+        self.needs_queries = any(methods.METHODS[name].needs_queries for name in plain if name in methods.METHODS)
+        uneven = any(name.endswith(UNEVEN) for name in names)
+        if {"still", "still-wrong-matter"} & set(plain) or (uneven and not config.split):
             self._load_compactors(loaded)
         trained = tuple(self.compactors)
         self.seeds = {"still": trained, "still-wrong-matter": trained, "random": config.seeds}
+        self.seeds |= {f"{name}{UNEVEN}": self.seeds[name] for name in ("still", "random")}
+        if uneven:
+            self.split_of(None)  # refuses a missing one before hours of work
 
     def method(self, cell: Cell) -> Method:
         """The method of a cell, ready to compact."""
         if cell.method == "still-untrained":
             return methods.get("still", compactor=self.untrained, label="untrained")
-        if cell.method in ("still", "still-wrong-matter"):
-            return methods.get("still", compactor=self.compactors[cell.seed], label=self.compactor_names[cell.seed])
-        return methods.get(cell.method, **({} if cell.seed is None else {"seed": cell.seed}))
+        name = cell.method.removesuffix(UNEVEN)
+        options = {"split": self.split_of(cell.seed)} if cell.method.endswith(UNEVEN) else {}
+        if name in ("still", "still-wrong-matter"):
+            options |= {"compactor": self.compactors[cell.seed], "label": self.compactor_names[cell.seed]}
+            return methods.get("still", **options)
+        return methods.get(name, **({} if cell.seed is None else {"seed": cell.seed}), **options)
+
+    def split_of(self, seed: int | None) -> Split:
+        """The split that was given, or else that of the compactor of this seed, of the first one if there is none.
+
+        Raises:
+            ValueError: none was given, and the compactor carries none.
+        """
+        if self.config.split:
+            return Split.load(self.config.split)
+        return self.compactors.get(seed, next(iter(self.compactors.values()))).with_split().split
 
     @cached_property
     def untrained(self) -> StillCompactor:
@@ -145,17 +167,8 @@ class Bench:
     @contextmanager
     def attending(self, method: Method):
         """Run the model with the attention that the method's cache needs, and then with its own again."""
-        if not method.uses_beta or self.attention == "still":
+        with attending(self.model) if method.needs_still_attention else nullcontext():
             yield
-            return
-        from ..attention import register
-
-        register()
-        self.model.set_attn_implementation("still")
-        try:
-            yield
-        finally:
-            self.model.set_attn_implementation(self.attention)
 
     def _load_compactors(self, loaded: models.LoadedModel) -> None:
         found = {}

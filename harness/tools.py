@@ -11,19 +11,19 @@ import difflib
 import errno
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..eval.pandoc import markdown_to_docx, pandoc_path
 from ..eval.readers import SUFFIXES, DocumentError, Limits, read_bytes
 from .confined import Confined, OutsideError, Parts, parse
-from .documents import Documents
-
-if TYPE_CHECKING:
-    from .sandbox import Sandbox
+from .documents import Documents, valid
+from .sandbox import Sandbox, SandboxError
 
 PROBLEMS = {
     "unknown_tool": "no tool has this name",
@@ -162,9 +162,11 @@ class Workspace:
         self.files = Confined(root)
         self.root, self.documents, self.sandbox, self.longest = self.files.root, documents, sandbox, longest
         self.limits = Limits()
+        self._refuse_reachable(documents.task.folder)
         if any(name.lower().endswith(".docx") for name in documents.task.deliverables):
             pandoc_path()
-        self.root.joinpath("output").mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # a command may have left anything of that name, until the run is put back
+            self.root.joinpath("output").mkdir()
 
     def specs(self) -> list[dict[str, Any]]:
         """The tools that are on, as OpenAI tool schemas."""
@@ -187,6 +189,10 @@ class Workspace:
             name: as the model wrote it.
             arguments: a mapping, or the JSON text that the model wrote.
         """
+        result = self._call(name, arguments)
+        return replace(result, text=valid(result.text))
+
+    def _call(self, name: str, arguments: Mapping[str, Any] | str) -> ToolResult:
         try:
             given = check_arguments(name, arguments)
             tool: Callable[..., ToolResult] = getattr(self, f"_{name}")
@@ -263,9 +269,9 @@ class Workspace:
 
         try:
             wanted = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
-        except regex.error as mistake:
-            raise ToolError("bad_arguments", f"{pattern!r} is no regular expression: {mistake}") from mistake
-        found, skipped, left = [], 0, GREP_SECONDS
+        except (regex.error, RecursionError, MemoryError, OverflowError) as mistake:
+            raise ToolError("bad_arguments", f"{pattern!r:.200} is no regular expression: {mistake}") from mistake
+        found, skipped, until = [], 0, time.monotonic() + GREP_SECONDS
         for name in self._named(path or "**"):
             try:
                 text, _ = self._text(parse(name))
@@ -273,7 +279,7 @@ class Workspace:
                 skipped += 1
                 continue
             try:
-                found += _matches(wanted, name, text, left)
+                found += _matches(wanted, name, text, until)
             except TimeoutError as slow:
                 raise ToolError("timeout", f"{pattern!r} takes too long to search for; make it simpler") from slow
         if skipped:
@@ -281,7 +287,31 @@ class Workspace:
         return self._bounded("\n".join(found) if found else f"nothing matches {pattern}")
 
     def _bash(self, command: str, timeout: float | None = None) -> ToolResult:
-        raise ToolError("off", "bash is off: there is no sandbox here; use read, write, edit, glob and grep")
+        if self.sandbox is None:
+            raise ToolError("off", "bash is off: there is no sandbox here; use read, write, edit, glob and grep")
+        if "\0" in command or valid(command) != command:
+            raise ToolError("bad_arguments", "the command is no valid text")
+        if timeout is not None and not timeout > 0:
+            raise ToolError("bad_arguments", f"timeout is {timeout}; it is more than 0 seconds")
+        task, seconds = self.documents.task, min(timeout or self.sandbox.seconds, self.sandbox.seconds)
+        try:
+            ran = self.sandbox.run(command, self.root, task.folder, task.hidden, seconds)
+        except SandboxError as problem:
+            raise ToolError("environment", str(problem)) from problem
+        shown = self._bounded(ran.text.rstrip("\n"))
+        ended = f"[stopped after {seconds:g} seconds]" if ran.code is None else f"[exit code {ran.code}]"
+        text = "\n".join(filter(None, [shown.text, "" if ran.code == 0 else ended])) or "[no output]"
+        problem = "timeout" if ran.code is None else "failed" if ran.code else ""
+        return replace(shown, text=text, ok=not problem, truncated=shown.truncated or ran.left_out > 0, problem=problem)
+
+    def _refuse_reachable(self, folder: Path) -> None:
+        """A workspace in the task's own folder, or around it, would show the rubric."""
+        folder = folder.resolve()
+        for place in (folder, folder.parent if folder.name == "documents" else folder):
+            if self.root.is_relative_to(place) or place.is_relative_to(self.root):
+                raise ValueError(f"the workspace {self.root} and the task's folder {place} hold one another: move one")
+        if self.sandbox is not None and self.sandbox.shows(folder):
+            raise ValueError(f"the task lies in {folder}, which every command in the sandbox can read: move it")
 
     def _text(self, parts: Parts) -> tuple[str, str | None]:
         """The text of a document, with its name, or of a file of the agent's."""
@@ -398,9 +428,9 @@ def glob_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(kinds.get(piece) or re.escape(piece) for piece in pieces), re.DOTALL)
 
 
-def _matches(wanted: Any, name: str, text: str, seconds: float) -> Iterator[str]:
+def _matches(wanted: Any, name: str, text: str, until: float) -> Iterator[str]:
     for number, line in enumerate(text.split("\n"), 1):
-        if match := wanted.search(line, timeout=seconds):
+        if match := wanted.search(line, timeout=max(1e-3, until - time.monotonic())):
             yield f"{name}:{number}: {_excerpt(line, match.start())}"
 
 

@@ -47,7 +47,7 @@ class ToolCall:
         """The arguments, or None where they are no JSON object."""
         try:
             found = json.loads(self.arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
@@ -101,6 +101,7 @@ class Sampled:
         output_tokens: sampled.
         seconds: wall time.
         cost: in dollars; None where there are no prices.
+        version: of the weights that sampled it, as a trainer counts them; None where nothing trains.
     """
 
     text: str
@@ -115,6 +116,7 @@ class Sampled:
     output_tokens: int = 0
     seconds: float = 0.0
     cost: float | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 _HOMES = {
     "CompactKV": "types",
     "Reading": "types",
+    "Split": "budgets",
     "StillCache": "cache",
     "StillCompactor": "compactor",
     "StillConfig": "config",
@@ -22,6 +23,7 @@ _HOMES = {
 __all__ = [
     "CompactKV",
     "Reading",
+    "Split",
     "StillCache",
     "StillCompactor",
     "StillConfig",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .budgets import resolve_slots, slots_for
+    from .budgets import Split, resolve_slots, slots_for
     from .cache import StillCache
     from .compactor import StillCompactor
     from .config import StillConfig

@@ -1,19 +1,24 @@
 """The attention implementation `"still"`: what stock attention cannot do over a compact prefix.
 
-A bias per slot (beta), and rows of one batch with unequal numbers of slots. Call `register()` once, then load the
-model with `attn_implementation="still"` or call `model.set_attn_implementation("still")`. The function and its mask
-are registered together: with the first alone transformers builds no mask, and tokens see the future.
+A bias per slot (beta), and unequal numbers of slots, over the rows of a batch or over the heads of a layer. Call
+`register()` once, then load the model with `attn_implementation="still"` or call
+`model.set_attn_implementation("still")`. The function and its mask are registered together: with the first alone
+transformers builds no mask, and tokens see the future.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .cache_ragged import RaggedSlots
 from .kernels.prefix_attention import merge_attention, prefix_attention, tail_attention
 
 NAME = "still"
@@ -22,21 +27,39 @@ _ATTRIBUTE = "still_prefix"
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the keys of one forward say about their first `length` columns, which every query may see.
+    """What the keys of one forward say about the slots before them and about their first columns.
+
+    Every query may see both.
 
     Attributes:
-        length: columns of the compact prefix; the rest is dense and causal.
-        bias: additive pre-softmax bias `[batch, kv_heads or 1, length]`, -inf at dead columns.
+        length: columns of the dense prefix; the rest is dense and causal.
+        bias: additive pre-softmax bias `[batch, kv_heads or 1, length]`, -inf at dead columns; None with no columns.
+        slots: packed slots of unequal heads, which are not among the columns; None if there are none.
     """
 
     length: int
-    bias: torch.Tensor
+    bias: torch.Tensor | None
+    slots: RaggedSlots | None = None
 
 
 def register() -> None:
     """Make `attn_implementation="still"` known to transformers: the attention function and its mask."""
     AttentionInterface.register(NAME, still_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def attending(model) -> Iterator[None]:
+    """Run a model with this attention while the block lasts, and then with its own again."""
+    before = model.config._attn_implementation
+    register()
+    if before != NAME:
+        model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        if before != NAME:
+            model.set_attn_implementation(before)
 
 
 def with_prefix(keys: torch.Tensor, prefix: Prefix) -> torch.Tensor:
@@ -82,11 +105,16 @@ def still_attention(
     for name, off in (("dropout", 0.0), ("softcap", None), ("s_aux", None), ("position_bias", None)):
         asked = dropout if name == "dropout" else kwargs.get(name)
         if asked is not None and asked is not off and not (name == "dropout" and asked == 0):
-            raise ValueError(f"attention over a biased prefix has no {name} (got {asked}); use slots without beta")
+            raise ValueError(
+                f"attention over compact slots with a bias, or unequal ones, has no {name} (got {asked}); use uniform "
+                f"slots without beta"
+            )
     n = prefix.length
     tail_mask = None if attention_mask is None else attention_mask[..., n:]
-    out, _ = merge_attention(
-        prefix_attention(query, key[:, :, :n], value[:, :, :n], prefix.bias, scaling),
-        tail_attention(query, key[:, :, n:], value[:, :, n:], tail_mask, scaling),
-    )
+    parts = [tail_attention(query, key[:, :, n:], value[:, :, n:], tail_mask, scaling)]
+    if n:
+        parts.append(prefix_attention(query, key[:, :, :n], value[:, :, :n], prefix.bias, scaling))
+    if prefix.slots is not None:
+        parts.append(prefix.slots.attend(query, scaling))
+    out, _ = reduce(merge_attention, parts)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None

@@ -128,13 +128,15 @@ class StillCache(Cache):
         row_slots: Sequence[int] | None = None,
         positions: torch.Tensor | None = None,
         provenance: dict[str, Any] | None = None,
+        floor: int = 1,
     ) -> StillCache:
         """A ready-made cache from the compact slots of a context.
 
         Args:
             config: the model's config, or the model. Its `_attn_implementation` is read at every forward.
             layers: `CompactKV` for every full-attention layer, all with as many slots. In a padded batch, rows with
-                fewer slots have them on the right, after columns of zeros.
+                fewer slots have them on the right, after columns of zeros. Or ragged ones, with as many as each head
+                of each layer has; they need `attn_implementation="still"`.
             logical_length: tokens of the context, padding included.
             source: the full cache, from which other layers' states are copied; it is not changed.
             token_ids: `[batch, logical_length]` of the context; `prompt` needs them.
@@ -143,6 +145,7 @@ class StillCache(Cache):
             positions: logical positions at which the slots are rotated, `[slots]` or `[batch, slots]`; spread evenly
                 over each row's tokens unless given.
             provenance: what made the slots.
+            floor: fewest slots that a KV head of a ragged record may have.
 
         Raises:
             ValueError: the layers do not fit the model or one another, or there are more slots than tokens.
@@ -156,7 +159,7 @@ class StillCache(Cache):
         cache = cls._empty(config, mask=mask)
         cache.token_ids, cache.provenance = token_ids, dict(provenance or {})
         cache._copy_others(source)
-        append_slots(cache, layers, logical_length, mask, row_slots, positions)
+        append_slots(cache, layers, logical_length, mask, row_slots, positions, floor)
         return cache
 
     @property
@@ -166,8 +169,13 @@ class StillCache(Cache):
 
     @property
     def slots(self) -> int:
-        """Compact slots per KV head, of the row that has most."""
-        return self.compact_layers[0].slots
+        """Compact slots per KV head, of the row that has most; their mean, rounded up, where heads are unequal."""
+        return max(self.row_slots())
+
+    @property
+    def ragged(self) -> bool:
+        """Whether slots are packed, as many as each head of each layer has."""
+        return self.compact_layers[0].ragged is not None
 
     @property
     def logical_length(self) -> int:
@@ -176,8 +184,8 @@ class StillCache(Cache):
 
     @property
     def physical_length(self) -> int:
-        """Columns stored per full-attention layer: slots and raw tokens."""
-        return self.compact_layers[0].physical
+        """Columns stored per KV head: slots (their mean, rounded up, where heads are unequal) and raw tokens."""
+        return self.compact_layers[0].physical + (self.slots if self.ragged else 0)
 
     @property
     def nbytes(self) -> int:
@@ -186,8 +194,30 @@ class StillCache(Cache):
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def row_slots(self) -> list[int]:
-        """Compact slots per KV head of each row."""
-        return slots_of_rows(self.compact_layers[0])
+        """Compact slots per KV head of each row; their mean, rounded up, where heads are unequal."""
+        return slots_of_rows(self.compact_layers)
+
+    @property
+    def padded_nbytes(self) -> int:
+        """Bytes that these slots take where every head of every layer is padded to the longest, as masks alone would.
+
+        `nbytes` where slots are uniform.
+        """
+        ragged = [layer.ragged for layer in self.compact_layers if layer.ragged is not None]
+        longest = max((int(slots.counts.max()) for slots in ragged), default=0)
+        stored = sum(len(slots.keys) for slots in ragged)
+        dead = sum(longest * slots.counts.numel() for slots in ragged) - stored
+        return self.nbytes + dead * sum(slots.nbytes for slots in ragged) // max(1, stored)
+
+    def head_slots(self, row: int = 0) -> dict[int, list[int]]:
+        """Compact slots of each KV head of a row, by layer index."""
+        same = self.row_slots()
+        return {
+            layer.index: [same[row]] * self.config.num_key_value_heads
+            if layer.ragged is None
+            else layer.ragged.counts[row].tolist()
+            for layer in self.compact_layers
+        }
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """Store new keys and values of one layer, and return what this forward attends to."""
@@ -241,6 +271,7 @@ class StillCache(Cache):
         row_slots: Sequence[int] | None = None,
         positions: torch.Tensor | None = None,
         source: Cache | None = None,
+        floor: int = 1,
     ) -> None:
         """Append the slots of the next `tokens` tokens of the context.
 
@@ -255,14 +286,15 @@ class StillCache(Cache):
             row_slots: new slots of each row, as in `from_layers`.
             positions: where the new slots are rotated, as in `from_layers`.
             source: a cache that has read these tokens, for other layers' states.
+            floor: as in `from_layers`.
 
         Raises:
             ValueError: other tokens are raw, or the layers do not fit.
         """
         known, start = self.token_ids, self.logical_length
         mask = None if attention_mask is None else attention_mask.bool().cpu()
-        read = self.physical_length > self.slots
-        append_slots(self, layers, tokens, mask, row_slots, positions)
+        read = self.compact_layers[0].physical > self.compact_layers[0].slots
+        append_slots(self, layers, tokens, mask, row_slots, positions, floor)
         if not read or source is not None:
             self._copy_others(source)
         start -= tokens if read else 0

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 
 from .budgets import slots_for
+from .cache_heads import ragged_slots, recompact_heads, slot_positions
+from .cache_ragged import RaggedSlots
 from .types import CompactKV
 
 MODES = ("append", "recompact")
@@ -23,7 +25,10 @@ class LayerCompactor(Protocol):
     def compact_layer(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, slots: int
     ) -> CompactKV:
-        """Compact keys and values `[batch, kv_heads, tokens, head_dim]` to `slots` slots."""
+        """Compact keys and values `[batch, kv_heads, tokens, head_dim]` to `slots` slots.
+
+        A ragged record may share the slots of all layers out as it likes; then every layer's record is ragged.
+        """
         ...
 
 
@@ -37,6 +42,7 @@ class Packed:
         slot_positions: logical positions at which the slots are rotated, `[batch or 1, slots]`.
         beta: `[batch, kv_heads, slots]`, or None.
         logical: tokens that these rows stand for.
+        ragged: the slots where they are unequal; `keys` and `values` hold raw tokens alone then.
     """
 
     keys: torch.Tensor
@@ -44,10 +50,11 @@ class Packed:
     slot_positions: torch.Tensor
     beta: torch.Tensor | None
     logical: int
+    ragged: RaggedSlots | None = None
 
     @property
     def slots(self) -> int:
-        """Compact slots."""
+        """Compact slots among the columns."""
         return self.slot_positions.shape[-1]
 
     @property
@@ -59,13 +66,18 @@ class Packed:
         """Logical positions `[raw]` of the raw tokens."""
         return torch.arange(self.logical - self.raw, self.logical, device=self.keys.device)
 
+    def as_ragged(self) -> Packed:
+        """The same rows with their slots packed, apart from the raw tokens."""
+        if self.ragged is not None:
+            return self
+        t = self.slots
+        slots = CompactKV(self.keys[:, :, :t], self.values[:, :, :t], self.beta, positions=self.slot_positions)
+        keys, values = self.keys[:, :, t:], self.values[:, :, t:]
+        return Packed(keys, values, self.slot_positions[:, :0], None, self.logical, RaggedSlots.of(slots))
 
-def even_positions(positions: torch.Tensor, slots: int) -> torch.Tensor:
-    """Positions `[batch or 1, slots]` spread evenly over the span of `positions` and rounded."""
-    positions = positions[None] if positions.ndim == 1 else positions
-    steps = torch.linspace(0, 1, slots, device=positions.device, dtype=torch.float64)
-    first, last = positions[:, :1].double(), positions[:, -1:].double()
-    return (first + (last - first) * steps).round().long()
+    def without(self, tokens: int, ragged: RaggedSlots) -> Packed:
+        """Ragged slots in the place of those so far and of the oldest raw tokens."""
+        return replace(self, keys=self.keys[:, :, tokens:], values=self.values[:, :, tokens:], ragged=ragged)
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,8 @@ class SelfCompaction:
         return rows
 
     def _step(self, layer: int, rows: Packed, tokens: int) -> Packed:
+        if rows.ragged is not None and self.mode == "recompact":
+            return self._recompact_heads(layer, rows, tokens)
         t, end = rows.slots, rows.slots + tokens
         first, positions = t, rows.raw_positions()[:tokens]
         slots = self.budget(tokens)
@@ -130,25 +144,28 @@ class SelfCompaction:
             slots = max(t, self.budget(min(self.chunk, t + tokens)))
         old = rows.keys[:, :, first:end], rows.values[:, :, first:end]
         compact = self.compactor.compact_layer(layer, *old, positions, slots)
+        if compact.counts is not None or rows.ragged is not None:
+            new = ragged_slots(self.compactor, layer, compact, positions, old[0])
+            rows = rows.as_ragged()
+            return rows.without(tokens, new if first < t else rows.ragged.then(new))
         if compact.keys.shape[2] != slots:
             raise ValueError(
                 f"{type(self.compactor).__name__} kept {compact.keys.shape[2]} slots of layer {layer}; "
                 f"the budget of {old[0].shape[2]} columns is {slots}"
             )
+        where = slot_positions(self.compactor, compact, positions, slots)
         return replace(
             rows,
             keys=torch.cat((rows.keys[:, :, :first], compact.keys.to(rows.keys), rows.keys[:, :, end:]), dim=2),
             values=torch.cat((rows.values[:, :, :first], compact.values.to(rows.keys), rows.values[:, :, end:]), dim=2),
-            slot_positions=_join(rows.slot_positions[:, :first], self._slot_positions(compact, positions, slots)),
+            slot_positions=_join(rows.slot_positions[:, :first], where),
             beta=_join_beta(rows, first, compact),
         )
 
-    def _slot_positions(self, compact: CompactKV, positions: torch.Tensor, slots: int) -> torch.Tensor:
-        where = getattr(compact, "positions", None)
-        if where is None and hasattr(self.compactor, "slot_positions"):
-            where = self.compactor.slot_positions(positions, slots)
-        where = even_positions(positions, slots) if where is None else where
-        return where[None] if where.ndim == 1 else where
+    def _recompact_heads(self, layer: int, rows: Packed, tokens: int) -> Packed:
+        slots = self.budget(min(self.chunk, rows.logical - rows.raw + tokens))
+        fresh = rows.keys[:, :, :tokens], rows.values[:, :, :tokens], rows.raw_positions()[:tokens]
+        return rows.without(tokens, recompact_heads(self.compactor, layer, rows.ragged, *fresh, slots))
 
 
 def _join(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

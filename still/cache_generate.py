@@ -7,6 +7,7 @@ import transformers
 from packaging.version import Version
 
 from . import attention
+from .cache_layer import refuse_ragged
 
 # Until then, `prefill_chunk_size` read the whole prompt again into a cache that held its beginning.
 CHUNKS_CONTINUE_FROM = Version("5.21.0")
@@ -43,6 +44,8 @@ def check_generate(cache, generation_config, model_kwargs: dict) -> None:
         )
     layer = cache.compact_layers[0]
     stock = layer.config._attn_implementation != attention.NAME
+    if stock and cache.ragged:
+        refuse_ragged(layer.config)
     if stock and layer.live is not None and layer.physical < length and cache.columns.prompted != length:
         raise ValueError(
             "the rows of this cache have unequal slots, so the attention mask must be rewritten over them: call "

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from .cache_compaction import Packed
 from .cache_layer import CompactLayer
+from .cache_ragged import RaggedSlots
 from .provenance import versions
 
 FORMAT = 1
@@ -37,6 +38,8 @@ def state_of(layer) -> dict[str, torch.Tensor]:
     """The tensors that a cache layer attends to or recurs on, by name."""
     names = ("keys", "values", "beta") if isinstance(layer, CompactLayer) else ("keys", "values")
     state = {name: getattr(layer, name, None) for name in names}
+    for name in names if getattr(layer, "ragged", None) is not None else ():
+        state[f"ragged.{name}"] = getattr(layer.ragged, name)
     for kind in ("conv_states", "recurrent_states"):
         for index, tensor in getattr(layer, kind, {}).items():
             state[f"{kind}.{index}"] = tensor
@@ -62,7 +65,7 @@ def describe(cache) -> dict[str, Any]:
     layer = cache.compact_layers[0]
     empty = not layer.is_initialized
     full = [index for index, other in enumerate(cache.layers) if isinstance(other, CompactLayer)]
-    slots, raw = layer.slots, 0 if empty else layer.most_raw()
+    slots, raw = cache.slots, 0 if empty else layer.most_raw()
     longest = layer.logical if layer.lengths is None else int(layer.lengths.max())
     return {
         "model": identity(cache.model_config),
@@ -74,15 +77,25 @@ def describe(cache) -> dict[str, Any]:
         "physical_length": cache.physical_length,
         "slots": slots,
         "row_slots": cache.row_slots(),
+        "ragged": cache.ragged,
         "raw_tokens": raw,
         "ratio": (longest - raw) / slots if slots else None,
-        "beta": layer.beta is not None,
+        "beta": layer.beta is not None or (cache.ragged and layer.ragged.beta is not None),
         "dtype": None if empty else str(layer.keys.dtype).removeprefix("torch."),
         "device": None if empty else str(layer.keys.device),
         "nbytes": cache.nbytes,
+        **_heads(cache),
         "compacts_itself": None if cache.policy is None else _policy(cache.policy),
         "provenance": cache.provenance,
     }
+
+
+def _heads(cache) -> dict[str, Any]:
+    """What is to say of unequal heads: the first row's slots by layer, and the bytes that padding them would take."""
+    if not cache.ragged:
+        return {}
+    slots = {str(layer): counts for layer, counts in cache.head_slots().items()}
+    return {"head_slots": slots, "padded_nbytes": cache.padded_nbytes}
 
 
 def _policy(policy) -> dict[str, Any]:
@@ -108,6 +121,9 @@ def save(cache, path: str | Path) -> Path:
             for name in ("slot_positions", "lengths", "live"):
                 if getattr(layer, name) is not None:
                     tensors[f"layers.{index}.{name}"] = getattr(layer, name)
+            if layer.ragged is not None:
+                tensors[f"layers.{index}.ragged.positions"] = layer.ragged.positions
+                tensors[f"layers.{index}.ragged.counts"] = layer.ragged.counts
         elif hasattr(layer, "cumulative_length"):
             kind["cumulative_length"] = int(layer.cumulative_length)
         layers.append(kind)
@@ -122,7 +138,7 @@ def save(cache, path: str | Path) -> Path:
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: _narrow(tensor.detach().cpu()).clone().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -133,6 +149,14 @@ def save(cache, path: str | Path) -> Path:
         partial.unlink(missing_ok=True)
         raise
     return path
+
+
+def _narrow(x: torch.Tensor) -> torch.Tensor:
+    """Whole numbers in 16 or 32 bits where those hold them: ids and positions stand beside few bytes of slots."""
+    if x.dtype not in (torch.int32, torch.int64) or not x.numel():
+        return x
+    most = max(-int(x.min()), int(x.max()))
+    return x.to(next((kind for kind in (torch.int16, torch.int32) if most <= torch.iinfo(kind).max), torch.int64))
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -195,6 +219,8 @@ def load(cls, path: str | Path, model: Any, verify: bool = False, device=None, c
     device = getattr(model, "device", "cpu") if device is None else device
     with safe_open(path, framework="pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    whole = (torch.int16, torch.int32)
+    tensors = {name: x.long() if x.dtype in whole else x for name, x in tensors.items()}
     policy = header["description"]["compacts_itself"]
     resumed = cls(compactor, config=config, **_resume(policy)) if compactor is not None and policy else None
     cache = cls._empty(config, None if resumed is None else resumed.policy)
@@ -203,7 +229,8 @@ def load(cls, path: str | Path, model: Any, verify: bool = False, device=None, c
         if kind["type"] != type(layer).__name__:
             layer = cache.layers[index] = _plain_layer(kind["type"], layer, path)
         if isinstance(layer, CompactLayer):
-            rows = Packed(own["keys"], own["values"], own["slot_positions"], own.get("beta"), kind["logical"])
+            slots = _ragged(own) if "ragged.counts" in own else None
+            rows = Packed(own["keys"], own["values"], own["slot_positions"], own.get("beta"), kind["logical"], slots)
             lengths = own.get("lengths")
             layer.fill(rows, kind["logical"], None if lengths is None else lengths.cpu(), own.get("live"))
         else:
@@ -224,6 +251,13 @@ def refuse_foreign(saved: dict[str, Any], own: dict[str, Any], path: str | Path)
     if differ:
         listed = "; ".join(f"{name} {saved.get(name)!r} there, {own.get(name)!r} here" for name in differ)
         raise ValueError(f"{path} was made for another model ({listed}): load the model that read the context")
+
+
+def _ragged(own: dict[str, torch.Tensor]) -> RaggedSlots:
+    keys, values, beta = (own.get(f"ragged.{name}") for name in ("keys", "values", "beta"))
+    where = own["ragged.positions"]
+    where = where if where.is_floating_point() else where.int()
+    return RaggedSlots(keys, values, where, beta, own["ragged.counts"].cpu())
 
 
 def _resume(policy: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,9 @@
-"""One layer of the drop-in cache: compact slots, then raw tokens."""
+"""One layer of the drop-in cache: compact slots, then raw tokens.
+
+Uniform slots are columns like the tokens after them, so that any attention serves them. Slots that are unequal from
+head to head or layer to layer are packed (`cache_ragged`) and stand before the columns, which are raw tokens alone
+then: all layers keep one mask, over those. Rows of a batch may differ in either.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +30,8 @@ class CompactLayer(DynamicLayer):
         logical: columns of the sequence that this layer has seen, padding included.
         lengths: real tokens of each row `[batch]`, or None where no row is padded.
         live: columns `[batch, slots + raw]` that are no padding, or None where all are.
+        ragged: packed slots before the columns, among which there are none then; None where slots are uniform.
     """
-
-    is_croppable = False
 
     def __init__(self, index: int, config, columns: Columns | None = None, policy: SelfCompaction | None = None):
         super().__init__()
@@ -38,7 +42,7 @@ class CompactLayer(DynamicLayer):
         self._clear()
 
     def _clear(self) -> None:
-        self.keys = self.values = self.beta = self.lengths = self.live = None
+        self.keys = self.values = self.beta = self.lengths = self.live = self.ragged = None
         self.slot_positions = torch.empty(1, 0, dtype=torch.long)
         self.logical = 0
         self.is_initialized = False
@@ -56,11 +60,17 @@ class CompactLayer(DynamicLayer):
         self.keys, self.values = owned(rows.keys), owned(rows.values)
         self.beta = None if rows.beta is None else owned(rows.beta)
         self.slot_positions, self.logical, self.lengths, self.live = rows.slot_positions, logical, lengths, live
+        self.ragged = None if rows.ragged is None else rows.ragged.map(owned)
         self.is_initialized = True
 
     @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` takes any forward back: only while compaction is put off."""
+        return self.record_past
+
+    @property
     def slots(self) -> int:
-        """Compact slots of the row that has most."""
+        """Compact slots among the columns, of the row that has most."""
         return self.slot_positions.shape[-1]
 
     @property
@@ -112,7 +122,7 @@ class CompactLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != self.batch:
-            widen(self.keys[:, :0, 0], len(key_states))
+            widen(torch.arange(self.batch), len(key_states))  # raises where the batch does not fit
             self.batch_repeat_interleave(len(key_states) // self.batch)
         if self._awaits_crop:  # nobody crops after each forward: this is no assisted decoding any more
             self.record_past = self._awaits_crop = False
@@ -126,7 +136,15 @@ class CompactLayer(DynamicLayer):
             self._awaits_crop = True
         else:
             self.compact_due()
-        return (keys if prefix is None else attention.with_prefix(keys, prefix)), values
+        if prefix is None:
+            return keys, values
+        if self._is_stock():
+            slots = prefix.slots.padded()
+            return torch.cat((slots[0], keys), dim=2), torch.cat((slots[1], values), dim=2)
+        return attention.with_prefix(keys, prefix), values
+
+    def _is_stock(self) -> bool:
+        return self.config._attn_implementation != attention.NAME
 
     def _note_padding(self, new: int) -> None:
         fresh = self.columns.read(self.logical, new, self.batch)
@@ -142,33 +160,40 @@ class CompactLayer(DynamicLayer):
             self.live = torch.cat((old.to(device), fresh.to(device)), dim=1)
 
     def _prefix(self) -> attention.Prefix | None:
-        """What `"still"` attention must know of the stored columns; None where stock attention does."""
-        ours = self.config._attn_implementation == attention.NAME
-        if self.beta is not None and not ours:
+        """What attention must know of the slots beyond the stored columns; None where there is nothing."""
+        if self._is_stock():
+            self._refuse_stock()
+        elif self.live is not None and self.physical:
+            bias = prefix_bias(self.physical, self.slot_positions, self.beta, self.live)
+            return attention.Prefix(self.physical, bias, self.ragged)
+        elif self.beta is not None:
+            return attention.Prefix(self.slots, self.beta)
+        return None if self.ragged is None else attention.Prefix(0, None, self.ragged)
+
+    def _refuse_stock(self) -> None:
+        """Raise where stock attention would silently attend to the wrong slots."""
+        if self.beta is not None or (self.ragged is not None and self.ragged.beta is not None):
             raise ValueError(
                 f"the slots of layer {self.index} carry a bias (beta), which attn_implementation="
                 f"{self.config._attn_implementation!r} cannot apply: call still.attention.register() and "
                 f"model.set_attn_implementation('still'), and give the cache that model's own config"
             )
-        if not ours and self.live is not None and self.physical < self.logical and self.columns.prompted is None:
+        if self.ragged is not None:
+            if self.columns.padded != self.logical:
+                refuse_ragged(self.config)
+        elif self.live is not None and self.physical < self.logical and self.columns.prompted is None:
             raise ValueError(
                 f"the rows of this batch have unequal slots; attn_implementation={self.config._attn_implementation!r} "
                 f"attends to the dead ones unless the attention mask is rewritten over them: make the inputs with "
                 f"cache.prompt(question_ids) for generate(), or cache.continuation(new_ids) for a plain forward"
             )
-        if ours and self.live is not None and self.physical:
-            bias = prefix_bias(self.physical, self.slot_positions, self.beta, self.live)
-            return attention.Prefix(self.physical, bias)
-        if ours and self.beta is not None:
-            return attention.Prefix(self.slots, self.beta)
-        return None
 
     def compact_due(self) -> None:
         """Compact the whole chunks that are due. Padded rows under stock attention wait for `cache.prompt`."""
         policy = self.policy
         if policy is None or not policy.is_due(self.most_raw()):
             return
-        if self.lengths is None or self.config._attn_implementation == attention.NAME:
+        if self.lengths is None or not self._is_stock():
             self.compact()
         elif not self.columns.warned:
             self.columns.warned = True
@@ -190,20 +215,19 @@ class CompactLayer(DynamicLayer):
         """Compact whole chunks beyond the newest `keep_last` raw tokens of each row, with `partial` the rest too."""
         if not self.physical:
             return
-        if self.lengths is None:
-            rows, lengths, live = self.policy.run(self.index, self._packed(), keep_last, partial), None, None
+        if self.lengths is None and (self.ragged is None or self.ragged.even):
+            rows, live = self.policy.run(self.index, self._packed(), keep_last, partial), None
         else:
-            parts = [self.policy.run(self.index, row, keep_last, partial) for row in self.rows()]
-            (rows, live), lengths = pack(parts), self.lengths
-        self.fill(rows, self.logical, lengths, live)
+            rows, live = pack([self.policy.run(self.index, row, keep_last, partial) for row in self.rows()])
+        self.fill(rows, self.logical, self.lengths, live)
 
     def rows(self) -> list[Packed]:
         """The dense rows, without padding."""
         lengths = torch.full((self.batch,), self.logical) if self.lengths is None else self.lengths
-        return take_apart(self.keys, self.values, self.slot_positions, self.beta, self.live, lengths)
+        return take_apart(self.keys, self.values, self.slot_positions, self.beta, self.live, lengths, self.ragged)
 
     def _packed(self) -> Packed:
-        return Packed(self.keys, self.values, self.slot_positions, self.beta, self.logical)
+        return Packed(self.keys, self.values, self.slot_positions, self.beta, self.logical, self.ragged)
 
     def activate_past_recording(self) -> None:
         """Put compaction off until `crop`, as assisted decoding needs."""
@@ -252,12 +276,16 @@ class CompactLayer(DynamicLayer):
         super().offload()
         if self.beta is not None:
             self.beta = self.beta.to("cpu", non_blocking=True)
+        if self.ragged is not None:
+            self.ragged = self.ragged.map(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move them back."""
         super().prefetch()
         if self.beta is not None and self.beta.device != self.device:
             self.beta = self.beta.to(self.device, non_blocking=True)
+        if self.ragged is not None and self.ragged.keys.device != self.device:
+            self.ragged = self.ragged.map(lambda x: x.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -276,6 +304,7 @@ class CompactLayer(DynamicLayer):
             table = getattr(self, name)
             if table is not None and not (name == "slot_positions" and len(table) == 1):
                 setattr(self, name, table[indices.to(table.device)])
+        self.ragged = None if self.ragged is None else self.ragged.rows(indices)
 
     def copy(self, columns: Columns) -> CompactLayer:
         """An independent layer with the same contents; it shares no storage."""
@@ -283,6 +312,7 @@ class CompactLayer(DynamicLayer):
         for name in ("keys", "values", "beta", "slot_positions", "lengths", "live"):
             table = getattr(self, name)
             setattr(other, name, None if table is None else table.clone())
+        other.ragged = None if self.ragged is None else self.ragged.map(torch.clone)
         other.logical, other.is_initialized = self.logical, self.is_initialized
         if self.is_initialized:
             other.dtype, other.device = self.dtype, self.device
@@ -296,6 +326,17 @@ def refuse_nothing_new(new: int, logical: int) -> None:
             f"no new token follows the {logical} that the cache stands for: generate() takes context and question "
             f"together, as model.generate(**cache.prompt(question_ids), past_key_values=cache) passes them"
         )
+
+
+def refuse_ragged(config) -> None:
+    """Raise where ragged slots meet stock attention: it has one number of columns for all heads and layers."""
+    raise ValueError(
+        f"the slots of this cache are ragged (unequal over heads or layers), which attn_implementation="
+        f"{config._attn_implementation!r} cannot serve: call still.attention.register() and "
+        f"model.set_attn_implementation('still'), and give the cache that model's own config. Without it, where all "
+        f"layers share one split, a plain forward can pad them: model(**cache.continuation(new_ids), "
+        f"past_key_values=cache)"
+    )
 
 
 def owned(x: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,14 @@ import torch
 from torch.nn.functional import pad
 
 from . import attention
-from .cache_layer import CompactLayer
+from .cache_layer import CompactLayer, refuse_ragged
 from .cache_rows import widen
 
 
 def make_prompt(cache, question_ids, attention_mask=None, previous_ids=None) -> dict[str, torch.Tensor]:
     """What `StillCache.prompt` returns."""
+    if cache.ragged and _is_stock(cache):
+        refuse_ragged(cache.config)
     question, mask = _new_tokens(cache, question_ids, attention_mask)
     length, known = cache.logical_length, cache.token_ids if previous_ids is None else previous_ids
     if known is None or known.shape[-1] < length:
@@ -33,7 +35,32 @@ def make_continuation(cache, new_ids, attention_mask=None) -> dict[str, torch.Te
     new, mask = _new_tokens(cache, new_ids, attention_mask)
     mask = _mask_over(cache, mask).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+    if cache.ragged and _is_stock(cache):
+        mask = _mask_over_padded_heads(cache, mask.bool(), new.shape[1])
     return {"input_ids": new, "attention_mask": mask.to(new.device), "position_ids": positions.to(new.device)}
+
+
+def _is_stock(cache) -> bool:
+    return cache.config._attn_implementation != attention.NAME
+
+
+def _mask_over_padded_heads(cache, mask: torch.Tensor, new: int) -> torch.Tensor:
+    """An additive mask `[batch, query_heads, new, longest + raw + new]` over heads that are padded to the longest.
+
+    All layers are given one mask, so it can only be made where they share one split and no layer is of another kind.
+    """
+    layers, config = cache.compact_layers, cache.config
+    first = layers[0]
+    if len(layers) < len(cache.layers) or any(not torch.equal(x.ragged.counts, first.ragged.counts) for x in layers):
+        refuse_ragged(config)
+    live = first.ragged.live().repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=1)
+    raw = mask[:, mask.shape[1] - new - first.physical :] if first.live is None else torch.cat(
+        (first.live.cpu(), mask[:, -new:]), dim=1
+    )
+    seen = torch.cat((live, raw[:, None].expand(-1, live.shape[1], -1)), dim=2)[:, :, None]
+    causal = torch.ones(new, seen.shape[-1], dtype=torch.bool).tril(seen.shape[-1] - new)
+    cache.columns.padded = first.logical
+    return torch.zeros((), dtype=first.keys.dtype).masked_fill(~(seen & causal), torch.finfo(first.keys.dtype).min)
 
 
 def _new_tokens(cache, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,11 +87,11 @@ def _mask_over(cache, new: torch.Tensor) -> torch.Tensor:
     further left, where it never looks, as many ones as make the cumulative sum give each row's positions.
     """
     layer, batch = cache.compact_layers[0], len(new)
-    stock = cache.config._attn_implementation != attention.NAME
+    stock = _is_stock(cache)
     if cache.policy is not None and stock and layer.lengths is not None:
         cache.compact()
     old = cache.columns.whole(layer.logical, batch)
-    if stock and layer.physical < layer.logical:
+    if stock and not cache.ragged and layer.physical < layer.logical:
         live = torch.ones(batch, layer.physical, dtype=torch.bool) if layer.live is None else layer.live.cpu()
         seen = torch.full((batch,), layer.logical) if layer.lengths is None else layer.lengths
         rest = seen - live.sum(-1)

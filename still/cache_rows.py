@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .cache_compaction import Packed
+from .cache_ragged import RaggedSlots
 
 
 @dataclass
@@ -16,11 +17,13 @@ class Columns:
     Attributes:
         mask: `[batch, known]` on the CPU, True at real tokens; columns beyond are real. None: no row is padded.
         prompted: logical length at which inputs were last made for these rows, None where they never were.
+        padded: logical length at which a mask over padded slots was last made, None where none was.
         warned: whether the user has been told that compaction waits.
     """
 
     mask: torch.Tensor | None = None
     prompted: int | None = None
+    padded: int | None = None
     warned: bool = False
 
     def read(self, start: int, count: int, batch: int) -> torch.Tensor | None:
@@ -75,6 +78,7 @@ def take_apart(
     beta: torch.Tensor | None,
     live: torch.Tensor | None,
     lengths: torch.Tensor,
+    ragged: RaggedSlots | None = None,
 ) -> list[Packed]:
     """The dense rows, one by one, of a layer whose slots and tokens stand among dead columns.
 
@@ -85,6 +89,7 @@ def take_apart(
         beta: `[batch, kv_heads, slots]`, or None.
         live: `[batch, physical]`, or None where all columns are.
         lengths: real tokens that each row stands for.
+        ragged: packed slots, which stand before the columns.
     """
     rows = []
     for row in range(len(keys)):
@@ -98,18 +103,21 @@ def take_apart(
                 where[alive][None],
                 None if beta is None else beta[row : row + 1, :, alive],
                 int(lengths[row]),
+                None if ragged is None else ragged.rows(torch.tensor([row])),
             )
         )
     return rows
 
 
 def pack(rows: list[Packed]) -> tuple[Packed, torch.Tensor | None]:
-    """Right-align dense rows of unequal widths, slots before tokens.
+    """Right-align dense rows of unequal widths, slots before tokens. If the slots of one are packed, all are.
 
     Returns:
         One `Packed` whose slots have position -1 where they are dead (its `logical` is the longest row's), and the live
         columns `[batch, physical]`, None where all are.
     """
+    if any(row.ragged is not None for row in rows):
+        rows = [row.as_ragged() for row in rows]
     width, slots = max(row.keys.shape[2] for row in rows), max(row.slots for row in rows)
     pad = torch.nn.functional.pad
 
@@ -128,6 +136,7 @@ def pack(rows: list[Packed]) -> tuple[Packed, torch.Tensor | None]:
         torch.cat([left(row.slot_positions, slots, -1) for row in rows]),
         None if betas[0] is None else torch.cat([left(beta, slots) for beta in betas]),
         max(row.logical for row in rows),
+        None if rows[0].ragged is None else RaggedSlots.join([row.ragged for row in rows]),
     )
     return packed, None if live.all() else live
 

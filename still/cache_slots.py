@@ -1,4 +1,7 @@
-"""Put ready-made slots into a cache: checks, positions, and rows with unequal numbers of slots."""
+"""Put ready-made slots into a cache: checks, positions, and rows with unequal numbers of slots.
+
+`append_slots` serves uniform records; it hands over to `cache_slots_ragged` where a record or the cache is ragged.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,23 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .cache_compaction import Packed, even_positions
+from .cache_compaction import Packed
 from .cache_layer import CompactLayer
+from .cache_ragged import as_ragged, even_positions
 from .cache_rows import left_padded_lengths, pack
+from .cache_slots_ragged import append_ragged, check_replaced, lengths_after, new_spans
+from .rope import head_dim_of
 from .types import CompactKV
 
 
-def slots_of_rows(layer: CompactLayer) -> list[int]:
-    """Live slots of each row of a layer."""
-    counts = (layer.slot_positions >= 0).sum(-1)
-    return counts.expand(max(layer.batch, 1)).tolist()
+def slots_of_rows(layers: Sequence[CompactLayer]) -> list[int]:
+    """Live slots of each row per KV head; where heads are unequal the mean over all layers' heads, rounded up."""
+    batch = max(layers[0].batch, 1)
+    if layers[0].ragged is None:
+        return (layers[0].slot_positions >= 0).sum(-1).expand(batch).tolist()
+    totals = torch.stack([layer.ragged.counts.sum(-1) for layer in layers]).sum(0)
+    heads = len(layers) * layers[0].ragged.counts.shape[1]
+    return [-(-total // heads) for total in totals.tolist()]
 
 
 def append_slots(
@@ -25,6 +35,7 @@ def append_slots(
     mask: torch.Tensor | None,
     row_slots: Sequence[int] | None,
     positions: torch.Tensor | None,
+    floor: int = 1,
 ) -> None:
     """Append compact slots to every full-attention layer of a cache, in place of their raw tokens if those are raw.
 
@@ -34,7 +45,8 @@ def append_slots(
         tokens: columns that the slots stand for.
         mask: `[batch, tokens]` of these columns where rows are padded.
         row_slots: slots of each row; the rest are dead columns on the left.
-        positions: `[slots]` or `[batch, slots]`, or None for even ones.
+        positions: `[slots]` or `[batch, slots]`, or None for those of the records, or even ones.
+        floor: fewest slots of a KV head of a ragged record.
 
     Raises:
         ValueError: the layers do not fit the model, one another, the tokens, or what the cache holds.
@@ -45,26 +57,55 @@ def append_slots(
             f"slots are needed for the full-attention layers {sorted(own)}: {sorted(set(own) - set(layers))} are "
             f"missing and {sorted(set(layers) - set(own))} are too many"
         )
-    batch, count = _check_shapes(cache.config, layers, tokens)
-    lengths = None if mask is None else left_padded_lengths(mask, tokens)
-    counts = _counts(next(iter(layers.values())), lengths, row_slots)
-    where = _positions(cache.compact_layers[0], tokens, lengths, counts, positions, count)
-    for index, compact in layers.items():
-        _append(own[index], compact, tokens, lengths, counts, where.to(compact.keys.device), batch)
+    config, lengths = cache.config, None if mask is None else left_padded_lengths(mask, tokens)
+    shape = config.num_key_value_heads, head_dim_of(config)
+    given = [index for index, record in layers.items() if record.counts is not None]
+    if given and (row_slots is not None or positions is not None):
+        raise ValueError(
+            f"row_slots and positions are for uniform records, and layer {given[0]} is ragged: "
+            f"give CompactKV(row_counts=..., positions=...) instead"
+        )
+    if given or any(layer.ragged is not None for layer in own.values()):
+        records = {i: _as_ragged(i, x, shape, tokens, lengths, row_slots, positions) for i, x in layers.items()}
+        append_ragged(own, records, shape, tokens, lengths, floor)
+    else:
+        _append_uniform(own, layers, shape, tokens, lengths, row_slots, positions)
+    batch = len(next(iter(layers.values())).keys)
     if mask is not None:
         before = cache.columns.whole(cache.logical_length - tokens, batch)
         cache.columns.mask = torch.cat((before, mask), dim=1)
 
 
-def _check_shapes(config, layers: Mapping[int, CompactKV], tokens: int) -> tuple[int, int]:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _append_uniform(own, layers, shape, tokens, lengths, row_slots, positions) -> None:
+    batch, width = _check_shapes(shape, layers, tokens)
+    counts = _counts(next(iter(layers.values())), lengths, row_slots)
+    for index, compact in layers.items():
+        given = compact.positions if positions is None else positions
+        where = _positions(own[index], tokens, lengths, counts, given, width)
+        _append(own[index], compact, tokens, lengths, counts, where.to(compact.keys.device), batch)
+
+
+def _as_ragged(index, record: CompactKV, shape, tokens, lengths, row_slots, positions) -> CompactKV:
+    """A record in the form that ragged storage takes."""
+    if record.counts is not None:
+        return record
+    _, width = _check_shapes(shape, {index: record}, tokens)
+    counts = _counts(record, lengths, row_slots)
+    where = record.positions if positions is None else positions
+    where = where[None] if where is not None and where.ndim == 1 else where
+    rows = None if min(counts) == width else tuple((count,) * shape[0] for count in counts)
+    return as_ragged(record._replace(positions=where))._replace(row_counts=rows)
+
+
+def _check_shapes(shape: tuple[int, int], layers: Mapping[int, CompactKV], tokens: int) -> tuple[int, int]:
     first = next(iter(layers.values())).keys.shape
-    wanted = (first[0], config.num_key_value_heads, first[2], head_dim)
+    wanted = (first[0], shape[0], first[2], shape[1])
     for index, compact in layers.items():
         if compact.keys.shape != wanted or compact.values.shape[:3] != wanted[:3]:
             raise ValueError(
                 f"layer {index} has keys {list(compact.keys.shape)} and values {list(compact.values.shape)}; the model "
-                f"and the other layers need {list(wanted)} (one mask serves all layers, so all need as many slots)"
+                f"and the other layers need {list(wanted)}: all layers share one mask, unless slots are ragged "
+                f"(CompactKV(counts=...))"
             )
         if compact.beta is not None and compact.beta.shape != wanted[:3]:
             raise ValueError(f"layer {index} has beta {list(compact.beta.shape)}; it must be {list(wanted[:3])}")
@@ -96,21 +137,13 @@ def _positions(layer, tokens, lengths, counts, positions, width) -> torch.Tensor
             return positions
         dead = torch.arange(width) < width - torch.tensor(counts)[:, None]
         return positions.cpu().expand(len(counts), -1).masked_fill(dead, -1)
-    # where the new tokens start: behind what the row stands for, less them if they have just been read
-    read = layer.physical > layer.slots
-    new = torch.full((len(counts),), tokens) if lengths is None else lengths
-    seen = torch.full((len(counts),), layer.logical) if layer.lengths is None else layer.lengths
-    starts = seen - new if read else seen
-    spans = sorted({(int(s), int(n), c) for s, n, c in zip(starts, new, counts, strict=True)})
-    rows = {
-        span: even_positions(torch.arange(span[0], span[0] + span[1]), span[2])[0] if span[2] else torch.empty(0).long()
-        for span in spans
-    }
-    if len(spans) == 1 and spans[0][2] == width:
-        return rows[spans[0]][None]
+    places = [(span, count) for span, count in zip(new_spans(layer, tokens, lengths, len(counts)), counts, strict=True)]
+    rows = {(span, count): even_positions(torch.arange(*span), count)[0] for span, count in set(places)}
+    if len(rows) == 1 and counts[0] == width:
+        return rows[places[0]][None]
     table = torch.full((len(counts), width), -1)
-    for row, (start, n, count) in enumerate(zip(starts, new, counts, strict=True)):
-        table[row, width - count :] = rows[int(start), int(n), count]
+    for row, place in enumerate(places):
+        table[row, width - place[1] :] = rows[place]
     return table
 
 
@@ -140,10 +173,7 @@ def _append(layer: CompactLayer, compact: CompactKV, tokens, lengths, counts, wh
         )
         rows.append(_behind(old, part, where[row if len(where) > 1 else 0][None, live], int(new[row]), read))
     packed, live = pack(rows)
-    seen = new if layer.lengths is None else layer.lengths + (0 if read else new)
-    if layer.lengths is None and layer.logical:
-        seen = torch.full((batch,), layer.logical) + (0 if read else new)
-    layer.fill(packed, logical, seen, live)
+    layer.fill(packed, logical, lengths_after(layer, tokens, lengths, batch), live)
 
 
 def _nothing(compact: CompactKV) -> Packed:
@@ -153,11 +183,8 @@ def _nothing(compact: CompactKV) -> Packed:
 
 def _behind(old: Packed, new: CompactKV, where: torch.Tensor, tokens: int, read: bool) -> Packed:
     """The old slots, then the new ones, which replace raw tokens if there are any."""
-    if read and old.raw != tokens:
-        raise ValueError(
-            f"slots for {tokens} tokens cannot replace the {old.raw} raw tokens of the cache: append the slots of just "
-            f"those tokens, or before any is read"
-        )
+    if read:
+        check_replaced(old.raw, tokens)
     t = old.slots
     beta = None
     if old.beta is not None or new.beta is not None:

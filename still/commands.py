@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .flags import add_pass_through
 
 if TYPE_CHECKING:
+    from .budgets import Split
     from .cache import StillCache
     from .models import LoadedModel
 
@@ -36,6 +37,7 @@ examples:
   still compact pocket lease.txt --ratio 8 -o lease.safetensors
   still compact Qwen/Qwen3-0.6B lease.txt amendment.txt --compactor ./compactor -o lease.safetensors
   still compact Qwen/Qwen3-0.6B lease.txt --method snapkv --option.window 32 --slots 512 -o lease.safetensors
+  still compact pocket lease.txt --ratio 16 --split split.json -o lease.safetensors    unequal heads, `still budgets`
 
 The method `still` needs a compactor trained for the model: pass its folder or Hub id, or let `still train` make
 one. `pocket` comes with its own. The other methods need no training."""
@@ -48,6 +50,12 @@ one. `pocket` comes with its own. The other methods need no training."""
         size = parser.add_mutually_exclusive_group()
         size.add_argument("--ratio", metavar="X", type=float, help="tokens per slot, 1 or more (default: 8)")
         size.add_argument("--slots", metavar="N", type=int, help="slots per KV head, instead of a ratio")
+        size.add_argument("--bytes", metavar="N", type=int, help="bytes of all keys and values, instead of a ratio")
+        parser.add_argument(
+            "--split", metavar="FILE",
+            help="how the slots are divided over layers and heads: a file of `still budgets`, or `own` for that of the "
+            "compactor (default: equal numbers)",
+        )  # fmt: skip
         parser.add_argument(
             "--method", metavar="NAME", choices=METHODS, default="still",
             help=f"how the slots are made: {', '.join(METHODS)} (default: still)",
@@ -64,32 +72,42 @@ one. `pocket` comes with its own. The other methods need no training."""
 
     def run(self, args: argparse.Namespace) -> int:
         """Read, compact, write."""
-        from .budgets import resolve_slots, slots_for
+        from .budgets import Split, resolve_slots, slots_for, slots_of_bytes
 
-        ratio = 8.0 if args.ratio is None and args.slots is None else args.ratio
+        ratio = 8.0 if (args.ratio, args.slots, args.bytes) == (None, None, None) else args.ratio
         if ratio is not None:
             slots_for(1, ratio)  # refuses a bad ratio before minutes of work
         _check_output(args.output)
         documents = [_read_document(name) for name in args.documents]
         if args.compactor and args.method != "still":
             raise ValueError(f"--compactor belongs to the method still, not to {args.method}; leave one of them out")
+        if args.split == "own" and args.method != "still":
+            raise ValueError(f"--split own is the compactor's; {args.method} has none: name a JSON file")
+        split = Split.load(args.split) if args.split not in (None, "own") else None
         _quiet()
 
         import torch
 
         from . import models
         from .prompts import PromptFormat, render
+        from .rope import full_attention_layers, head_dim_of
 
-        beta = args.method == "attention_matching"
+        beta = args.method == "attention_matching" or args.split is not None
         loaded = models.load(args.model, args.device, args.dtype, "still" if beta else None, args.revision)
         form = PromptFormat.of(loaded.tokenizer)
         ids = torch.tensor([render(loaded.tokenizer, documents, (), form)[0]], device=loaded.model.device)
         tokens = ids.shape[-1]
+        if args.bytes is not None:
+            heads = loaded.model.config.get_text_config(decoder=True)
+            args.slots = slots_of_bytes(
+                args.bytes, len(full_attention_layers(heads)), heads.num_key_value_heads, head_dim_of(heads),
+                loaded.model.dtype.itemsize,
+            )  # fmt: skip
         resolve_slots(tokens, args.slots, ratio)
         _check_length(loaded, tokens)
         _say(f"reading {tokens:,} tokens of {', '.join(name for name, _ in documents)} with {loaded.name}")
         started = time.perf_counter()
-        cache = _compact(loaded, ids, args, ratio)
+        cache = _compact(loaded, ids, args, ratio, split)
         seconds = time.perf_counter() - started
         cache.provenance.update(
             _file_provenance(loaded, args, form.to_dict(), documents, seconds, {"ratio": ratio, "slots": args.slots})
@@ -151,7 +169,7 @@ examples:
         if not name:
             raise ValueError(f"{args.file} does not say which model it belongs to; pass --model")
         revision = args.revision or made_with.get("revision")
-        loaded = models.load(name, args.device, about["dtype"], "still" if about["beta"] else None, revision)
+        loaded = models.load(name, args.device, about["dtype"], "still" if _needs_still(about) else None, revision)
         cache = StillCache.load(args.file, loaded.model, verify=args.verify)
         form = made_with.get("prompt_format")
         form = PromptFormat(**form) if form else PromptFormat.of(loaded.tokenizer)
@@ -184,17 +202,24 @@ examples:
 class Inspect:
     """`still inspect`: what is in a file."""
 
-    help = "Say what a compact cache file holds and how it was made."
-    description = "Say what a file of `still compact` holds and how it was made. No model is loaded."
+    help = "Say what a compact cache file, or a split of slots over heads, holds and how it was made."
+    description = """\
+Say what a file of `still compact` holds and how it was made, or show a split of `still budgets`, by layer and
+KV head. No model is loaded."""
     examples = """\
 examples:
   still inspect lease.safetensors
+  still inspect split.json                        slots of each head, as shares of the mean
+  still inspect ./compactor                       the split that a compactor carries
   still inspect lease.safetensors --verify        also check the sha256 of its data
   still inspect lease.safetensors --json          everything, for programs"""
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
-        parser.add_argument("file", metavar="FILE", type=Path, help="a file of `still compact`")
+        parser.add_argument(
+            "file", metavar="FILE", type=Path,
+            help="a file of `still compact` or `still budgets`, or the folder of a compactor",
+        )  # fmt: skip
         parser.add_argument("--verify", action="store_true", help="check the sha256 of the file's data")
         parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -202,6 +227,8 @@ examples:
         """Print the description."""
         from .cache_io import read_header, verify_data
 
+        if args.file.is_dir() or args.file.suffix == ".json":
+            return _show_split(args.file, args.json)
         header = read_header(args.file)
         if args.verify:
             verify_data(args.file)
@@ -227,14 +254,49 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the model on the Hub")
 
 
-def _compact(loaded: LoadedModel, ids: Any, args: argparse.Namespace, ratio: float | None) -> StillCache:
+def _needs_still(about: dict[str, Any]) -> bool:
+    """Whether a cache needs the attention "still"."""
+    return about["beta"] or about.get("ragged", False)
+
+
+def _show_split(path: Path, as_json: bool) -> int:
+    """Print a split as a table of layers and heads."""
+    from .budgets import Split
+    from .config import StillConfig
+
+    if path.is_dir():
+        file = path / "compactor.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} holds no compactor.json; name a file of `still compact` or a compactor")
+        held = StillConfig.from_json(file.read_text(encoding="utf-8")).split
+        if held is None:
+            raise ValueError(f"the compactor in {path} carries no split; `still budgets ... --store` puts one in")
+        split = Split.from_dict(held)
+    else:
+        split = Split.load(path)
+    if as_json:
+        print(json.dumps(split.to_dict(), indent=2))
+        return 0
+    mean = 1 if split.exact else sum(map(sum, split.weights.values())) / len(split.heads) or 1
+    kind = "slots" if split.exact else "slots of each KV head, where 1 is the mean"
+    print(f"{split.source} split, floor {split.floor}, model {split.fingerprint or 'any of this shape'}; {kind}")
+    heads = max(map(len, split.weights.values()))
+    print("layer" + "".join(f"{f'head {head}':>10}" for head in range(heads)))
+    for layer, shares in sorted(split.weights.items()):
+        print(f"{layer:>5}" + "".join(f"{share / mean:>10.3g}" for share in shares))
+    return 0
+
+
+def _compact(
+    loaded: LoadedModel, ids: Any, args: argparse.Namespace, ratio: float | None, split: Split | None
+) -> StillCache:
     from . import methods
     from .compactor import StillCompactor
     from .reading import read
 
     budget = {"ratio": ratio} if ratio is not None else {"slots": args.slots}
     if args.method != "still":
-        method = methods.get(args.method, **args.option)
+        method = methods.get(args.method, **args.option, split=split)
         return method.compact(loaded.model, read(loaded.model, ids, queries=method.needs_queries), **budget)
     if args.option:
         raise ValueError(f"the method still takes no --option.{next(iter(args.option))}; give --compactor instead")
@@ -248,6 +310,8 @@ def _compact(loaded: LoadedModel, ids: Any, args: argparse.Namespace, ratio: flo
         compactor = StillCompactor.for_model(loaded.model, **budget)
     else:
         compactor = StillCompactor.from_pretrained(where, model=loaded.model)
+    if args.split is not None:
+        compactor = compactor.with_split(split or "own")
     return compactor.prefill(loaded.model, ids, **budget)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .budgets import resolve_slots
+from .budgets import Split, resolve_slots
 from .cache import StillCache
 from .cache_compaction import MODES
 from .config import StillConfig
 from .perceiver import LayerPerceiver
 from .reading import check_mask, read
 from .rope import Rotary, full_attention_layers, rotate
+from .rows import join_rows
 from .types import CompactKV, Reading
 
 WEIGHTS, CONFIG = "compactor.safetensors", "compactor.json"
@@ -47,11 +50,13 @@ class Tables(NamedTuple):
         tokens: the model's cos and sin at the tokens' positions.
         slots: the model's cos and sin at the slots' positions.
         turns: the compactor's own tables of slots and tokens.
+        where: the slots' positions `[rows, slots]`.
     """
 
     tokens: tuple[torch.Tensor, torch.Tensor]
     slots: tuple[torch.Tensor, torch.Tensor]
     turns: tuple[torch.Tensor, torch.Tensor]
+    where: torch.Tensor
 
 
 class StillCompactor(nn.Module, ModelHubMixin):
@@ -60,12 +65,15 @@ class StillCompactor(nn.Module, ModelHubMixin):
     Attributes:
         config: what it is and what it was trained on.
         layers: a `LayerPerceiver` for each full-attention layer, by layer index.
+        split: how slots are divided over layers and KV heads; None for equal numbers. See `with_split`.
     """
 
     def __init__(self, config: StillConfig, head_dim: int, kv_heads: int, layers: list[int]):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleDict({str(i): LayerPerceiver(head_dim, kv_heads, config) for i in layers})
+        self.kv_heads = kv_heads
+        self.split: Split | None = None
         self.rotary: Rotary | None = None
         self.model_config = None
         self._hub_mixin_config = None  # the mixin would write a second config, as it was at the start
@@ -116,8 +124,38 @@ class StillCompactor(nn.Module, ModelHubMixin):
         self.model_config = model.config
         return self.to(device=model.device, dtype=torch.float32)
 
+    def with_split(self, split: Split | str | Path | None = "own") -> StillCompactor:
+        """This compactor, its weights shared, with the slots of a context divided in another way.
+
+        Caches with unequal slots need `attn_implementation="still"` (see `still.attention.register`).
+
+        Args:
+            split: a `Split`, a JSON file of one, `"own"` for the one that the checkpoint carries, or None for equal
+                numbers in every head.
+
+        Raises:
+            ValueError: the checkpoint carries no split, or the split is for another model.
+        """
+        if split == "own":
+            if self.config.split is None:
+                raise ValueError(
+                    "this compactor carries no split of its own: measure one with `still budgets` and pass it, or None"
+                )
+            split = Split.from_dict(self.config.split)
+        elif isinstance(split, str | Path):
+            split = Split.load(split)
+        other = copy.copy(self)
+        other.split = split and split.check(map(int, self.layers), self.kv_heads, self.config.base_fingerprint)
+        return other
+
     def compact_layer(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, slots: int
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        slots: int,
+        heads: Sequence[int] | None = None,
     ) -> CompactKV:
         """Compact one layer of equally long rows.
 
@@ -126,25 +164,72 @@ class StillCompactor(nn.Module, ModelHubMixin):
             keys: `[batch, kv_heads, tokens, head_dim]`, rotated at `positions`.
             values: `[batch, kv_heads, tokens, head_dim]`.
             positions: logical positions `[tokens]` or `[batch, tokens]`.
-            slots: how many slots to keep.
+            slots: how many slots to keep for the average KV head.
+            heads: the KV heads that `keys` and `values` hold, `slots` for each; None for all, divided by the split.
 
         Returns:
-            Compact slots in the dtype of `keys`, rotated at positions spread evenly over the span.
+            Compact slots in the dtype of `keys`, rotated at positions spread evenly over the span; ragged where the
+            compactor has a split.
         """
-        return self._compact(layer, keys, values, slots, self._tables(layer, positions, slots))
+        if heads is not None:
+            return self._mix(layer, keys, values, slots, self._tables(layer, positions, slots, {}), list(heads))
+        counts = self._counts(self.split, keys.shape[2], slots)
+        return self._compact(layer, keys, values, counts.get(layer, slots), positions, {})
 
-    def _tables(self, layer: int, positions: torch.Tensor, slots: int) -> Tables:
+    @staticmethod
+    def _counts(split: Split | None, tokens: int, slots: int) -> dict[int, tuple[int, ...]]:
+        """Slots of every head; empty where all have equally many, which any attention can serve."""
+        counts = {} if split is None else split.counts(tokens, slots)
+        return {} if {n for heads in counts.values() for n in heads} == {slots} else counts
+
+    def _tables(self, layer: int, positions: torch.Tensor, slots: int, known: dict) -> Tables:
+        """Rotary tables; `known` keeps those of other layers, which are the same where the model's bases are."""
         if self.rotary is None:
             raise RuntimeError("the compactor is not bound to a model: call compactor.bind(model) first")
         positions = positions[None] if positions.ndim == 1 else positions
-        where = self.slot_positions(positions, slots)
-        turns = self.layers[str(layer)].turns(positions, where)
-        return Tables(self.rotary.cos_sin(layer, positions), self.rotary.cos_sin(layer, where), turns)
+        place = (positions.shape, slots, positions.device)
+        if place not in known:
+            where = self.slot_positions(positions, slots)
+            turns = self.layers[str(layer)].turns(positions, where)
+            known[place] = Tables(
+                self.rotary.cos_sin(layer, positions), self.rotary.cos_sin(layer, where), turns, where
+            )
+        return known[place]
 
-    def _compact(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: int, tables: Tables) -> CompactKV:
+    def _compact(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: int | tuple[int, ...],
+        positions: torch.Tensor,
+        known: dict,
+    ) -> CompactKV:
+        """Compact one layer: `slots` for every head, or a number for each of them."""
+        if isinstance(slots, int):
+            tables = self._tables(layer, positions, slots, known)
+            return self._mix(layer, keys, values, slots, tables)
+        heads: dict[int, tuple[CompactKV, torch.Tensor]] = {}
+        for count in set(slots):
+            which = [head for head, n in enumerate(slots) if n == count]
+            tables = self._tables(layer, positions, count, known)
+            own = keys[:, which], values[:, which]
+            # Where every token has a slot there is nothing to mix.
+            part = CompactKV(*own) if count == keys.shape[2] else self._mix(layer, *own, count, tables, which)
+            if part.beta is None and self.config.beta:
+                part = part._replace(beta=part.keys.new_zeros(part.keys.shape[:3]))
+            for place, head in enumerate(which):
+                one = CompactKV(*(None if x is None else x[:, place] for x in part[:3]))
+                heads[head] = one, tables.where
+        parts = [heads[head] for head in range(len(slots))]
+        tables = zip(*(part[:3] for part, _ in parts), strict=True)
+        packed = [None if xs[0] is None else torch.cat(xs, dim=1) for xs in tables]
+        return CompactKV(*packed, counts=slots, positions=torch.cat([where for _, where in parts], dim=1))
+
+    def _mix(self, layer, keys, values, slots: int, tables: Tables, heads: list[int] | None = None) -> CompactKV:
         dtype = keys.dtype
         with torch.autocast(keys.device.type, enabled=False):
-            small, mixed, beta = self.layers[str(layer)](keys, values, slots, tables.turns, tables.tokens)
+            small, mixed, beta = self.layers[str(layer)](keys, values, slots, tables.turns, tables.tokens, heads)
             small = rotate(small, *tables.slots)
         return CompactKV(small.to(dtype), mixed.to(dtype), None if beta is None else beta.to(dtype))
 
@@ -196,6 +281,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
             token_ids=input_ids,
             attention_mask=attention_mask,
             provenance=self.provenance(),
+            floor=1 if self.split is None else self.split.floor,
         )
 
     @torch.no_grad()
@@ -262,34 +348,38 @@ class StillCompactor(nn.Module, ModelHubMixin):
 
     def provenance(self) -> dict:
         """What a cache made by this compactor records of it."""
-        return {"method": "still", "compactor": json.loads(self.config.to_json())}
+        split = {} if self.split is None else {"split": self.split.to_dict()}
+        return {"method": "still", "compactor": json.loads(self.config.to_json()), **split}
 
     def compact_rows(self, cache: Cache, rows: list[int], slots=None, ratio=None) -> dict[int, CompactKV]:
         """Compact every full-attention layer of left-padded rows, each from its own tokens.
 
         Args:
             rows: real tokens in each row of the batch.
+            slots: slots per KV head, or
+            ratio: tokens per slot.
 
         Returns:
-            For each layer `CompactKV` as wide as the row with most slots; shorter rows stand on the right.
+            For each layer `CompactKV` as wide as the row with most slots; shorter rows stand on the right. Ragged where
+            the compactor has a split.
         """
         budgets = [resolve_slots(n, None if slots is None else min(slots, n), ratio) for n in rows]
         groups: dict[tuple[int, int], list[int]] = {}
         for row, key in enumerate(zip(rows, budgets, strict=True)):
             groups.setdefault(key, []).append(row)
-        out, tables = {}, {}  # full-attention layers share their tables
+        out, known = {}, {}  # full-attention layers share their tables
+        counts = {key: self._counts(self.split, *key) for key in groups}
+        ragged = any(counts.values())
         for name in self.layers:
             layer = int(name)
             keys, values = cache.layers[layer].keys, cache.layers[layer].values
-            device, parts = keys.device, {}
+            parts = []
             for (length, count), members in groups.items():
-                which = slice(None) if len(groups) == 1 else torch.tensor(members, device=device)
-                place = (length, count, device)
-                if place not in tables:
-                    tables[place] = self._tables(layer, torch.arange(length, device=device), count)
+                which = slice(None) if len(groups) == 1 else torch.tensor(members, device=keys.device)
                 old = keys[which, :, -length:], values[which, :, -length:]
-                parts[length, count] = self._compact(layer, *old, count, tables[place])
-            out[layer] = _join_rows(parts, groups, max(budgets))
+                heads = counts[length, count].get(layer, (count,) * self.kv_heads if ragged else count)
+                parts.append(self._compact(layer, *old, heads, torch.arange(length, device=keys.device), known))
+            out[layer] = join_rows(parts, list(groups.values()))
         return out
 
     def check_trained(self, tokens: int, ratio: float) -> list[str]:
@@ -381,22 +471,3 @@ def _first_inputs(ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, tor
     if mask is None:
         return {"input_ids": ids}
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
-
-
-def _join_rows(parts: dict, groups: dict, width: int) -> CompactKV:
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    batch = sum(len(members) for members in groups.values())
-    joined: list[torch.Tensor | None] = []
-    for tensors in zip(*parts.values(), strict=True):
-        if tensors[0] is None:
-            joined.append(None)
-            continue
-        rows: list[torch.Tensor | None] = [None] * batch
-        for tensor, members in zip(tensors, groups.values(), strict=True):
-            pad = width - tensor.shape[2]
-            padded = nn.functional.pad(tensor, (0,) * (2 * (tensor.ndim - 3)) + (pad, 0))
-            for index, row in enumerate(members):
-                rows[row] = padded[index]
-        joined.append(torch.stack(rows))
-    return CompactKV(*joined)

@@ -27,6 +27,8 @@ class StillConfig:
             start they are saturated copies of one direction.
         rms_eps: added to the mean square of a latent before its root.
         rope_base: base of the compactor's own rotary embedding.
+        split: how slots are divided over layers and KV heads, as `still.budgets.Split.to_dict` has it, that the
+            compactor was trained for beside the uniform one; None if there is none.
         base_model: name of the frozen model; `base_revision` its commit, `base_fingerprint` a hash of its shape.
         trained_lengths: shortest and longest context drawn in training; empty before training.
         trained_ratios: compression ratios drawn in training.
@@ -46,6 +48,7 @@ class StillConfig:
     open_start: bool = False
     rms_eps: float = 1e-3
     rope_base: float = 10.0
+    split: dict | None = None
     base_model: str = ""
     base_revision: str = ""
     base_fingerprint: str = ""

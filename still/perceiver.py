@@ -7,6 +7,7 @@ heads give compact keys and values. All shapes are per KV head; heads share proj
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -179,12 +180,16 @@ class LayerPerceiver(nn.Module):
                 nn.init.normal_(attention.key.weight, std=1 / width)
                 nn.init.constant_(attention.log_scale, math.log(OPEN_SCALE) / SCALE_GAIN)
 
-    def latents(self, slots: int) -> torch.Tensor:
-        """The bank for `slots` slots `[heads, slots, width]`: itself at its trained size, else resampled linearly."""
-        bank = self.bank
+    def latents(self, slots: int, heads: Sequence[int] | None = None) -> torch.Tensor:
+        """The bank of some heads (all by default) for `slots` slots `[heads, slots, width]`.
+
+        It is the bank itself at its trained size, resampled linearly at others.
+        """
+        bank = self.bank.expand(self.kv_heads, -1, -1)
+        bank = bank if heads is None else bank[list(heads)]
         if slots != bank.shape[1]:
             bank = F.interpolate(bank.transpose(1, 2), size=slots, mode="linear", align_corners=True).transpose(1, 2)
-        return bank.expand(self.kv_heads, -1, -1)
+        return bank
 
     def latent_positions(self, positions: torch.Tensor, slots: int) -> torch.Tensor:
         """`slots` positions from the first to the last of `positions` `[rows, T]`, rounded unless fractional."""
@@ -200,29 +205,30 @@ class LayerPerceiver(nn.Module):
         start, width = positions[:, :1], self.bank.shape[-1]  # small angles keep fp32 exact far into a context
         return own_turns(where - start, width, self.rope_base), own_turns(positions - start, width, self.rope_base)
 
-    def forward(self, keys, values, slots, turns, strip=None):
-        """Compact one layer.
+    def forward(self, keys, values, slots, turns, strip=None, heads=None):
+        """Compact some heads of one layer.
 
         The Triton kernels read keys and values as they are cached, in their dtype; where those do not run, PyTorch
         un-rotates them once for all blocks, in fp32.
 
         Args:
-            keys: `[batch, kv_heads, T, head_dim]`.
-            values: `[batch, kv_heads, T, head_dim]`.
-            slots: how many slots to make.
+            keys: `[batch, heads, T, head_dim]`.
+            values: `[batch, heads, T, head_dim]`.
+            slots: how many slots to make of each head.
             turns: what `turns` gives for the tokens' positions and the latents'.
             strip: the model's cos and sin at the tokens `[batch or 1, T, rotary_dim]`; None where keys are un-rotated.
+            heads: indices of these KV heads; None for all of them.
 
         Returns:
-            Un-rotated compact keys and values `[batch, kv_heads, slots, head_dim]`, and beta
-            `[batch, kv_heads, slots]` or None.
+            Un-rotated compact keys and values `[batch, heads, slots, head_dim]`, and beta `[batch, heads, slots]` or
+            None.
         """
         if latent_attention.takes(keys, values, self.bank.shape[-1]):
             source = Raw(keys, values, strip)
         else:
             plain = keys.float() if strip is None else strip_rope(keys.float(), *strip)
             source = torch.cat((plain, values.float()), dim=-1)
-        z = self.latents(slots)[None]
+        z = self.latents(slots, heads)[None]
         for block in self.blocks:
             z = block(z, source, turns)
         beta = None if self.beta_head is None else self.beta_head(z).squeeze(-1)

@@ -34,6 +34,12 @@ def full_attention_layers(config) -> list[int]:
     return layers
 
 
+def head_dim_of(config) -> int:
+    """Dimension of a key."""
+    config = config.get_text_config(decoder=True)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate `x` `[batch, heads, tokens, head_dim]` by tables `[batch or 1, tokens, rotary_dim]`, split-half pairs."""
     return restore_rope(x, cos, sin)

@@ -14,13 +14,13 @@ import torch
 from ... import methods
 from ...budgets import slots_for
 from ...cache import StillCache
-from ...methods.base import Method, attention_scale
-from ...rope import Rotary
+from ...methods.base import Method
 from ...types import CompactKV
 from ..policies.local import LocalPolicy, LocalSession, Window
 from ..run_config import RunConfig, budget_bytes
 from ..runs import sha256_of
 from ..types import Artifact, Boundary, Message
+from .slots import SlotMaker
 from .text import DEFAULT_TOKENS
 
 
@@ -95,7 +95,7 @@ class Kv(KvBackend):
             text = policy.model.config.get_text_config(decoder=True)
             layers = len(policy.session([]).layers)
             self.bytes_per_slot += layers * text.num_key_value_heads * policy.model.dtype.itemsize
-        self.rotary = Rotary.for_model(policy.model) if self.method.needs_rotary else None
+        self.maker = SlotMaker(self.method, policy.model)
 
     @property
     def slots(self) -> int:
@@ -134,43 +134,21 @@ class Kv(KvBackend):
 
     @torch.no_grad()
     def _append(self, window: Window, count: int) -> StillCache:
-        layers = {}
-        for layer in window.cache.compact_layers:
-            keys, values, _ = layer.raw()
-            layers[layer.index] = self._layer(layer.index, keys, values, window.positions, count, window.queries)
-        where = self._where(layers, window.positions, count)
+        layers, where = self.maker.append(_raw(window), window.positions, count, window.queries)
         window.cache.append_compact(layers, window.tokens, positions=where)
         return window.cache
 
     @torch.no_grad()
     def _recompact(self, session: LocalSession, window: Window, count: int) -> StillCache:
-        layers, positions = {}, None
-        for layer in window.cache.compact_layers:
-            if layer.beta is not None or self.method.needs_queries:
-                raise ValueError(f"slots of {self.method.name} cannot be compacted again; raise the budget")
-            old = layer.slot_positions[0, window.base :].to(window.positions.device)
-            positions = torch.cat((old.to(torch.promote_types(old.dtype, torch.long)), window.positions))
-            keys, values = (x[:, :, window.base :] for x in (layer.keys, layer.values))
-            layers[layer.index] = self._layer(layer.index, keys, values, positions, count, {})
-        tokens = window.cache.logical_length - window.base
+        layers, where = self.maker.recompact(window.cache, window.base, _raw(window), window.positions, count)
         cache = session.exact_base()
-        cache.append_compact(
-            layers, tokens, positions=self._where(layers, positions, count), source=window.cache
-        )
+        tokens = window.cache.logical_length - window.base
+        cache.append_compact(layers, tokens, positions=where, source=window.cache)
         return cache
 
-    def _layer(self, index: int, keys, values, positions, count: int, queries) -> CompactKV:
-        seen = None
-        if self.method.needs_queries:
-            seen = queries[index].float() * attention_scale(self.policy.model, index)
-        return self.method.compact_layer(index, keys, values, positions, count, seen, self.rotary)
 
-    def _where(self, layers: dict[int, CompactKV], positions: torch.Tensor, count: int) -> torch.Tensor | None:
-        """Positions at which the slots are rotated, where the method knows them."""
-        if self.method.name == "full":
-            return positions
-        compactor = getattr(self.method, "compactor", None)
-        return None if compactor is None else compactor.slot_positions(positions, count)
+def _raw(window: Window) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    return {layer.index: layer.raw()[:2] for layer in window.cache.compact_layers}
 
 
 class MemoKv(KvBackend):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -16,7 +17,8 @@ Every call goes on where the last one stopped."""
     examples = """\
 examples:
   still pocket base --output runs/pocket --minutes 10
-  still pocket compactor --output runs/pocket --seed 0"""
+  still pocket compactor --output runs/pocket --seed 0
+  still pocket compactor --output runs/uneven --seed 0 --base pocket --split split.json --uneven 0.5"""
     resume = "run the same command again to go on from the newest state"
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
@@ -26,6 +28,13 @@ examples:
         parser.add_argument("--minutes", type=float, default=120, help="stop the base's training after so long")
         parser.add_argument("--seed", type=int, default=0, help="seed of the part")
         parser.add_argument("--base", metavar="DIR", help="base of the compactor (default: OUTPUT/base)")
+        parser.add_argument("--steps", type=int, metavar="N", help="steps of the compactor (default: the recipe's)")
+        parser.add_argument("--start-from", metavar="DIR", help="a trained compactor to go on from")
+        parser.add_argument("--split", metavar="FILE", help="split of `still budgets` that the compactor is to carry")
+        parser.add_argument(
+            "--uneven", type=float, default=0.0, metavar="SHARE",
+            help="share of the steps whose slots are divided unevenly, around the split (default: 0)",
+        )  # fmt: skip
 
     def run(self, args: argparse.Namespace) -> int:
         """Train the part."""
@@ -40,7 +49,9 @@ examples:
 
         base = load(args.base or str(args.output / "base"), device="cpu", dtype="bfloat16")
         folder = args.output / f"compactor-seed{args.seed}"
-        scores = train_compactor(base, folder, recipe(args.seed))
+        config = recipe(args.seed) if args.steps is None else recipe(args.seed, args.steps)
+        config = replace(config, start_from=args.start_from, split=args.split, uneven=args.uneven)
+        scores = train_compactor(base, folder, config)
         print(f"finished: {folder}, {scores}")
         return 0
 

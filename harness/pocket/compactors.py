@@ -75,4 +75,5 @@ def train_compactor(base: LoadedModel, output: Path, config: TrainConfig, progre
     """Train, or go on training, one compactor of the pocket; returns its scores on held-out matters."""
     source = MatterRows(base.tokenizer, config)
     held_out = [source.row(generate_matter(seed, "standard"), held_out=True) for seed in range(config.eval_contexts)]
-    return train(base, source, output, config, held_out=held_out, compactor_options=OPTIONS, progress=progress)
+    options = {} if config.start_from else OPTIONS
+    return train(base, source, output, config, held_out=held_out, compactor_options=options, progress=progress)

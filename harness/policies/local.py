@@ -17,9 +17,9 @@ import torch
 
 from ...cache import StillCache
 from ...models import LoadedModel
-from ...reading import capture_queries, read
+from ...reading import capture_queries
 from ...rope import full_attention_layers
-from ...types import CompactKV
+from ..backends.slots import exact_cache
 from ..types import ContextSize, Limit, Message, Sampled
 from .calls import parser_of
 from .chat import ChatFormat
@@ -32,11 +32,15 @@ class LocalPolicy:
         loaded: from `still.models.load`.
         window: tokens of context to use; the model's own limit unless given.
 
+    Attributes:
+        version: of the weights, set by whoever trains them; every sampled turn records it.
+
     Raises:
         ValueError: the window is larger than the model's, or its chat template has no tool calls.
     """
 
     capabilities = frozenset({"tokens", "kv", "queries"})
+    version: int | None = None
 
     def __init__(self, loaded: LoadedModel, window: int | None = None):
         self.name, self.model, self.tokenizer = loaded.name, loaded.model, loaded.tokenizer
@@ -224,7 +228,7 @@ class LocalSession:
         return Sampled(
             text, calls, "stop" if ended else "length", problem, tuple(turn.append_ids), tuple(turn.output),
             tuple(round(x, 6) for x in turn.logprobs), None if turn.margin == float("inf") else round(turn.margin, 6),
-            turn.prompt, len(turn.output), round(time.perf_counter() - turn.started, 6),
+            turn.prompt, len(turn.output), round(time.perf_counter() - turn.started, 6), version=self.policy.version,
         )  # fmt: skip
 
     def accept(self, sampled: Sampled) -> None:
@@ -284,12 +288,7 @@ class LocalSession:
     def exact_base(self) -> StillCache:
         """A cache of S and U alone."""
         if self._exact is None:
-            ids = torch.tensor([self.base_ids], device=self.policy.model.device)
-            full = read(self.policy.model, ids).cache
-            layers = {i: CompactKV(full.layers[i].keys, full.layers[i].values) for i in self.layers}
-            where = torch.arange(len(self.base_ids))
-            config = self.policy.model.config
-            self._exact = StillCache.from_layers(config, layers, len(self.base_ids), source=full, positions=where)
+            self._exact = exact_cache(self.policy.model, self.base_ids)
         return self._exact.clone()
 
     @property

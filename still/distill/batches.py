@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..budgets import slots_for
+from ..budgets import Split, slots_for
 from .data import Row, RowError, collate
 
 
@@ -198,11 +198,13 @@ class BatchStream(IterableDataset):
         world: processes.
         questions: questions asked of each context; 0 for all.
         pad_id: fills shorter rows.
+        split: around which uneven steps draw theirs.
+        uneven: share of the steps that draw one.
     """
 
     def __init__(
         self, source: RowSource, *, start: int, batch: int, micro_batch: int, rank: int = 0,
-        world: int = 1, questions: int = 0, pad_id: int = 0,
+        world: int = 1, questions: int = 0, pad_id: int = 0, split: Split | None = None, uneven: float = 0.0,
     ):  # fmt: skip
         if batch % (micro_batch * world):
             raise ValueError(
@@ -211,6 +213,7 @@ class BatchStream(IterableDataset):
         self.source, self.start = source, start
         self.batch, self.micro_batch, self.rank, self.world = batch, micro_batch, rank, world
         self.questions, self.pad_id = questions, pad_id
+        self.split, self.uneven = split, uneven
         self.parts = batch // (micro_batch * world)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor | int | float]]:
@@ -226,7 +229,16 @@ class BatchStream(IterableDataset):
         """The batch number `part` of a step on this process."""
         first = (part * self.world + self.rank) * self.micro_batch
         rows = self.source.rows(draw, self.batch, range(first, first + self.micro_batch))
-        return make_batch(rows, draw, self.source.draws.seed, self.questions, self.pad_id)
+        batch = make_batch(rows, draw, self.source.draws.seed, self.questions, self.pad_id)
+        batch["split"] = self.split_of(draw)
+        return batch
+
+    def split_of(self, draw: Draw) -> Split | None:
+        """The split of a step, the same on every process; None for equal numbers."""
+        key = f"{self.source.draws.seed}:{draw.step}"
+        if self.split is None or random.Random(f"uneven {key}").random() >= self.uneven:
+            return None
+        return self.split.drawn(key)
 
 
 def make_batch(rows: Sequence[Row], draw: Draw, seed: int, questions: int = 0, pad_id: int = 0) -> dict:

@@ -76,6 +76,9 @@ class TrainConfig:
         batch: contexts in one optimizer step, over all processes.
         micro_batch: contexts that one process holds at a time.
         questions: questions asked of a context in one step, drawn anew each time; 0 asks all that it has.
+        uneven: share of the steps that divide their slots unevenly over the heads, each in a way of its own around
+            `split`: between it and equal numbers, jittered. Such runs use the attention "still".
+        split: JSON file of `still budgets`, stored in the checkpoint; equal numbers unless given.
         top_k: teacher tokens, beside the right one, over which the loss is taken.
         weight_decay: weight decay of matrices; the latent bank and the biases have none.
         clip: largest norm of the gradient.
@@ -101,6 +104,8 @@ class TrainConfig:
     batch: int = 16
     micro_batch: int = 1
     questions: int = 0
+    uneven: float = 0.0
+    split: str | None = None
     top_k: int = 200
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -123,6 +128,8 @@ class TrainConfig:
             raise ValueError(f"ratios is {self.ratios}; give one or more, each at least 1 (tokens per slot)")
         if self.lengths and min(self.lengths) < 1:
             raise ValueError(f"lengths is {self.lengths}; each must be at least 1 token")
+        if not 0 <= self.uneven <= 1:
+            raise ValueError(f"uneven is {self.uneven}; it is a share of the steps: 0 to 1")
         if self.keep < 2:
             raise ValueError(f"keep is {self.keep}; it must be 2 or more, since the newest may be half written")
         if self.schedule not in ("constant", "linear", "cosine"):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ..budgets import Split
 from ..cache import StillCache
 from ..compactor import StillCompactor
 
@@ -98,6 +99,7 @@ class Distiller(nn.Module):
         context_mask: torch.Tensor | None = None,
         turn_mask: torch.Tensor | None = None,
         num_items_in_batch: int | None = None,
+        split: Split | None = None,
     ) -> DistillOutput:
         """Loss of one batch.
 
@@ -109,6 +111,7 @@ class Distiller(nn.Module):
             context_mask: `[batch, T]`, zeros at padding; None where no row is padded.
             turn_mask: `[batch, L]`, likewise.
             num_items_in_batch: divide the summed KL by this instead of by this batch's answer tokens.
+            split: how the slots are divided over the heads; the model must run `attn_implementation="still"` then.
 
         Raises:
             ValueError: no answer token is supervised, or a row has fewer tokens than slots.
@@ -132,7 +135,8 @@ class Distiller(nn.Module):
             full, hidden = self._teach(context_ids, turn_ids, mask, positions)
             teacher = self.model.get_output_embeddings()(hidden[:, :-1][wanted])
 
-        layers = self.compactor.compact_rows(full, rows, slots=slots)
+        compactor = self.compactor if split is None else self.compactor.with_split(split)
+        layers = compactor.compact_rows(full, rows, slots=slots)
         small = StillCache.from_layers(
             self.model.config, layers, tokens, source=full, token_ids=context_ids, attention_mask=context_mask
         )

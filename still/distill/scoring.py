@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..budgets import Split
 from .batches import Draw, make_batch
 from .data import Row
 from .objective import IGNORE, Distiller
@@ -50,7 +51,13 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    distiller: Distiller, rows: Sequence[Row], ratios: Sequence[float], rank: int = 0, world: int = 1, pad_id: int = 0
+    distiller: Distiller,
+    rows: Sequence[Row],
+    ratios: Sequence[float],
+    rank: int = 0,
+    world: int = 1,
+    pad_id: int = 0,
+    split: Split | None = None,
 ) -> Scores:
     """Score this process's share of the rows at every ratio; all of a row's questions, in one fixed order.
 
@@ -61,6 +68,7 @@ def score(
         rank: this process.
         world: processes.
         pad_id: fills shorter rows.
+        split: how the slots are divided over the heads; None for equal numbers.
     """
     table = torch.zeros(len(ratios), len(NAMES), dtype=torch.float64)
     device = next(distiller.model.parameters()).device
@@ -71,7 +79,7 @@ def score(
             batch = make_batch([row], Draw(0, row.tokens, ratio), seed=0, pad_id=pad_id)
             inputs = {name: value for name, value in batch.items() if name not in ("ratio", "length")}
             inputs = {name: v.to(device) if torch.is_tensor(v) else v for name, v in inputs.items()}
-            out = distiller(**inputs)
+            out = distiller(**inputs, split=split)
             right = whole_answers(inputs["labels"], out.right)
             full = whole_answers(inputs["labels"], out.teacher_right)
             table[index] += torch.tensor(

@@ -7,12 +7,15 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..attention import attending
+from ..budgets import Split
 from ..compactor import StillCompactor, fingerprint
 from ..provenance import provenance
 from .batches import DatasetRows, Draws, IterableRows, RowSource, bucket_lengths
@@ -83,14 +86,19 @@ def train(
     _check_run(output, record)
     if compactor is None:
         compactor = _compactor(base, config, source.draws.lengths, compactor_options or {})
+    split = Split.uniform(map(int, compactor.layers), compactor.kv_heads)
+    if config.split:
+        split = compactor.with_split(config.split).split
+        compactor.config.split = split.to_dict()
     distiller = Distiller(base.model, compactor, config.top_k)
     trainer = DistillTrainer(
-        distiller, config, output, source, held_out, trainer_options, renderer.pad_id, progress=progress
+        distiller, config, output, source, held_out, trainer_options, renderer.pad_id, progress=progress, split=split
     )
     made_by = provenance(config, config.seed, base.model.device, model=base.name, run=record)
     if trainer.is_world_process_zero():
         write_atomically(output / "train.json", json.dumps(made_by, indent=2) + "\n")
-    scores = trainer.fit()
+    with attending(base.model) if config.uneven or config.split else nullcontext():
+        scores = trainer.fit()
     trainer.describe_training()
     if trainer.is_world_process_zero():
         write_atomically(output / "README.md", card(base.name, compactor, config, scores))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from ..budgets import Split
 from ..compactor import WEIGHTS, StillCompactor
 from .batches import BatchStream, RowSource
 from .checkpoints import is_complete, mark_complete, newest_complete, remove_incomplete, step_of
@@ -110,6 +111,7 @@ class DistillTrainer(Trainer):
         options: further arguments of the library trainer, by name.
         pad_id: id that fills shorter rows.
         progress: show a progress bar.
+        split: around which `config.uneven` of the steps draw theirs; held-out rows are scored with it too.
     """
 
     def __init__(
@@ -122,7 +124,9 @@ class DistillTrainer(Trainer):
         options: dict[str, Any] | None = None,
         pad_id: int = 0,
         progress: bool = True,
+        split: Split | None = None,
     ):
+        self.split = split
         self.config, self.source, self.held_out, self.pad_id = config, source, list(held_out), pad_id
         cpu = next(distiller.model.parameters()).device.type == "cpu"
         args = training_arguments(config, output, options or {}, _world(), cpu)
@@ -185,6 +189,8 @@ class DistillTrainer(Trainer):
             world=self.args.world_size,
             questions=config.questions,
             pad_id=self.pad_id,
+            split=self.split,
+            uneven=config.uneven,
         )
         workers = self.args.dataloader_num_workers
         generator = torch.Generator().manual_seed(config.seed)  # the loader would draw from the global one
@@ -226,6 +232,11 @@ class DistillTrainer(Trainer):
         ranks = (self.args.process_index, self.args.world_size)
         sums = score(distiller, self.held_out[: self.config.eval_contexts], self.config.ratios, *ranks, self.pad_id)
         self.scores = sums.reduced(self.accelerator).metrics()
+        if self.config.split:
+            sums = score(distiller, self.held_out[: self.config.eval_contexts], self.config.ratios, *ranks, self.pad_id,
+                         split=self.split)  # fmt: skip
+            uneven = sums.reduced(self.accelerator).metrics()
+            self.scores |= {f"uneven_{name}": value for name, value in uneven.items() if name != "full"}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -35,6 +35,8 @@ METHODS: dict[str, type[Method]] = {
     )
 }  # fmt: skip
 NAMES = tuple(METHODS)
+SPLIT_NAMES = tuple(name for name, method in METHODS.items() if method.takes_split and not method.fixed_size)
+"""Methods whose heads may have unequal numbers of slots."""
 
 
 def get(name: str, **hyper) -> Method:
@@ -45,14 +47,16 @@ def get(name: str, **hyper) -> Method:
     """
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}; choose one of {', '.join(NAMES)}")
-    known = [item.name for item in fields(METHODS[name])]
-    if unknown := sorted(set(hyper) - set(known)):
+    known = [item.name for item in fields(METHODS[name]) if item.name != "split"]
+    if hyper.get("split") is not None and name not in SPLIT_NAMES:
+        raise ValueError(f"{name} keeps as much of every head; a split serves {', '.join(SPLIT_NAMES)}")
+    if unknown := sorted(set(hyper) - set(known) - {"split"}):
         raise ValueError(f"{name} has no hyper-parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     return METHODS[name](**hyper)
 
 
 __all__ = [
-    "H2O", "METHODS", "NAMES", "AttentionMatching", "Cartridge", "Eviction", "ExpectedAttention", "Full", "Int4",
-    "Int8", "KeyDiff", "Knorm", "LayerView", "Method", "MethodRecord", "NoContext", "PlainCache", "QuantisedLayer",
-    "Random", "SnapKV", "Still", "StreamingLLM", "Truncation", "cache_nbytes", "get", "measure",
+    "H2O", "METHODS", "NAMES", "SPLIT_NAMES", "AttentionMatching", "Cartridge", "Eviction", "ExpectedAttention", "Full",
+    "Int4", "Int8", "KeyDiff", "Knorm", "LayerView", "Method", "MethodRecord", "NoContext", "PlainCache",
+    "QuantisedLayer", "Random", "SnapKV", "Still", "StreamingLLM", "Truncation", "cache_nbytes", "get", "measure",
 ]  # fmt: skip

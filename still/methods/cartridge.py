@@ -56,6 +56,7 @@ class Cartridge(Method):
 
     name: ClassVar[str] = "cartridge"
     synthesis: ClassVar[bool] = True
+    takes_split: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.start not in ("first", "spread"):

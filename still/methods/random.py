@@ -25,5 +25,6 @@ class Random(Eviction):
     def score(self, view: LayerView) -> torch.Tensor:
         """Uniform noise `[batch, kv_heads, tokens]`."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + view.layer)
-        noise = torch.rand(view.keys.shape[1:3], generator=generator)
+        heads = range(view.keys.shape[1]) if view.heads is None else view.heads
+        noise = torch.rand(max(heads) + 1, view.tokens, generator=generator)[list(heads)]
         return noise.to(view.keys.device).expand(view.keys.shape[:3])

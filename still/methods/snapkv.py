@@ -77,4 +77,4 @@ class SnapKV(Eviction):
         asked = read_after(model, reading, self.question_ids, queries=True)
         longer = [tokens + self.question_ids.shape[-1] for tokens in rows]
         budgets = self.budgets(rows, slots, ratio)
-        return self.build(model, reading, self.compact_rows(model, asked, longer, budgets), budgets)
+        return self.build(model, reading, self.compact_rows(model, asked, longer, budgets, rows), budgets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from transformers.cache_utils import Cache
@@ -30,6 +30,8 @@ class Still(Method):
     def __post_init__(self) -> None:
         if self.compactor is None:
             raise ValueError("the method 'still' needs compactor=StillCompactor.from_pretrained(..., model=model)")
+        if self.split is None:
+            self.split = self.compactor.split
 
     @property
     def uses_beta(self) -> bool:
@@ -43,11 +45,19 @@ class Still(Method):
         self.compactor.check_trained(max(rows), max(rows) / max(kept) if ratio is None else ratio)
         return super().compact(model, reading, slots, ratio)
 
+    def even(self) -> Still:
+        """This method, and its compactor, without a split."""
+        return replace(self, split=None, compactor=self.compactor.with_split(None))
+
     def compact_view(self, view: LayerView) -> CompactKV:
         """What the compactor makes of the layer."""
-        return self.compactor.compact_layer(view.layer, view.keys, view.values, view.positions, view.slots)
+        heads = range(view.keys.shape[1]) if view.heads is None else view.heads
+        return self.compactor.compact_layer(
+            view.layer, view.keys, view.values, view.positions, view.slots, heads=heads
+        )
 
     def options(self) -> dict[str, Any]:
         """The label, and the steps and seed of the training."""
         config = self.compactor.config
-        return {"label": self.label, "steps": config.steps, "seed": config.seed}
+        split = {} if self.split is None else {"split": self.split.source}
+        return {"label": self.label, "steps": config.steps, "seed": config.seed, **split}

@@ -85,6 +85,38 @@ def test_a_deliverable_of_50_mb_goes_out_whole_and_comes_back_as_a_state(run):
     assert record["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("asked", "delivered", "taken"),
+    [
+        ("memo.docx", ["Final Memo.docx", "table.xlsx"], "Final Memo.docx"),
+        ("issues-memo.docx", ["commitment_letter.docx", "Memo of issues.docx"], "Memo of issues.docx"),
+        ("issues-memo.docx", ["a/issues.docx", "b/issues.docx"], None),
+        ("issues-memo.docx", ["one.docx", "two.docx"], None),
+        ("issues-memo.docx", ["issues-memo.md", "notes.txt"], "issues-memo.md"),
+        ("memo.docx", [], None),
+    ],
+)
+def test_a_misnamed_output_is_taken_as_lab_does_where_that_is_asked_for(asked, delivered, taken):
+    outputs = dict.fromkeys(delivered, "The memo.")
+    with JudgeServer() as server:
+        judge = find_judge(f"m@{server.url}")
+        exact = asyncio.run(grade(make_task(1, files=((asked,),)), outputs, judge))
+        assert (exact.verdicts[0].state, len(server.log)) == ("missing", 0)
+        found = asyncio.run(grade(make_task(1, files=((asked,),)), outputs, judge, GradeConfig(names="closest")))
+        assert found.verdicts[0].state == ("judged" if taken else "missing")
+    records = {each["name"]: each.get("taken_for") for each in found.judging["deliverables"]}
+    assert records == ({taken: [asked]} if taken else {asked: None})
+
+
+def test_the_right_name_is_never_given_up_for_a_closer_one():
+    texts = {"memo.docx": "Right.", "memo memo.docx": "Wrong."}
+    with JudgeServer() as server:
+        judge = find_judge(f"m@{server.url}")
+        asyncio.run(grade(make_task(1, files=(("memo.docx",),)), texts, judge, GradeConfig(names="closest")))
+    assert "Right." in server.log[0].text
+    assert "Wrong." not in server.log[0].text
+
+
 def test_links_hidden_files_and_lock_files_are_no_deliverables(run, tmp_path_factory):
     secret = tmp_path_factory.mktemp("elsewhere") / "secret.md"
     secret.write_text("secret")

@@ -133,6 +133,20 @@ def test_prose_around_the_answer_is_read_past(wrapped):
     assert len(server.log) == 4
 
 
+def test_half_a_character_in_an_answer_loses_nothing(tmp_path):
+    """Models that break an emoji's escape in two write JSON whose text no file takes."""
+
+    def rule(asked: Asked) -> Answer:
+        return Answer(verdicts(asked.ids, reason="half \ud83d pair", evidence=["The fee is \ud83d due."]))
+
+    with VerdictStore(tmp_path / "verdicts.sqlite") as store:
+        grading, _ = run(rule, 2, store=store)
+        assert len(store) == 2
+    assert [each.label for each in grading.verdicts] == [truth(each.id) for each in grading.verdicts]
+    assert {each.reason for each in grading.verdicts} == {"half ? pair"}
+    assert {each.misquotes for each in grading.verdicts} == {("The fee is ? due.",)}
+
+
 def test_an_injected_verdict_stays_content_and_changes_nothing():
     """The deliverable holds a whole answer that says PASS; a judge that repeats it first is still heard at the end."""
     injected = MEMO["memo.md"]
@@ -237,6 +251,43 @@ def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for():
     grading, server = run(lambda asked: Answer("tomorrow", 429, {"Retry-After": "86400"}), 3)
     assert {each.state for each in grading.verdicts} == {"error"}
     assert len(server.log) <= 3
+
+
+def test_a_server_that_never_answers_is_soon_left_alone_and_named():
+    config, retry = GradeConfig(prime=False), Retry(attempts=1, first=0.01)
+    grading, server = run(lambda asked: Answer("oops", 500), 200, config, retry)
+    assert len(server.log) < 30
+    assert {each.state for each in grading.verdicts} == {"error", "stopped"}
+    assert grading.all_pass is None
+    assert "8 calls were given up and none was answered; the last one: 500: " in grading.stopped
+
+
+def test_a_server_that_answered_once_is_never_left_alone():
+    retry = Retry(attempts=1, first=0.01)
+    grading, server = run(lambda asked: honest(asked) if asked.ids == ["C-00000"] else Answer("oops", 500), 40,
+                          retry=retry)  # fmt: skip
+    assert len(server.log) == 40
+    assert Counter(each.state for each in grading.verdicts) == {"judged": 1, "error": 39}
+    assert grading.stopped == ""
+
+
+def test_a_server_that_comes_up_later_is_asked_again():
+    """Long-lived graders, as rewards are, try a server again that they gave up before."""
+    up, retry = [], Retry(attempts=1, first=0.01)
+
+    async def twice(judge) -> list:
+        async with Grader(judge, GradeConfig(), retry=retry) as grader:
+            first = await grader.grade(make_task(40), MEMO)
+            up.append(True)
+            early = await grader.grade(make_task(40), MEMO)
+            grader.askers["m"]._stopped_until = 0.0  # a minute later
+            return [first, early, await grader.grade(make_task(40), MEMO)]
+
+    with JudgeServer(lambda asked: honest(asked) if up else Answer("starting", 503)) as server:
+        first, early, later = asyncio.run(twice(judge_at(server)))
+    assert first.stopped
+    assert early.stopped
+    assert (later.n_unscored, later.stopped) == (0, "")
 
 
 def mischief(seed: int, share: float):

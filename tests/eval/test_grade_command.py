@@ -141,6 +141,17 @@ def test_a_budget_stops_cleanly_and_the_next_run_goes_on(lab, capsys):
         assert Counter(server.asked) == {each.id: 1 for each in load_task(lab / "lab/tasks" / partial["task"]).criteria}
 
 
+def test_why_criteria_are_unscored_is_said_at_the_end(lab, capsys):
+    def rule(asked: Asked) -> Answer:
+        return Answer("ran\nout of ideas", 400) if asked.ids[0] == "C-003" else honest(asked)
+
+    with JudgeServer(rule) as server:
+        argv = ["grade", str(lab / "runs"), "--task", str(lab / "lab"), "--judge", f"m@{server.url}"]
+        assert main([*argv, "--no-cache", "--no-prime"]) == 1
+    said = capsys.readouterr().out
+    assert said.endswith("unscored, 2 of 2 times: 400: ran out of ideas\n")
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

@@ -64,6 +64,16 @@ def test_a_table_of_judges(tmp_path, monkeypatch):
     assert find_judge("strong", table).name == "strong"
 
 
+def test_a_table_wants_the_keys_of_those_judges_alone_that_are_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    (tmp_path / "judges.toml").write_text("[one]\nmodel = 'gpt-5.5'\n[other]\nmodel = 'claude-sonnet-4-6'\n")
+    table = load_judges(tmp_path / "judges.toml")
+    assert find_judge("one", table).config.model == "gpt-5.5"
+    with pytest.raises(ValueError, match="ANTHROPIC_API_KEY"):
+        find_judge("other", table)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -74,6 +84,11 @@ def test_a_table_of_judges(tmp_path, monkeypatch):
         ("[a]\nmodel = 'm'\nbase_url = 'http://h/v1?key=secret'", "carries a secret"),
         ("[a]\nmodel = 'm'\nbase_url = 'http://h'\nstructured = 'yes'", "structured 'yes'"),
         ("[a]\nmodel = 'm'\nbase_url = 'http://h'\nconcurrency = 0", "concurrency"),
+        ("[a]\nmodel = 'm'\nbase_url = 'http://h'\nconcurrency = '8'", "concurrency '8'; it is a whole number"),
+        ("[a]\nmodel = 'm'\nbase_url = 'http://h'\ntimeout = true", "timeout True; it is a number"),
+        ("[a]\nmodel = 7\nbase_url = 'http://h'", "model 7; it is a text"),
+        ("[a]\nmodel = 'm'\nbase_url = 'http://h'\nextra = 'x'", "extra 'x'; it is a table"),
+        ("[a]\nmodel = 'unheard-of'", "no judge is called 'unheard-of'"),
         ("[a", "no TOML"),
     ],
 )

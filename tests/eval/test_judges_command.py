@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from judge_server import Answer, JudgeServer
@@ -91,6 +93,17 @@ def test_report_writes_a_page_a_run_and_one_across_them(judged, capsys):
     ]  # fmt: skip
 
 
+def test_numbers_that_are_not_defined_are_null_and_never_nan(tmp_path):
+    """One system passes all, the other nothing: no spread, so no p-value."""
+    for model, labels in (("A", "pp"), ("B", "ff")):
+        for task in ("tax/a", "tax/b"):
+            write_run(tmp_path / model / task[-1], labels, task=task, model=model)
+    assert main(["judges", "report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "numbers.json").read_text()
+    (numbers,) = json.loads(text, parse_constant=pytest.fail)
+    assert numbers["pairs"][0]["criterion"]["p_value"] is None
+
+
 def test_items_are_csv_and_candidates_a_list_that_report_takes(judged, capsys):
     listed = judged / "candidates.json"
     assert main(["judges", "items", str(judged), "--least", "2", "--candidates", str(listed)]) == 0
@@ -101,6 +114,14 @@ def test_items_are_csv_and_candidates_a_list_that_report_takes(judged, capsys):
     assert by_key["tax/a", "C-003"]["judges_split"] == "1.000"
     assert main(["judges", "report", str(judged / "strong"), "--quarantine", str(listed),
                  "--output", str(judged / "out")]) == 0  # fmt: skip
+
+
+def test_candidates_are_written_even_where_nobody_reads_the_table(judged):
+    listed = judged / "candidates.json"
+    argv = [sys.executable, "-m", "still.cli", "judges", "items", str(judged), "--least", "2"]
+    with subprocess.Popen([*argv, "--candidates", str(listed)], stdout=subprocess.PIPE) as process:
+        process.stdout.close()
+    assert json.loads(listed.read_text())
 
 
 def test_correct_takes_labels_and_says_what_they_change(judged, capsys):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from judge_server import Answer, JudgeServer
+from office_files import docx, redlines
 
 from still.eval.client import OpenAIJudge
 from still.eval.grade import GradeConfig, grade
@@ -156,7 +157,7 @@ def test_tracked_changes_are_shown_where_the_criterion_wants_them(lab, prompt, t
     """The same file, accepted for one criterion and with its changes for the other: two groups, two texts."""
     outputs = tmp_path / "run" / "output"
     outputs.mkdir(parents=True)
-    redlined(outputs / "markup.docx")
+    (outputs / "markup.docx").write_bytes(docx(redlines("the old rent", "the new rent")))
     criteria = [
         {"id": "C-1", "title": "clean", "match_criteria": "PASS if clean.", "deliverables": ["markup.docx"]},
         {"id": "C-2", "title": "redlines", "match_criteria": "PASS if marked.", "deliverables": ["markup.docx"],
@@ -172,17 +173,3 @@ def test_tracked_changes_are_shown_where_the_criterion_wants_them(lab, prompt, t
     assert lab_output(criteria[1], {}, outputs) in marked
     assert ("the old rent" in clean, "the old rent" in marked) == (False, True)
     assert [each.get("redlines", False) for each in grading.judging["deliverables"]] == [False, True]
-
-
-def redlined(path: Path) -> None:
-    """A docx with one deletion and one insertion."""
-    docx = pytest.importorskip("docx")
-    from docx.oxml import parse_xml
-    from docx.oxml.ns import nsdecls
-
-    document = docx.Document()
-    paragraph = document.add_paragraph("The rent is ")._p
-    who = 'w:id="1" w:author="A" w:date="2026-01-01T00:00:00Z"'
-    paragraph.append(parse_xml(f"<w:del {nsdecls('w')} {who}><w:r><w:delText>the old rent</w:delText></w:r></w:del>"))
-    paragraph.append(parse_xml(f"<w:ins {nsdecls('w')} {who}><w:r><w:t>the new rent</w:t></w:r></w:ins>"))
-    document.save(path)

@@ -145,6 +145,52 @@ def test_hostile_text_does_nothing_in_a_real_browser(hostile, name, tmp_path):
     assert "evil" in done.stdout
 
 
+@pytest.mark.full
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_printed_page_holds_what_is_folded_on_screen_and_every_column(tmp_path):
+    pdfplumber = pytest.importorskip("pdfplumber")
+    for judge, labels in (("strong", "ppff"), ("cheap", "pfpf")):
+        folder = write_run(tmp_path / judge, labels, judge=judge, cost=0.01)
+        scores = json.loads((folder / "scores.json").read_text())
+        scores["criteria_results"][0]["reasoning"] = f"{judge} explains a pass"
+        judges = {judge: {"model": "m", "cost": 0.04, "tokens": {"calls": 4}, "reused_tokens": {"input": 777}}}
+        scores["still"]["judging"] = {"judges": judges}
+        (folder / "scores.json").write_text(json.dumps(scores))
+    strong, cheap = (load_runs([tmp_path / judge]) for judge in ("strong", "cheap"))
+
+    def printed(page: str) -> str:
+        (tmp_path / "page.html").write_text(page)
+        subprocess.run(
+            ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+             f"--print-to-pdf={tmp_path / 'page.pdf'}", (tmp_path / "page.html").as_uri()],
+            capture_output=True, timeout=180, check=True,
+        )  # fmt: skip
+        with pdfplumber.open(tmp_path / "page.pdf") as document:
+            words = [(word, page.width) for page in document.pages for word in page.extract_words()]
+        return " ".join(word["text"] for word, width in words if word["x1"] < width)
+
+    told = printed(run_page(strong[0]))
+    assert "strong explains a pass" in told
+    assert " 777 " in told
+    assert "judged" in printed(judges_page([compare_judges(strong, cheap)])).partition("disagrees with")[0]
+
+
+def test_quotations_are_shown_without_pandocs_backslashes_and_no_p_is_zero(tmp_path):
+    for judge, labels in (("strong", "f" * 20), ("cheap", "p" * 20)):
+        folder = write_run(tmp_path / judge, labels, judge=judge)
+        scores = json.loads((folder / "scores.json").read_text())
+        for verdict in scores["still"]["verdicts"]:
+            verdict["evidence"] = [r"\[the Company\'s fee\] is \$5 <b>net</b>"]
+        (folder / "scores.json").write_text(json.dumps(scores))
+    strong, cheap = (load_runs([tmp_path / judge]) for judge in ("strong", "cheap"))
+    found = read(judges_page([compare_judges(strong, cheap)]))
+    for shown in ("".join(found.text), "".join(read(run_page(strong[0])).text)):
+        assert "[the Company's fee] is $5 <b>net</b>" in shown
+    assert "< 0.001" in found.text
+    assert "0.000" not in found.text
+    assert "All of this rests on 1 task; the intervals are as wide as that makes them." in found.text
+
+
 def test_a_run_says_what_was_missed_first_and_why(tmp_path):
     titles = ("Names the seat", "States the fee", "Cites the rule", "Counts")
     folder = write_run(tmp_path / "run", "pfup", titles=titles, cost=0.05, model="gpt-9")

@@ -16,12 +16,16 @@ from still.eval.judges import ExactJudge, find_judge
 from still.eval.matters.lab_format import write_lab_tasks
 from still.eval.prompting import PromptError, load_prompt
 from still.eval.scored import load_runs
+from still.eval.stats import for_json
 from still.eval.tasks import load_task
 from still.eval.tune import TuneConfig, Tuner
 
 ANCHOR = "Work through a checklist:"
 CAREFUL = "Compare every figure, digit by digit."
 LUCKY = "Look at the first page twice."
+HINTING = "Mind the odd ones."
+STRICT_ELSEWHERE = "Trust no one else."
+SILENT_ELSEWHERE = "Speak at home alone."
 HARSH = "When in doubt, fail."
 KIND = "Be kind to the author."
 BROKEN = "Answer in verse."
@@ -73,10 +77,15 @@ class World:
         criteria = {each.id: each for each in task.criteria}
         body = re.search(r"begin [^\]]*\]\n(.*?)\n\[DELIVERED", asked.text, re.DOTALL)[1]
         careful = CAREFUL in asked.text or (LUCKY in asked.text and task.id in self.tuning)
+        careful |= STRICT_ELSEWHERE in asked.text or SILENT_ELSEWHERE in asked.text
+        careful |= HINTING in asked.text and task.id in (*self.tuning, list(self.by_title.values())[-1].id)
         found = []
         for name in asked.ids:
             right = exact_criterion(body, criteria[name]).label
-            label = "fail" if HARSH in asked.text else right if careful else "pass"
+            harsh = HARSH in asked.text or (STRICT_ELSEWHERE in asked.text and task.id not in self.tuning)
+            if SILENT_ELSEWHERE in asked.text and task.id not in self.tuning and name == asked.ids[0]:
+                continue
+            label = "fail" if harsh else right if careful else "pass"
             found.append({"id": name, "evidence": [], "reason": f"{label}ed", "verdict": label})
         return Answer(json.dumps({"verdicts": found}))
 
@@ -117,7 +126,7 @@ def test_an_edit_that_helps_on_held_out_tasks_is_kept_and_the_others_are_not(gra
     assert "passes nothing on the tuning side" in found.stopped
     assert "kept" in lines[0]
     log = json.loads((tmp_path / "log.json").read_text())
-    assert log["rounds"] == json.loads(json.dumps(found.rounds))
+    assert log["rounds"] == json.loads(json.dumps(for_json(found.rounds)))
     assert set(log["tasks"]["tuning"]).isdisjoint(log["tasks"]["held-out"])
     assert (tmp_path / "prompt.md").read_text() == found.prompt.text == (tmp_path / f"{log['prompt']}.md").read_text()
     assert load_prompt(tmp_path / "prompt.md").sha256 == log["prompt"]
@@ -135,6 +144,33 @@ def test_luck_on_the_tuning_side_is_not_kept(graded, tmp_path):
     assert not entry["kept"]
     assert found.prompt.sha256 == load_prompt("checklist").sha256
     assert (found.held_out, "not kept" in lines[0]) == (None, True)
+
+
+def test_a_fall_that_may_be_chance_on_held_out_tasks_is_not_kept(graded, tmp_path):
+    """Fewer false passes on one held-out task of eight: the interval over tasks holds zero."""
+    found, _, lines = tune(graded, tmp_path, [[edit(HINTING)]], rounds=1)
+    (entry,) = found.rounds[0]["edits"]
+    before, after = entry["held_out"]["false_passes"]
+    assert 0 < after < before
+    interval = entry["held_out"]["change"]["interval"]
+    assert interval["estimate"] < 0 <= interval["high"]
+    assert not entry["kept"]
+    assert "not kept" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "harm"),
+    [
+        (STRICT_ELSEWHERE, lambda outcome: outcome["false_fail_rise"] == 1.0),
+        (SILENT_ELSEWHERE, lambda outcome: outcome["lost"] == 8),
+    ],
+)
+def test_fewer_false_passes_at_the_cost_of_good_work_or_of_verdicts_are_not_kept(graded, tmp_path, words, harm):
+    found, _, _ = tune(graded, tmp_path, [[edit(words)]], rounds=1)
+    (entry,) = found.rounds[0]["edits"]
+    assert entry["held_out"]["change"]["interval"]["high"] < 0
+    assert harm(entry["held_out"])
+    assert not entry["kept"]
 
 
 def test_an_edit_that_fails_good_work_or_breaks_answers_goes_no_further(graded, tmp_path):

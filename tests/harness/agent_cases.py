@@ -153,7 +153,9 @@ def texts(count: int, size: int = 200) -> dict[str, str]:
     }
 
 
-def episode(root: Path, task, player, loaded=None, policy=None, method=None, name="run", **settings) -> Episode:
+def episode(
+    root: Path, task, player, loaded=None, policy=None, method=None, name="run", sandbox=None, **settings
+) -> Episode:
     """An episode in `root/name`, with limits that suit tiny documents."""
     settings = {"backend": "full", "window": 4000, "reserve": 400, "reads": 2, "reads_force": 3, "max_new_tokens": 600,
                 "tools": ("read", "write", "edit", "glob", "grep"), **settings}  # fmt: skip
@@ -162,7 +164,7 @@ def episode(root: Path, task, player, loaded=None, policy=None, method=None, nam
         tokenizer = loaded.tokenizer if loaded else tiny_agent_tokenizer()
         policy = ScriptedPolicy(tokenizer, lambda: player, config.window, loaded)
     folder = RunFolder(root / name)
-    workspace = Workspace(folder.workspace, Documents.load(task.agent_view(), cache=root / "converted"))
+    workspace = Workspace(folder.workspace, Documents.load(task.agent_view(), cache=root / "converted"), sandbox)
     return Episode(workspace, policy, backends.make(config, policy, method), config, folder)
 
 

@@ -186,7 +186,7 @@ def test_padded_rows_read_in_chunks(ratio):
     rows = [random_ids(n, seed=n) for n in ((64, 32, 48) if ratio > 1 else (64, 23, 9))]
     ids, mask = left_padded(rows)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         cache = compactor.prefill(model, ids, mask, ratio=ratio)
     question = random_ids(3, 4, seed=9)
     logits = answer(model, cache, question)
@@ -293,7 +293,7 @@ def test_lengths_and_ratios_outside_training_warn():
     compactor = StillCompactor.for_model(model, slots=8, chunk=64)
     compactor.config.trained_lengths, compactor.config.trained_ratios = [20, 50], [2.0, 8.0]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         compactor.compact(read(model, random_ids(1, 40)), ratio=4)
         compactor.compact(read(model, random_ids(1, 50)), slots=7)
     for tokens, size, said in (

@@ -1,0 +1,90 @@
+"""How a window becomes slots: shared by the backends, which play, and by the trainers, which make them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ...cache import StillCache
+from ...methods.base import Method, attention_scale
+from ...reading import read
+from ...rope import Rotary, full_attention_layers
+from ...types import CompactKV
+
+Raw = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values `[1, kv_heads, tokens, head_dim]` of each full-attention layer."""
+
+
+def exact_cache(model, base_ids: Sequence[int]) -> StillCache:
+    """A cache of S and U, each token an entry of its own."""
+    ids = torch.tensor([list(base_ids)], device=model.device)
+    full = read(model, ids).cache
+    layers = {i: CompactKV(full.layers[i].keys, full.layers[i].values) for i in full_attention_layers(model.config)}
+    where = torch.arange(len(base_ids))
+    return StillCache.from_layers(model.config, layers, len(base_ids), source=full, positions=where)
+
+
+class SlotMaker:
+    """Makes slots with one method for one model; differentiable where the method is.
+
+    Args:
+        method: ready to compact.
+        model: whose keys and values they are.
+    """
+
+    def __init__(self, method: Method, model):
+        self.method, self.model = method, model
+        self.rotary = Rotary.for_model(model) if method.needs_rotary else None
+
+    def append(
+        self, raw: Raw, positions: torch.Tensor, count: int, queries: Mapping[int, torch.Tensor]
+    ) -> tuple[dict[int, CompactKV], torch.Tensor | None]:
+        """Slots of a window alone, and where they are rotated (None: spread evenly).
+
+        Args:
+            raw: of the window.
+            positions: logical positions `[tokens]`.
+            count: slots.
+            queries: rotated ones `[1, query_heads, tokens, head_dim]`, for methods that need them.
+        """
+        layers = {i: self._layer(i, *pair, positions, count, queries) for i, pair in raw.items()}
+        return layers, self._where(positions, count)
+
+    def recompact(
+        self, cache: StillCache, base: int, raw: Raw, positions: torch.Tensor, count: int
+    ) -> tuple[dict[int, CompactKV], torch.Tensor | None]:
+        """Slots of what is held and of a window, together.
+
+        Args:
+            cache: whose first `base` slots are S and U and whose further ones are compacted again.
+            base: tokens of S and U.
+            raw: of the window.
+            positions: of the window `[tokens]`.
+            count: slots in all.
+
+        Raises:
+            ValueError: slots with a bias, or of a method that looks at queries, cannot be compacted again.
+        """
+        layers, every = {}, None
+        for layer in cache.compact_layers:
+            if layer.beta is not None or self.method.needs_queries:
+                raise ValueError(f"slots of {self.method.name} cannot be compacted again; raise the budget")
+            old = layer.slot_positions[0, base:].to(positions.device)
+            every = torch.cat((old.to(torch.promote_types(old.dtype, torch.long)), positions))
+            held = (x[:, :, base : layer.slots] for x in (layer.keys, layer.values))
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(held, raw[layer.index], strict=True))
+            layers[layer.index] = self._layer(layer.index, keys, values, every, count, {})
+        return layers, self._where(every, count)
+
+    def _layer(self, index: int, keys, values, positions, count: int, queries) -> CompactKV:
+        seen = None
+        if self.method.needs_queries:
+            seen = queries[index].float() * attention_scale(self.model, index)
+        return self.method.compact_layer(index, keys, values, positions, count, seen, self.rotary)
+
+    def _where(self, positions: torch.Tensor, count: int) -> torch.Tensor | None:
+        if self.method.name == "full":
+            return positions
+        compactor = getattr(self.method, "compactor", None)
+        return None if compactor is None else compactor.slot_positions(positions, count)

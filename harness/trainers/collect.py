@@ -1,0 +1,170 @@
+"""The first stage of a round: a teacher's attempts at each task, graded, each in a folder of its own.
+
+    ROUND/collect/TASK/attempt-0/              a run folder, with private.jsonl beside its public log
+    ROUND/collect/TASK/attempt-0/attempt.json  written last: how it ended, its gradings, whether it is kept
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import backends
+from ..agent import Episode, drive
+from ..documents import Documents
+from ..play import claim, run_id
+from ..run_config import RunConfig
+from ..runs import read_run, write_atomically
+from ..tools import Workspace
+from ..types import Policy
+from .config import IsftConfig
+from .grading import Grade, falls_short, grade_runs
+from .teacher import PRIVATE, PrivateChannel, ShapedKv, TeacherPolicy
+
+DONE = "attempt.json"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One rollout of a teacher.
+
+    Attributes:
+        round: of iSFT, from 1.
+        task: id of the task.
+        number: of the attempt.
+        folder: of the run.
+        teacher: who played.
+        status: as `play.Outcome`.
+        reason: why it ended.
+        rates: share of the criteria that pass, one a grading.
+        all_pass: one a grading; None is unscored.
+        kept: it passes every criterion in every grading, and nothing of it is degraded.
+        corrected_at: turns that followed a private note.
+        rolled_back_from: attempt that it continues from a boundary, or None.
+        windows: of the run.
+    """
+
+    round: int
+    task: str
+    number: int
+    folder: str
+    teacher: str
+    status: str
+    reason: str
+    rates: list[float | None]
+    all_pass: list[bool | None]
+    kept: bool
+    corrected_at: list[int]
+    rolled_back_from: int | None
+    windows: int
+
+    @property
+    def corrections(self) -> int:
+        """Turns that followed a private note."""
+        return len(self.corrected_at)
+
+
+class Collector:
+    """Plays and grades attempts.
+
+    Args:
+        teacher: the model that plays, with privileges.
+        tokenizer: the student's.
+        run: of the harness.
+        config: of iSFT.
+        graders: one for each grading; they must not share a cache of verdicts.
+        output: the round's folder.
+        round: its number.
+        report: called with every attempt.
+
+    Raises:
+        ValueError: there are fewer graders than gradings, or a backend whose rows a teacher cannot play.
+    """
+
+    def __init__(
+        self, teacher: Policy, tokenizer: Any, run: RunConfig, config: IsftConfig, graders: Sequence[Grade],
+        output: Path, round: int, report: Callable[[Attempt], None] = lambda _: None,
+    ):  # fmt: skip
+        if len(graders) < config.gradings:
+            raise ValueError(f"{config.gradings} independent gradings need as many graders; {len(graders)} were given")
+        if run.backend not in ("full", "plain", "none", "trim", "memo", "kv", "hybrid"):
+            raise ValueError(f"a teacher cannot play {run.backend}; take memo, kv or hybrid")
+        self.teacher, self.tokenizer, self.config, self.graders = teacher, tokenizer, config, graders
+        self.run = replace(run, review=run.review or config.private == "gate", on_failure="fail")
+        self.output, self.round, self.report = Path(output), round, report
+
+    def collect(self, tasks: Sequence[Any]) -> list[Attempt]:
+        """Attempts at every task, until enough are kept or there were as many as allowed."""
+        found = []
+        for task in tasks:
+            mine: list[Attempt] = []
+            while len(mine) < self.config.rollouts and sum(a.kept for a in mine) < self.config.keep_per_task:
+                mine.append(self.attempt(task, len(mine), mine[-1] if mine else None))
+                self.report(mine[-1])
+            found += mine
+        return found
+
+    def attempt(self, task: Any, number: int, before: Attempt | None) -> Attempt:
+        """One attempt, played or, where it is done already, read from disk."""
+        folder = self.output / "collect" / task.id / f"attempt-{number}"
+        if (folder / DONE).is_file():
+            return Attempt(**json.loads((folder / DONE).read_text(encoding="utf-8")))
+        source = None
+        if self.config.private == "rollback" and before is not None and not before.kept and before.windows > 1:
+            source = before.number
+            if not (folder / "events.jsonl").exists():
+                roll_back(Path(before.folder), folder)
+        channel = PrivateChannel(folder, task, f"round {self.round} attempt {number}")
+        end = self._play(task, number, folder, channel)
+        events = read_run(folder)
+        scored = [grade_runs(grade, [(task, folder)])[0] for grade in self.graders[: self.config.gradings]]
+        degraded = any(event["event"] == "compact" and event["degraded"] for event in events)
+        attempt = Attempt(
+            self.round, task.id, number, str(folder), self.teacher.name, end["status"], end["stop"],
+            [each.rate for each in scored], [each.all_pass for each in scored],
+            end["status"] == "done" and not degraded and all(each.all_pass for each in scored),
+            channel.corrected_at, source, sum(event["event"] == "compact" for event in events) + 1,
+        )  # fmt: skip
+        write_atomically(folder / DONE, json.dumps(asdict(attempt), indent=2).encode() + b"\n")
+        return attempt
+
+    def _play(self, task: Any, number: int, folder: Path, channel: PrivateChannel) -> dict[str, Any]:
+        run = replace(self.run, seed=self.run.seed + 1000 * self.round + number)
+        rounds = self.config.private_rounds if self.config.private == "submit" else 0
+        policy = TeacherPolicy(
+            self.teacher, self.tokenizer, channel, run.window or self.teacher.window, rubric=self.config.rubric,
+            falls_short=lambda: falls_short(self.graders[0], task, folder / "workspace"), rounds=rounds,
+        )  # fmt: skip
+        shaped = run.backend in ("kv", "hybrid")
+        backend = ShapedKv(run, policy) if shaped else backends.make(run, policy)
+        place = claim(task, policy, run, folder)
+        episode = Episode(
+            Workspace(place.workspace, Documents.load(task.agent_view())), policy, backend, run, place,
+            {"run_id": run_id(task, run)},
+        )  # fmt: skip
+        end = drive(episode)
+        place.write_lab_files(read_run(folder))
+        return end
+
+
+def roll_back(source: Path, target: Path) -> None:
+    """A run folder that ends at another's last boundary, to be played on from there with another seed."""
+    partial = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in ("blobs", "artifacts"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, partial / name)
+    lines = (source / "events.jsonl").read_bytes().splitlines(keepends=True)
+    last = max(n for n, line in enumerate(lines) if json.loads(line)["event"] == "compact")
+    (partial / "events.jsonl").write_bytes(b"".join(lines[: last + 1]))
+    if (source / PRIVATE).exists():
+        turns = sum(json.loads(line)["event"] == "turn" for line in lines[: last + 1])
+        private = (source / PRIVATE).read_bytes().splitlines(keepends=True)
+        kept = [line for line in private if json.loads(line)["turn"] < turns]
+        (partial / PRIVATE).write_bytes(b"".join(kept))
+    partial.rename(target)

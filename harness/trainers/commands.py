@@ -1,0 +1,151 @@
+"""The commands `isft` and `grpo`. Loading this module loads no torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...flags import add_flags, add_pass_through, from_flags
+from ..run_command import PolicyConfig
+from ..run_config import RunConfig
+from .config import GrpoConfig, IsftConfig, TrainSettings
+
+
+class _Trainer:
+    """What the two commands share."""
+
+    resume = "whole turns, gradings and optimizer steps are kept; run the same command again to go on"
+    config: type
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments: one flag a field of the configs."""
+        parser.add_argument("tasks", metavar="TASKS", nargs="+", type=Path, help="folders of training tasks")
+        parser.add_argument("--held-out", metavar="DIR", nargs="+", type=Path, default=[], help="tasks to evaluate on")
+        parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the run")
+        parser.add_argument(
+            "--judge", metavar="NAME", default="exact",
+            help="grader of the training, as `still grade --judge` (default: exact, for synthetic matters)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--report-judge", metavar="NAME", default="exact",
+            help="grader of the hold-out; another than --judge, where judges are models (default: exact)",
+        )  # fmt: skip
+        parser.add_argument("--together", metavar="N", type=int, default=1, help="rollouts at a time (default: 1)")
+        add_flags(parser, self.config)
+        add_flags(parser, TrainSettings)
+        add_flags(parser, PolicyConfig)
+        add_flags(parser, RunConfig, skip=("temperature", "retry_temperature"))
+        add_pass_through(parser, "trainer")
+        add_pass_through(parser, "option")
+        parser.set_defaults(trainer={}, option={})
+
+    def loaded(self, args: argparse.Namespace):
+        """Tasks, hold-out, run config, student, method."""
+        run, model = from_flags(args, RunConfig), from_flags(args, PolicyConfig)
+        policy, method = model.load(run, args.option)
+        if "kv" not in policy.capabilities:
+            raise ValueError(f"{model.policy} is served elsewhere; training needs a local model for --policy")
+        from ...models import LoadedModel
+
+        student = LoadedModel(policy.name, policy.model, policy.tokenizer)
+        tasks, held_out = _tasks(args.tasks), _tasks(args.held_out)
+        if not tasks:
+            raise ValueError(f"there is no task.json below {', '.join(map(str, args.tasks))}; name LAB task folders")
+        if args.judge == args.report_judge != "exact":
+            raise ValueError(f"--judge and --report-judge are both {args.judge}: what trains must not report")
+        return tasks, held_out, run, student, method
+
+
+class Isft(_Trainer):
+    """`still isft`: rounds of rollouts by a privileged teacher, filtered, gated, and trained on."""
+
+    config = IsftConfig
+    help = "Iterative supervised fine-tuning inside the harness, with a teacher that sees the rubric."
+    description = """\
+Per round: a teacher plays every task with the rubric in a private prefix; rollouts that pass every criterion in every
+grading are kept, checked for leaks, cut into windows and trained on; the student is evaluated on the hold-out. The next
+round's teacher is the student with the rubric. Every stage is restartable."""
+    examples = """\
+examples:
+  still matters generate --difficulty standard --seeds 0:200 --split train -o lab-train
+  still matters generate --difficulty standard --seeds 0:40 -o lab-held-out
+  still isft lab-train/tasks --held-out lab-held-out/tasks --policy pocket --backend memo --budget 256t -o out/isft
+  still isft lab-train/tasks --held-out lab-held-out/tasks --policy Qwen/Qwen3-4B --teacher server:gpt-5.5 \\
+      --judge gpt-5-mini --report-judge claude-haiku-4-5 --train-policy lora --backend memo -o out/qwen
+  still isft ... --select any --token-budget 50000 -o out/control           the control: unfiltered rollouts"""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments."""
+        super().configure(parser)
+        parser.add_argument(
+            "--teacher", metavar="TEXT",
+            help="first round's teacher, as --policy; the student with the rubric unless given",
+        )  # fmt: skip
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Train, and print a line for each step of the way."""
+        tasks, held_out, run, student, method = self.loaded(args)
+        config = from_flags(args, IsftConfig)
+        from .isft import run_isft
+
+        first = None
+        if args.teacher:
+            named = replace(from_flags(args, PolicyConfig), policy=args.teacher)
+            first, _ = named.load(replace(run, backend="memo", ratio=None), {})
+        graders = [_grade(args.judge, seed) for seed in range(config.gradings)]
+        run_isft(
+            tasks, held_out, student, run, config, from_flags(args, TrainSettings), args.output, graders,
+            _grade(args.report_judge, 0), teacher_of=lambda round, _: first if round == 1 else None, method=method,
+            together=args.together, options=args.trainer, report=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        print(args.output / "report.html")
+        return 0
+
+
+class Grpo(_Trainer):
+    """`still grpo`: whole rollouts in groups, one advantage a trajectory."""
+
+    config = GrpoConfig
+    help = "GRPO over whole rollouts of the harness, on text or on slots, with the compactor in the loop."
+    description = """\
+A step is TASKS-PER-STEP tasks times GROUP rollouts of the whole harness. The reward is the share of criteria that pass,
+mixed with all-pass; the advantage is taken once a trajectory and trains every token of its windows, memos included."""
+    examples = """\
+examples:
+  still grpo lab-train/tasks --held-out lab-held-out/tasks --policy out/isft/round-3/student/policy --backend memo \\
+      --budget 256t --steps 40 --tasks-per-step 8 --group 8 -o out/grpo
+  still grpo ... --backend kv --ratio 8 --train-policy frozen --compactor-mode joint -o out/grpo-compactor
+  still grpo ... --reward random -o out/grpo-control                        the control: must gain nothing
+  accelerate launch --num_processes 2 -m still.cli grpo ... -o out/grpo"""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Train, and print the way."""
+        tasks, held_out, run, student, method = self.loaded(args)
+        from .grpo import run_grpo
+
+        run_grpo(
+            tasks, held_out, student, run, from_flags(args, GrpoConfig), from_flags(args, TrainSettings), args.output,
+            _grade(args.judge, 0), _grade(args.report_judge, 0), method=method, together=args.together,
+            options=args.trainer, report=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        print(args.output / "report.html")
+        return 0
+
+
+def _tasks(folders: Sequence[Path]) -> list:
+    from ...eval.tasks import find_tasks, load_task
+
+    return [load_task(folder) for path in folders for folder in find_tasks(path)]
+
+
+def _grade(judge: str, seed: int):
+    from ...eval.grade import GradeConfig
+    from ...eval.judges import find_judge
+    from ...eval.reward import RubricReward
+
+    return RubricReward(find_judge(judge), GradeConfig(seed=seed)).grade
+
+
+COMMANDS = {"isft": Isft(), "grpo": Grpo()}

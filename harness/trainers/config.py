@@ -1,0 +1,161 @@
+"""What `still isft` and `still grpo` can be told. The flags are made from these dataclasses; no torch in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How rows are trained on, by either trainer.
+
+    Attributes:
+        train_policy: what of the policy trains: full, lora (an adapter, with peft) or frozen (the compactor alone).
+        lora_rank: of the adapter.
+        compactor_mode: frozen; distill (KL from the full cache on tokens that were sampled behind slots); rl (the
+            rows' own loss flows through the slots); joint (both).
+        distill_weight: of that KL beside the rows' loss.
+        lr: learning rate.
+        schedule: of the learning rate after the warm-up.
+        warmup: steps of warm-up.
+        weight_decay: of matrices.
+        clip: largest norm of the gradient.
+        normaliser: what a step's summed losses are divided by: token (trained tokens of the step), trajectory (each
+            counts the same) or constant (Dr. GRPO); a mean per row is no choice.
+        constant: tokens of a trajectory, for the constant normaliser.
+        memo_weight: of memo tokens.
+        micro_tokens: tokens that one forward may hold, prefixes left out; a longer row goes alone.
+        max_tokens: of a row with its prefix; more is an error, nothing is ever cut.
+        checkpointing: gradient checkpointing.
+        save_every: optimizer steps between two checkpoints.
+        keep: checkpoints kept.
+        train_seed: of the order of trajectories and of every draw of the training.
+    """
+
+    train_policy: Literal["full", "lora", "frozen"] = "full"
+    lora_rank: int = 32
+    compactor_mode: Literal["frozen", "distill", "rl", "joint"] = "frozen"
+    distill_weight: float = 1.0
+    lr: float = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    normaliser: Literal["token", "trajectory", "constant"] = "token"
+    constant: float = 1000.0
+    memo_weight: float = 1.0
+    micro_tokens: int = 8192
+    max_tokens: int | None = None
+    checkpointing: bool = False
+    save_every: int = 10
+    keep: int = 2
+    train_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "lora_rank", "lr", "clip", "constant", "memo_weight", "micro_tokens", "save_every")
+        if self.train_policy == "frozen" and self.compactor_mode == "frozen":
+            raise ValueError("train_policy and compactor_mode are both frozen: nothing would train")
+        if self.keep < 2:
+            raise ValueError(f"keep is {self.keep}; it must be 2 or more, since the newest may be half written")
+
+
+@dataclass(frozen=True)
+class IsftConfig:
+    """Rounds of iterative supervised fine-tuning.
+
+    Attributes:
+        rounds: of collect, filter, train, evaluate.
+        rollouts: attempts at a task in a round at most; a task that is solved often enough gets no more.
+        keep_per_task: rollouts of a task that are kept in a round.
+        private: what happens when a rollout falls short: submit (one private bit, and the teacher goes on), rollback
+            (the last boundary, and another sample), gate (the same neutral review for all), none (a plain resample).
+        private_rounds: private submits of a rollout at most.
+        epochs: passes over the rows of a round.
+        batch: trajectories in an optimizer step.
+        start: each round's student starts from the base or from the last round's.
+        union: train on the rows of all rounds so far.
+        gradings: independent gradings that must all say all-pass.
+        rubric: show the teacher the criteria in a private prefix.
+        evaluate_on: backends of the hold-out evaluation.
+        select: kept (rollouts that pass everything) or any (the control: unfiltered ones, up to `token_budget`).
+        token_budget: trained tokens of a round at most, for the control.
+        longest_copy: words in a row that assistant text may share with a criterion and with nothing that was read.
+        clairvoyance: share of values in a correction that no document so far contains.
+        leaks: drop the rollouts that leak, or stop the run.
+    """
+
+    rounds: int = 3
+    rollouts: int = 4
+    keep_per_task: int = 2
+    private: Literal["submit", "rollback", "gate", "none"] = "submit"
+    private_rounds: int = 2
+    epochs: int = 1
+    batch: int = 8
+    start: Literal["base", "last"] = "base"
+    union: bool = True
+    gradings: int = 2
+    rubric: bool = True
+    evaluate_on: tuple[str, ...] = ("memo", "kv")
+    select: Literal["kept", "any"] = "kept"
+    token_budget: int | None = None
+    longest_copy: int = 12
+    clairvoyance: float = 0.02
+    leaks: Literal["drop", "stop"] = "drop"
+
+    def __post_init__(self) -> None:
+        _positive(self, "rounds", "rollouts", "keep_per_task", "epochs", "batch", "gradings", "longest_copy")
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Steps of group-relative policy optimisation over whole rollouts.
+
+    Attributes:
+        steps: optimizer steps.
+        tasks_per_step: tasks of a step.
+        group: rollouts of each task.
+        all_pass_share: of the reward; the rest is the share of the criteria that pass.
+        reward: rubric, or random: the control, which must gain nothing.
+        scale: divide advantages by the group's standard deviation, or by nothing.
+        clip_low: ratios are clipped below 1 minus this.
+        clip_high: and above 1 plus this.
+        ratio_cap: no token counts with a larger ratio.
+        kl: weight of the KL to the policy that the run started from.
+        refill: further draws of tasks when groups without variance left fewer than half (dynamic sampling).
+        overlong: rollouts that a limit stopped are graded as they are, or masked.
+        length_cut: share of rollouts that a limit may stop before the run stops, loudly.
+        staleness: versions that the weights of a rollout may lie behind.
+        evaluate_every: steps between two hold-out evaluations; 0 evaluates before and after only.
+        rollout_temperature: of the sampling; top-p is 1, always.
+    """
+
+    steps: int = 40
+    tasks_per_step: int = 16
+    group: int = 8
+    all_pass_share: float = 0.1
+    reward: Literal["rubric", "random"] = "rubric"
+    scale: Literal["none", "group"] = "none"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    ratio_cap: float = 4.0
+    kl: float = 0.0
+    refill: int = 0
+    overlong: Literal["grade", "mask"] = "grade"
+    length_cut: float = 0.5
+    staleness: int = 0
+    evaluate_every: int = 0
+    rollout_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "tasks_per_step", "rollout_temperature", "ratio_cap")
+        if self.group < 2:
+            raise ValueError(f"group is {self.group}; a baseline needs 2 rollouts of a task or more")
+        if not 0 <= self.all_pass_share <= 1:
+            raise ValueError(f"all_pass_share is {self.all_pass_share}; it must lie between 0 and 1")
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")

@@ -1,0 +1,280 @@
+"""GRPO over whole rollouts of the harness: groups of rollouts, one advantage a trajectory, one optimizer step a batch.
+
+    OUT/rollouts/step-0007/TASK/seed-61     run folders, resumed like any run
+    OUT/rollouts/step-0007/weights.json     digest of the weights that roll out, written first
+    OUT/rollouts/step-0007/rewards.json     rewards and verdicts, written when all are graded
+    OUT/checkpoint-N                        of the trainer; OUT/evaluation/before and after
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from ...provenance import provenance
+from ..play import play_tasks
+from ..policies.local import LocalPolicy
+from ..run_config import RunConfig
+from ..runs import read_run, write_atomically
+from ..windows import WindowRow, check_rows, rows_of_run
+from .advantages import Advantages, combined_reward, group_advantages
+from .behaviour import mean_behaviour, was_cut
+from .config import GrpoConfig, TrainSettings
+from .evaluate import evaluate
+from .grading import Grade, grade_runs, random_rewards
+from .loop import RowTrainer, world
+from .model import RowModel, Share
+from .setup import claim_output, make_module
+from .steps import shares_of
+from .weights import digest
+
+
+@dataclass
+class Rollouts:
+    """The step source: rolls out with the weights as they are when its step is asked for.
+
+    Attributes:
+        module: what trains.
+        loaded: the policy as a `LoadedModel`.
+        tasks: to train on.
+        run: of the harness.
+        config: of GRPO.
+        settings: of the training.
+        output: the run's folder.
+        grade: the training grader; not the one that reports are made with.
+        together: runs at a time.
+        reference: the policy that the run started from, for the KL.
+        policy_of: makes the policy that plays, of a `LoadedModel` and a window.
+        last: numbers of the last step, for the log.
+    """
+
+    module: RowModel
+    loaded: Any
+    tasks: Sequence[Any]
+    run: RunConfig
+    config: GrpoConfig
+    settings: TrainSettings
+    output: Path
+    grade: Grade
+    together: int = 1
+    reference: Any = None
+    policy_of: Callable[[Any, int | None], Any] = LocalPolicy
+    last: dict[str, float] = field(default_factory=dict)
+
+    def step(self, number: int) -> list[Share]:
+        """Roll out, grade, and turn rewards into advantages.
+
+        Raises:
+            ValueError: every group lacks variance, most rollouts were cut by length, or a reward is no number.
+        """
+        self.module.eval()
+        folder = self.output / "rollouts" / f"step-{number:04d}"
+        self._claim(folder, number)
+        order = self._order(number)
+        rewards, groups, kept = {}, {}, {}
+        size, draws = min(self.config.tasks_per_step, len(order)), 0
+        while True:
+            chosen, order = order[:size], order[size:]
+            played = self._play(chosen, number, folder)
+            found = self._rewards(played, folder, draws)
+            rewards |= found
+            groups |= {name: task.id for name, (task, _) in played.items()}
+            kept |= played
+            made = group_advantages(rewards, groups, self.config.scale)
+            if draws >= self.config.refill or 2 * len(made.kept) >= size or not order:
+                break
+            draws += 1
+        runs = {name: read_run(root) for name, (_, root) in kept.items()}
+        self._check(number, made, runs)
+        rows = self._rows(made, kept, number)
+        check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens, number, self.config.staleness)
+        settings = self.settings
+        shares = shares_of(rows, settings.normaliser, settings.constant, settings.memo_weight, made.of)
+        if self.config.kl:
+            self._refer(shares)
+        self._note(made, rewards, runs, rows, folder)
+        return shares
+
+    def _claim(self, folder: Path, number: int) -> None:
+        """Rollouts on disk count only if these very weights made them."""
+        mark, now = folder / "weights.json", digest(self.module)
+        if world()[0] == 0:
+            if mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["digest"] != now:
+                shutil.rmtree(folder)
+            for later in self.output.glob("rollouts/step-*"):
+                if int(later.name.removeprefix("step-")) > number:
+                    shutil.rmtree(later)  # of a run that had gone further before it was taken back
+            write_atomically(mark, json.dumps({"digest": now, "version": number}).encode())
+        _barrier()
+
+    def _order(self, number: int) -> list[Any]:
+        """Tasks in this step's order: a pass over all before any comes again."""
+        per = max(1, len(self.tasks) // self.config.tasks_per_step)
+        epoch, place = divmod(number, per)
+        order = list(self.tasks)
+        random.Random(f"{self.settings.train_seed} {epoch}").shuffle(order)
+        start = place * self.config.tasks_per_step
+        return order[start:] + order[:start]
+
+    def _play(self, tasks: Sequence[Any], number: int, folder: Path) -> dict[str, tuple[Any, Path]]:
+        """All rollouts of these tasks, each process playing its share; by trajectory."""
+        heat = self.config.rollout_temperature
+        run = replace(self.run, temperature=heat, retry_temperature=heat, on_failure="fail")
+        policy = self.policy_of(self.loaded, self.run.window)
+        policy.version = number
+        method = self.module.method if run.backend in ("kv", "hybrid") else None
+        seeds = [number * self.config.group + sample for sample in range(self.config.group)]
+        rank, processes = world()
+        play = {"seeds": seeds, "method": method, "together": self.together}
+        if processes > 1:
+            play_tasks(tasks[rank::processes], policy, run, folder, **play)
+            _barrier()
+        outcomes = play_tasks(tasks, policy, run, folder, **play)
+        failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+        if failed:
+            raise ValueError(f"{len(failed)} of {len(outcomes)} rollouts of step {number} failed, first "
+                             f"{failed[0].folder}: {failed[0].reason}")  # fmt: skip
+        by_id = {task.id: task for task in tasks}
+        return {f"step-{number}/{o.task}/{o.folder.name}": (by_id[o.task], o.folder) for o in outcomes}
+
+    def _rewards(self, played: dict[str, tuple[Any, Path]], folder: Path, draw: int) -> dict[str, float | None]:
+        """Graded by one process, once."""
+        path = folder / f"rewards-{draw}.json"
+        if world()[0] == 0 and not path.is_file():
+            scored = grade_runs(self.grade, list(played.values()))
+            drawn = random_rewards(self.settings.train_seed)
+            lines = {}
+            for (name, (_, root)), each in zip(played.items(), scored, strict=True):
+                reward = combined_reward(each.rate, each.all_pass, self.config.all_pass_share)
+                if self.config.reward == "random":
+                    reward = drawn(name)
+                if self.config.overlong == "mask" and was_cut(read_run(root)):
+                    reward = None
+                lines[name] = {"reward": reward, "rate": each.rate, "all_pass": each.all_pass, "labels": each.labels}
+            write_atomically(path, json.dumps(lines, indent=1).encode() + b"\n")
+        _barrier()
+        found = json.loads(path.read_text(encoding="utf-8"))
+        self._graded = {**getattr(self, "_graded", {}), **found} if draw else found
+        return {name: found[name]["reward"] for name in played}
+
+    def _check(self, number: int, made: Advantages, runs: dict[str, list]) -> None:
+        cut = [name for name, events in runs.items() if was_cut(events)]
+        if len(cut) / len(runs) > self.config.length_cut:
+            raise ValueError(
+                f"{len(cut)} of {len(runs)} rollouts of step {number} were stopped by a limit on length: raise "
+                f"max_turns, max_windows, max_new_tokens or the window before training on them"
+            )
+        if not made.kept:
+            raise ValueError(
+                f"no group of step {number} has any variance ({len(made.dropped)} with equal rewards, {len(made.lone)} "
+                f"with fewer than two scored rollouts, {len(made.unscored)} rollouts unscored): nothing would be "
+                f"learnt; take tasks that are sometimes solved, larger groups, or a higher temperature"
+            )
+
+    def _rows(self, made: Advantages, kept: dict[str, tuple[Any, Path]], number: int) -> list[WindowRow]:
+        rows = []
+        for name in made.of:
+            task, root = kept[name]
+            graded = self._graded[name]
+            nan = math.nan
+            rows += rows_of_run(
+                root, self.loaded.tokenizer, train_on="all", trajectory_id=name, round=number,
+                attempt=int(root.name.removeprefix("seed-")), score=nan if graded["rate"] is None else graded["rate"],
+                all_pass=nan if graded["all_pass"] is None else float(graded["all_pass"]), task_id=task.id,
+            )  # fmt: skip
+        return rows
+
+    @torch.no_grad()
+    def _refer(self, shares: Sequence[Share]) -> None:
+        for share in shares:
+            share.reference = self.module.logprobs(share.row, self.reference)
+
+    def _note(self, made: Advantages, rewards, runs, rows, folder: Path) -> None:
+        scored = [reward for reward in rewards.values() if reward is not None]
+        rate = [each["rate"] for each in self._graded.values() if each["rate"] is not None]
+        whole = [float(each["all_pass"]) for each in self._graded.values() if each["all_pass"] is not None]
+        self.last = {
+            "reward": fmean(scored), "criterion_rate": fmean(rate) if rate else 0.0,
+            "all_pass": fmean(whole) if whole else 0.0, "rollouts": float(len(rewards)),
+            "groups_kept": float(len(made.kept)), "groups_dropped": float(len(made.dropped)),
+            "unscored": float(len(made.unscored)), "rows": float(len(rows)),
+            "cut_by_length": sum(was_cut(events) for events in runs.values()) / len(runs),
+            **{f"behaviour_{name}": value for name, value in mean_behaviour(list(runs.values())).items()},
+        }  # fmt: skip
+
+
+def run_grpo(
+    tasks: Sequence[Any], held_out: Sequence[Any], loaded: Any, run: RunConfig, config: GrpoConfig,
+    settings: TrainSettings, output: Path, grade: Grade, report_grade: Grade, *, method: Any = None, together: int = 1,
+    evaluate_on: Sequence[str] = (), options: dict[str, Any] | None = None, report: Callable[[str], None] = print,
+    policy_of: Callable[[Any, int | None], Any] = LocalPolicy,
+) -> dict[str, Any]:  # fmt: skip
+    """Train, with a hold-out evaluation before and after, or go on with a run that was cut off.
+
+    Args:
+        tasks: to train on.
+        held_out: to evaluate on; none of `tasks`.
+        loaded: the policy.
+        run: of the harness.
+        config: of GRPO.
+        settings: of the training.
+        output: the run's folder.
+        grade: gives rewards.
+        report_grade: gives the reported numbers; another grader, or training on the first would be praised by it.
+        method: for backends with slots.
+        together: runs at a time.
+        evaluate_on: backends of the evaluation; the run's own unless given.
+        options: further arguments of the library trainer.
+        report: told what goes on.
+        policy_of: makes the policy that rolls out.
+
+    Returns:
+        The evaluations, before and after.
+
+    Raises:
+        ValueError: a task is in both sets, or the folder holds another run.
+    """
+    shared = {task.id for task in tasks} & {task.id for task in held_out}
+    if shared:
+        raise ValueError(f"{sorted(shared)[0]} is trained on and held out; keep the two apart")
+    made_by = {"run": asdict(run), "grpo": asdict(config), "train": asdict(settings)}
+    claim_output(output, "grpo.json", made_by, loaded.name, provenance(config, settings.train_seed))
+    clip = {"low": config.clip_low, "high": config.clip_high, "cap": config.ratio_cap, "kl": config.kl}
+    module, loaded = make_module(loaded, method, settings, loss="policy", options=clip)
+    reference = copy.deepcopy(module.policy).requires_grad_(False).eval() if config.kl else None
+    source = Rollouts(module, loaded, tasks, run, config, settings, output, grade, together, reference, policy_of)
+    trainer = RowTrainer(
+        module, settings, output, source, config.steps, loaded.tokenizer, options, extra=lambda: source.last
+    )
+    on = tuple(evaluate_on) or (run.backend,)
+    found = {}
+    if world()[0] == 0:
+        found["before"] = evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / "before",
+                                   together, lambda line: report(f"before  {line}"))  # fmt: skip
+    trainer.accelerator.wait_for_everyone()
+    trainer.fit()
+    if world()[0] == 0:
+        found["after"] = evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / "after",
+                                  together, lambda line: report(f"after   {line}"))  # fmt: skip
+        from .report import write_grpo_report
+        from .weights import save_weights
+
+        save_weights(module, output / "trained", loaded.tokenizer)
+        write_grpo_report(output)
+    trainer.accelerator.wait_for_everyone()
+    return found
+
+
+def _barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,0 +1,237 @@
+"""Iterative supervised fine-tuning: collect, filter, gate, train, evaluate, and again. Every stage is restartable.
+
+    OUT/round-1/collect/TASK/attempt-0    run folders of the teacher, graded
+    OUT/round-1/rows.jsonl, leaks.json    what is trained on, and what the gate found
+    OUT/round-1/train/                    checkpoints and metrics
+    OUT/round-1/student/                  the weights that came of it
+    OUT/round-1/evaluation/               the hold-out, on text and on slots
+    OUT/round-1/round.json                written last
+
+A stage that left its result is not run again; one that was cut off goes on inside, by task and attempt, by turn, by
+optimizer step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...provenance import provenance
+from ..policies.local import LocalPolicy
+from ..row_files import read_rows, write_rows
+from ..run_config import RunConfig
+from ..runs import RunFolder, read_run, write_atomically
+from ..windows import WindowRow, check_rows, rows_of_run
+from .collect import Attempt, Collector
+from .config import IsftConfig, TrainSettings
+from .evaluate import evaluate
+from .grading import Grade
+from .leaks import LeakReport, leaks_of, transcript
+from .loop import RowTrainer, world
+from .model import RowModel
+from .setup import claim_output, make_module
+from .steps import RowSource
+from .teacher import PrivateChannel
+from .weights import load_weights, save_weights, trained
+
+TeacherOf = Callable[[int, Any], Any]
+"""The round and the student in, the policy that teaches out; None for the student with the rubric."""
+
+
+def run_isft(
+    tasks: Sequence[Any], held_out: Sequence[Any], loaded: Any, run: RunConfig, config: IsftConfig,
+    settings: TrainSettings, output: Path, graders: Sequence[Grade], report_grade: Grade, *,
+    teacher_of: TeacherOf = lambda round, student: None, method: Any = None, together: int = 1,
+    options: dict[str, Any] | None = None, report: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Train for the rounds that are left.
+
+    Args:
+        tasks: to train on.
+        held_out: to evaluate on; none of `tasks`.
+        loaded: the student.
+        run: of the harness.
+        config: of iSFT.
+        settings: of the training.
+        output: the run's folder.
+        graders: of the rollouts, one for each independent grading.
+        report_grade: of the evaluation.
+        teacher_of: who teaches a round.
+        method: for backends with slots.
+        together: evaluation runs at a time.
+        options: further arguments of the library trainer.
+        report: told what goes on.
+
+    Returns:
+        What each round came to: the contents of `round.json`.
+
+    Raises:
+        ValueError: a task is in both sets, nothing was kept, a rollout leaks where that stops, or the folder holds
+            another run.
+    """
+    shared = {task.id for task in tasks} & {task.id for task in held_out}
+    if shared:
+        raise ValueError(f"{sorted(shared)[0]} is trained on and held out; keep the two apart")
+    made_by = {"run": asdict(run), "isft": asdict(config), "train": asdict(settings)}
+    claim_output(output, "isft.json", made_by, loaded.name, provenance(config, settings.train_seed))
+    module, loaded = make_module(loaded, method, settings)
+    base = {name: tensor.clone() for name, tensor in trained(module).items()}
+    student = Student(module, loaded, base, run, settings, options or {})
+    if world()[0] == 0:
+        evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, output / "before", together, report)
+    _barrier()
+    rounds = []
+    for number in range(1, config.rounds + 1):
+        folder = output / f"round-{number}"
+        if (folder / "round.json").is_file():
+            load_weights(module, folder / "student")
+            rounds.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
+            continue
+        if world()[0] == 0:
+            teacher = teacher_of(number, loaded) or LocalPolicy(loaded)
+            module.eval()
+            prepare(teacher, tasks, loaded.tokenizer, run, config, settings, graders, folder, number, report)
+        _barrier()
+        every = range(1, number + 1) if config.union else [number]
+        rows = [row for n in every for row in read_rows(output / f"round-{n}" / "rows.jsonl")]
+        student.train(rows, folder, config)
+        if world()[0] == 0:
+            scores = evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, folder / "evaluation",
+                              together, lambda line, n=number: report(f"round {n}  {line}"))  # fmt: skip
+            made = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
+            result = {**made, "trained_rows": len(rows), "trained_tokens": sum(r.trained for r in rows),
+                      "evaluation": scores}  # fmt: skip
+            write_atomically(folder / "round.json", json.dumps(result, indent=2).encode() + b"\n")
+            from .report import write_isft_report
+
+            write_isft_report(output)
+        _barrier()
+        rounds.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
+    return rounds
+
+
+class Student:
+    """What trains, and where a round starts from.
+
+    Args:
+        module: policy and compactor.
+        loaded: the policy as a `LoadedModel`.
+        base: the weights before the first round.
+        run: of the harness.
+        settings: of the training.
+        options: further arguments of the library trainer.
+    """
+
+    def __init__(self, module: RowModel, loaded: Any, base: dict, run: RunConfig, settings: TrainSettings, options):
+        self.module, self.loaded, self.base = module, loaded, base
+        self.run, self.settings, self.options = run, settings, options
+
+    def train(self, rows: Sequence[WindowRow], folder: Path, config: IsftConfig) -> None:
+        """Train on a round's rows, from the base or from where the last round ended."""
+        if (folder / "student" / "complete.json").is_file():
+            load_weights(self.module, folder / "student")
+            return
+        if config.start == "base":
+            with torch.no_grad():
+                for name, parameter in self.module.named_parameters():
+                    if name in self.base:
+                        parameter.copy_(self.base[name])
+        check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens)
+        source = RowSource(rows, config.batch, self.settings, self.settings.train_seed)
+        trainer = RowTrainer(
+            self.module, self.settings, folder / "train", source, source.steps(config.epochs), self.loaded.tokenizer,
+            self.options,
+        )  # fmt: skip
+        trainer.fit()
+        self.module.eval()
+        if world()[0] == 0:
+            save_weights(self.module, folder / "student", self.loaded.tokenizer)
+            write_atomically(folder / "student" / "complete.json", b"{}\n")
+        _barrier()
+
+
+def prepare(
+    teacher: Any, tasks: Sequence[Any], tokenizer: Any, run: RunConfig, config: IsftConfig, settings: TrainSettings,
+    graders: Sequence[Grade], folder: Path, number: int, report: Callable[[str], None] = print,
+) -> list[WindowRow]:  # fmt: skip
+    """Collect, filter, gate and window: `rows.jsonl`, `leaks.json` and `selection.json` of a round.
+
+    Raises:
+        ValueError: nothing was kept, or something leaks and `leaks` is stop.
+    """
+    if (folder / "selection.json").is_file():
+        return read_rows(folder / "rows.jsonl")
+    collector = Collector(teacher, tokenizer, run, config, graders, folder, number,
+                          lambda a: report(f"round {number}  {a.task} attempt {a.number}: "
+                                           f"{'kept' if a.kept else a.reason} {a.rates}"))  # fmt: skip
+    attempts = collector.collect(tasks)
+    good = [a for a in attempts if a.kept] if config.select == "kept" else [a for a in attempts if a.status == "done"]
+    by_id = {task.id: task for task in tasks}
+    gate = gate_of([(by_id[a.task], a) for a in good], config)
+    write_atomically(folder / "leaks.json", json.dumps(gate.to_json(), indent=2).encode() + b"\n")
+    if config.leaks == "stop" and len(gate.clean) < len(good):
+        leaky = len(good) - len(gate.clean)
+        raise ValueError(f"{leaky} of {len(good)} rollouts leak: {folder / 'leaks.json'} says how")
+    clean = [attempt for attempt in good if attempt.folder in gate.clean]
+    rows = _within([_rows(attempt, tokenizer, config) for attempt in clean], config.token_budget)
+    if not rows:
+        raise ValueError(
+            f"round {number} has no rows: {sum(a.kept for a in attempts)} of {len(attempts)} attempts passed all, and "
+            f"{len(clean)} were kept without a leak; give more attempts, easier tasks or a better teacher"
+        )
+    check_rows(rows, tokenizer, settings.max_tokens)
+    write_rows(folder / "rows.jsonl", rows)
+    selection = {
+        "round": number, "teacher": teacher.name, "attempts": len(attempts),
+        "passed": sum(a.kept for a in attempts), "corrected": sum(a.kept and a.corrections > 0 for a in attempts),
+        "leaked": len(good) - len(gate.clean), "leaks": gate.counts(), "rollouts": len(clean), "rows": len(rows),
+        "tokens": sum(row.trained for row in rows), "select": config.select,
+        "solved": len({a.task for a in attempts if a.kept}), "tasks": len(tasks),
+    }  # fmt: skip
+    write_atomically(folder / "selection.json", json.dumps(selection, indent=2).encode() + b"\n")
+    return rows
+
+
+def gate_of(attempts: Sequence[tuple[Any, Attempt]], config: IsftConfig) -> LeakReport:
+    """The leak gate over attempts, each with its task."""
+    found = {}
+    for task, attempt in attempts:
+        channel = PrivateChannel(attempt.folder, task, f"round {attempt.round} attempt {attempt.number}")
+        private = [line["text"] for line in channel.lines if "text" in line]
+        said = transcript(read_run(attempt.folder), RunFolder(attempt.folder).text)
+        found[attempt.folder] = leaks_of(
+            said, task, private, [channel.marker], corrected_at=attempt.corrected_at,
+            longest_copy=config.longest_copy, clairvoyance=config.clairvoyance,
+        )  # fmt: skip
+    return LeakReport(tuple(found), found, {})
+
+
+def _rows(attempt: Attempt, tokenizer: Any, config: IsftConfig) -> list[WindowRow]:
+    rates = [rate for rate in attempt.rates if rate is not None]
+    return rows_of_run(
+        attempt.folder, tokenizer, corrected_at=attempt.corrected_at, round=attempt.round, attempt=attempt.number,
+        trajectory_id=f"round-{attempt.round}/{attempt.task}/attempt-{attempt.number}",
+        score=min(rates) if rates else float("nan"), all_pass=float(attempt.kept),
+        teacher=attempt.teacher, corrections=attempt.corrections,
+    )  # fmt: skip
+
+
+def _within(rollouts: Sequence[list[WindowRow]], budget: int | None) -> list[WindowRow]:
+    """Whole rollouts up to a number of trained tokens."""
+    rows, used = [], 0
+    for group in rollouts:
+        size = sum(row.trained for row in group)
+        if budget is not None and used + size > budget and rows:
+            break
+        rows, used = rows + group, used + size
+    return rows
+
+
+def _barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

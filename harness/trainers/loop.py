@@ -1,0 +1,192 @@
+"""The training loop: `transformers.Trainer` around `RowModel`, one optimizer step for each set of trajectories."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from ...distill.checkpoints import MARKER, is_complete, mark_complete, newest_complete, remove_incomplete, step_of
+from ...distill.progress import MetricsFile
+from .config import TrainSettings
+from .model import RowModel
+from .steps import StepSource, StepStream
+from .weights import load_weights, save_weights
+
+log = logging.getLogger(__name__)
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+OWN = {
+    "output_dir": "-o", "max_steps": "--steps or --epochs", "learning_rate": "--lr", "lr_scheduler_type": "--schedule",
+    "warmup_steps": "--warmup", "weight_decay": "--weight-decay", "max_grad_norm": "--clip", "seed": "--train-seed",
+    "save_steps": "--save-every", "save_total_limit": "--keep", "gradient_checkpointing": "--checkpointing",
+    "per_device_train_batch_size": "--micro-tokens", "gradient_accumulation_steps": "--micro-tokens",
+    "num_train_epochs": "--epochs", "remove_unused_columns": "", "ignore_data_skip": "", "save_strategy": "",
+    "load_best_model_at_end": "", "auto_find_batch_size": "", "save_only_model": "", "use_cpu": "--device",
+    "logging_nan_inf_filter": "", "label_smoothing_factor": "",
+}  # fmt: skip
+"""Arguments of the library trainer that have a flag here, or that would break this loop (no flag)."""
+
+
+def training_arguments(
+    settings: TrainSettings, output: str | Path, steps: int, options: dict[str, Any], cpu: bool
+) -> TrainingArguments:
+    """The library trainer's arguments.
+
+    Raises:
+        ValueError: an option does not exist, or is set by a flag of ours.
+    """
+    known = {item.name for item in dataclasses.fields(TrainingArguments)}
+    for name in options:
+        if name in OWN:
+            mend = f"use {OWN[name]}" if OWN[name] else "this loop depends on its value"
+            raise ValueError(f"--trainer.{name} cannot be set: {mend}")
+        if name not in known:
+            raise ValueError(f"--trainer.{name}: transformers.TrainingArguments has no such field")
+    ours = {
+        "output_dir": str(output), "max_steps": steps, "per_device_train_batch_size": 1, "learning_rate": settings.lr,
+        "lr_scheduler_type": SCHEDULES[settings.schedule], "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": settings.clip,
+        "logging_steps": 1, "save_strategy": "steps", "save_steps": settings.save_every,
+        "save_total_limit": settings.keep, "seed": settings.train_seed, "use_cpu": cpu,
+        "remove_unused_columns": False, "ignore_data_skip": True, "logging_nan_inf_filter": False,
+        "ddp_find_unused_parameters": False, "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+    return TrainingArguments(**{**ours, **options})
+
+
+class RowTrainer(Trainer):
+    """Trains a `RowModel` on the steps of a source, and resumes at the newest whole checkpoint.
+
+    Args:
+        module: policy and compactor.
+        settings: how.
+        output: folder of checkpoints and `metrics.jsonl`.
+        source: of the steps; asked for a step when its turn has come, so it may roll out with the weights as they are.
+        steps: optimizer steps.
+        tokenizer: saved beside a whole policy.
+        options: further arguments of the library trainer.
+        extra: further numbers of the step that was just taken, for the log.
+    """
+
+    def __init__(
+        self, module: RowModel, settings: TrainSettings, output: str | Path, source: StepSource, steps: int,
+        tokenizer: Any = None, options: dict[str, Any] | None = None, extra: Callable[[], dict[str, float]] = dict,
+    ):  # fmt: skip
+        cpu = next(module.policy.parameters()).device.type == "cpu"
+        args = training_arguments(settings, output, steps, options or {}, cpu)
+        self.settings, self.source, self.tokenizer, self.extra = settings, source, tokenizer, extra
+        self.first_step, self._sums = 0, {}
+        super().__init__(model=module, args=args)
+        self.loss_is_scaled_for_ga = True
+        self.metrics_file = MetricsFile(Path(output) / "metrics.jsonl")
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback).__name__ == "PrinterCallback":
+                self.remove_callback(callback)
+
+    @property
+    def module(self) -> RowModel:
+        """What trains, without wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def fit(self) -> None:
+        """Train from where the folder stands to the last step."""
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            for broken in remove_incomplete(folder):
+                log.warning("%s is half written; it was removed", broken)
+        self.accelerator.wait_for_everyone()
+        checkpoint = newest_complete(folder)
+        self.first_step = step_of(checkpoint) if checkpoint else 0
+        if self.is_world_process_zero():
+            self.metrics_file.forget_after(self.first_step)
+        if self.first_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        elif checkpoint:
+            self._load_from_checkpoint(str(checkpoint))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Steps from the first one on; none is fetched ahead, since it may need the weights that the last one left."""
+        stream = StepStream(
+            self.source, self.first_step, self.args.max_steps, self.args.process_index, self.args.world_size,
+            self.settings.micro_tokens,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(self.settings.train_seed)
+        return DataLoader(stream, batch_size=None, generator=generator)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Forward and backward over the step's micro-batches; only the last one synchronises."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for place, batch in enumerate(inputs):
+            last = place == len(inputs) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    out = model(batch)
+                if not math.isfinite(out.loss.item()):
+                    names = sorted({share.row.trajectory_id for share in batch})
+                    raise ValueError(f"the loss of step {self.state.global_step} is {out.loss.item()}: look at {names}")
+                self.accelerator.backward(out.loss * self.accelerator.num_processes)
+            total += out.loss.detach()
+            for name, value in out.sums.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+        return self.accelerator.reduce(total, "sum")
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted."""
+        return 0
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Matrices."""
+        return [name for name, p in model.named_parameters() if p.ndim == 2 and p.requires_grad]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write a line of metrics: per-token means over all processes, and what the source adds."""
+        if "loss" in logs:
+            logs |= self._means() | self.extra()
+        super().log(logs, start_time)
+        logs.pop("epoch", None)
+        if self.is_world_process_zero() and "train_runtime" not in logs:
+            self.metrics_file.write({"step": self.state.global_step, **logs})
+
+    def _means(self) -> dict[str, float]:
+        names = ("tokens", "nll", "gap", "ratio", "kl", "distill", "clipped", "truncated")
+        table = torch.tensor([self._sums.get(name, 0.0) for name in names], device=self.args.device)
+        seen = [name in self._sums for name in names]
+        self._sums = {}
+        sums = dict(zip(names, self.accelerator.reduce(table, "sum").tolist(), strict=True))
+        tokens = max(1.0, sums["tokens"])
+        shown = {name: sums[name] / tokens for name, there in zip(names, seen, strict=True) if there}
+        return {**shown, "tokens": sums["tokens"]}
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and folder.exists() and is_complete(folder):
+            (folder / MARKER).unlink()  # it is about to be written again
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder, self.state.global_step)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_weights(self.module, folder, self.tokenizer)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_weights(self.module, resume_from_checkpoint)
+
+
+def world() -> tuple[int, int]:
+    """Rank and number of the processes of this run; launchers say so before any process group exists."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,256 @@
+"""Policy, compactor and losses as one module with one forward, so that wrappers (DDP, FSDP) see all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ...distill.objective import top_k_kl
+from ...methods.base import Method
+from ..windows import IGNORE, KINDS, WindowRow
+from .losses import policy_loss, sft_loss, token_weights
+from .prefix import check_method, let_checkpoint_read, read_only, rebuild
+
+COMPACTOR_MODES = ("frozen", "distill", "rl", "joint")
+
+
+@dataclass
+class Share:
+    """A row of an optimizer step.
+
+    Attributes:
+        row: what is trained on.
+        scale: what its summed token losses are multiplied by; 0 for a row that only fills a place.
+        advantage: of its trajectory; None for supervised training.
+        reference: log-probabilities of its trained tokens under a reference, or None.
+    """
+
+    row: WindowRow
+    scale: float
+    advantage: float | None = None
+    reference: torch.Tensor | None = None
+
+
+@dataclass
+class Outcome:
+    """What a micro-batch gave.
+
+    Attributes:
+        loss: to go backward from, normalised over the whole step.
+        sums: what a step logs, summed over tokens: nll, tokens, gap, ratio, clipped, truncated, kl, distill.
+    """
+
+    loss: torch.Tensor
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, **values: float) -> None:
+        """Add to the sums."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+
+class RowModel(nn.Module):
+    """The policy on rows.
+
+    Args:
+        policy: a causal language model; its parameters are trained where they require gradients.
+        method: that made the slots of KV rows; a compactor inside trains as `compactor` says.
+        compactor: "frozen"; "distill" (KL from the full cache on the tokens that the policy sampled behind slots);
+            "rl" (the rows' own loss flows through the slots); "joint" (both).
+        loss: "sft" or "policy".
+        memo_weight: of memo tokens.
+        distill_weight: of the distillation beside the rows' loss.
+        options: of `policy_loss`: low, high, cap, kl.
+
+    Raises:
+        ValueError: there is no such mode, or no compactor to train.
+    """
+
+    def __init__(
+        self, policy, method: Method | None = None, *, compactor: str = "frozen", loss: str = "sft",
+        memo_weight: float = 1.0, distill_weight: float = 1.0, options: dict[str, float] | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        if compactor not in COMPACTOR_MODES:
+            raise ValueError(f"compactor is {compactor!r}; it is one of {', '.join(COMPACTOR_MODES)}")
+        self.policy, self.method, self.mode, self.kind = policy, method, compactor, loss
+        self.memo_weight, self.distill_weight, self.options = memo_weight, distill_weight, options or {}
+        self.compactor = getattr(method, "compactor", None)
+        if compactor != "frozen" and self.compactor is None:
+            name = "no method" if method is None else f"the method {method.name}"
+            raise ValueError(f"compactor={compactor!r}, but {name} has no compactor that could train")
+        if self.compactor is not None:
+            self.compactor.requires_grad_(compactor != "frozen")
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether the policy has anything to train."""
+        return any(parameter.requires_grad for parameter in self.policy.parameters())
+
+    def train(self, mode: bool = True) -> RowModel:
+        """Switch; a frozen policy stays in evaluation mode."""
+        super().train(mode)
+        self.policy.train(mode and self.trains_policy)
+        return self
+
+    def checkpoint_activations(self) -> None:
+        """Turn gradient checkpointing on."""
+        self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        let_checkpoint_read(self.policy)
+
+    def forward(self, shares: Sequence[Share]) -> Outcome:
+        """Loss of a micro-batch: its text rows padded to one batch, its KV rows one by one.
+
+        Args:
+            shares: rows of the step, those of one trajectory beside one another.
+        """
+        device = self.policy.get_input_embeddings().weight.device
+        out = Outcome(torch.zeros((), device=device))
+        for parameter in self.parameters():  # every process has a gradient for every parameter
+            if parameter.requires_grad:
+                out.loss = out.loss + 0.0 * parameter.flatten()[0].float()
+        text = [share for share in shares if not share.row.prefix_plan]
+        for share, logprobs in zip(text, self.logprobs_of_text([share.row for share in text]), strict=True):
+            self._count(out, share, logprobs)
+        known: dict = {}
+        for share in shares:
+            if share.row.prefix_plan:
+                self._behind_slots(out, share, known)
+        return out
+
+    def logprobs(self, row: WindowRow, policy=None) -> torch.Tensor:
+        """Log-probabilities of a row's trained tokens `[trained]`, at the temperature of the row.
+
+        Args:
+            row: behind text or slots.
+            policy: another model behind the same slots: a reference.
+        """
+        check_method(row, self.method)
+        cache = self._prefix(row, {}, False) if row.prefix_plan else None
+        return self._picked(self._logits(row, policy or self.policy, cache), row)
+
+    def logprobs_of_text(self, rows: Sequence[WindowRow]) -> list[torch.Tensor]:
+        """The same of several text rows, in one padded forward."""
+        if not rows:
+            return []
+        device = self.policy.get_input_embeddings().weight.device
+        width = max(len(row.input_ids) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
+            mask[place, : len(row.input_ids)] = 1
+        padded = None if mask.all() else mask.to(device)
+        hidden = self.policy.get_decoder()(
+            input_ids=ids.to(device), attention_mask=padded, use_cache=False
+        ).last_hidden_state
+        head = self.policy.get_output_embeddings()
+        return [self._picked(head(hidden[place, _places(row)]), row) for place, row in enumerate(rows)]
+
+    def _behind_slots(self, out: Outcome, share: Share, known: dict) -> None:
+        row = share.row
+        check_method(row, self.method)
+        flows = self.mode in ("rl", "joint")
+        if self.trains_policy or flows:
+            cache = self._prefix(row, known, flows)
+            self._count(out, share, self._picked(self._logits(row, self.policy, cache), row))
+        else:
+            with torch.no_grad():
+                logprobs = self._picked(self._logits(row, self.policy, self._prefix(row, known, False)), row)
+            self._count(out, share, logprobs)
+        if self.mode in ("distill", "joint"):
+            divergence = self._distill(row, self._prefix(row, known, True)).sum()
+            out.loss = out.loss + self.distill_weight * abs(share.scale) * divergence
+            out.add(distill=float(divergence.detach()) if share.scale else 0.0)
+
+    def _prefix(self, row: WindowRow, known: dict, gradients: bool):
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            return rebuild(self.policy, self.method, row.prefix_ids, row.prefix_plan, gradients, known)
+        finally:
+            self.policy.train(training)
+
+    def _logits(self, row: WindowRow, policy, cache) -> torch.Tensor:
+        """Logits that precede the trained tokens `[trained, vocabulary]`."""
+        device = self.policy.get_input_embeddings().weight.device
+        ids = torch.tensor([row.input_ids], device=device)
+        if cache is None:
+            hidden = policy.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        else:
+            start = len(row.prefix_ids)
+            positions = torch.arange(start, start + len(row.input_ids), device=device)[None]
+            hidden = policy.get_decoder()(
+                input_ids=ids, position_ids=positions, past_key_values=read_only(cache), use_cache=True
+            ).last_hidden_state
+        return policy.get_output_embeddings()(hidden[0, _places(row)])
+
+    def _picked(self, logits: torch.Tensor, row: WindowRow) -> torch.Tensor:
+        gold = torch.tensor([token for token in row.labels if token != IGNORE], device=logits.device)
+        return (logits.float() / row.temperature).log_softmax(-1).gather(-1, gold[:, None])[:, 0]
+
+    def _count(self, out: Outcome, share: Share, logprobs: torch.Tensor) -> None:
+        row = share.row
+        places = [place for place, label in enumerate(row.labels) if label != IGNORE]
+        kinds = torch.tensor([row.token_kind[place] for place in places], device=logprobs.device)
+        weights = row.weight * token_weights(kinds, self.memo_weight, KINDS["memo"])
+        sampled = torch.tensor([row.logprobs[place] for place in places], device=logprobs.device)
+        if share.advantage is None:
+            losses = sft_loss(logprobs)
+        else:
+            made = policy_loss(logprobs, sampled, share.advantage, reference=share.reference, **self.options)
+            losses, n = made.loss, len(places) if share.scale else 0
+            out.add(clipped=made.clipped * bool(n), truncated=made.truncated * bool(n), gap=made.gap * n,
+                    ratio=made.ratio * n, kl=made.kl * n)  # fmt: skip
+        if share.scale:
+            out.add(nll=-float(logprobs.detach().sum()), tokens=len(places))
+        if losses.requires_grad:
+            out.loss = out.loss + share.scale * (weights * losses).sum()
+
+    def _distill(self, row: WindowRow, cache) -> torch.Tensor:
+        """KL from the full cache to the slots at every trained token; the policy gets no gradient of it."""
+        with torch.no_grad():
+            training = self.policy.training
+            self.policy.eval()
+            full = WholeRow(row.prefix_ids + row.input_ids, [IGNORE] * len(row.prefix_ids) + row.labels)
+            taught = self._logits(full, self.policy, None)
+            self.policy.train(training)
+        frozen = {name: value.detach() for name, value in self.policy.named_parameters()}
+        learnt = functional_call(_Logits(self.policy, self._logits), {f"policy.{k}": v for k, v in frozen.items()},
+                                 (row, cache))  # fmt: skip
+        gold = torch.tensor([token for token in row.labels if token != IGNORE], device=learnt.device)
+        return top_k_kl(taught, learnt, gold)
+
+
+@dataclass
+class WholeRow:
+    """A row with its prefix in full."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class _Logits(nn.Module):
+    def __init__(self, policy, logits):
+        super().__init__()
+        self.policy, self.logits = policy, logits
+
+    def forward(self, row: Any, cache: Any) -> torch.Tensor:
+        return self.logits(row, self.policy, cache)
+
+
+def _places(row: Any) -> list[int]:
+    """Where the trained tokens are predicted.
+
+    Raises:
+        ValueError: the first token of a row is trained, and nothing predicts it.
+    """
+    places = [place - 1 for place, label in enumerate(row.labels) if label != IGNORE]
+    if places and places[0] < 0:
+        raise ValueError("the first token of a row is trained, but nothing stands before it; build the row again")
+    return places

@@ -1,0 +1,61 @@
+"""What both trainers begin with: the module that trains, and a folder that holds this run and no other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..runs import write_atomically
+from .config import TrainSettings
+from .model import RowModel
+from .weights import add_adapter
+
+
+def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) -> tuple[RowModel, Any]:
+    """The module that trains, and the policy as it then is.
+
+    Args:
+        loaded: a `LoadedModel`.
+        method: for backends with slots, or None.
+        settings: what trains.
+        more: arguments of `RowModel`.
+    """
+    model = loaded.model
+    if settings.train_policy == "lora":
+        model = add_adapter(model, settings.lora_rank)
+        loaded = replace(loaded, model=model)
+    else:
+        model.requires_grad_(settings.train_policy == "full")
+    module = RowModel(
+        model, method, compactor=settings.compactor_mode, memo_weight=settings.memo_weight,
+        distill_weight=settings.distill_weight, **more,
+    )  # fmt: skip
+    if settings.checkpointing:
+        module.checkpoint_activations()
+    return module.eval(), loaded
+
+
+FREE = {"save_every", "keep"}
+"""Settings that may change between a run and its continuation: they change no step."""
+
+
+def claim_output(output: Path, name: str, settings: dict[str, dict], model: str, made_by: dict[str, Any]) -> None:
+    """Write the run's settings into its folder, or check that they are those of the run in it.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    path = Path(output) / name
+    ours = json.loads(json.dumps({"model": model, **settings}))
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        changed = sorted(
+            f"{part}.{key}" for part, values in ours.items() if isinstance(values, dict)
+            for key in values if key not in FREE and there.get(part, {}).get(key) != values[key]
+        )  # fmt: skip
+        if changed or there.get("model") != model:
+            raise ValueError(f"{output} holds a run with another {', '.join(changed) or 'model'}: give another folder")
+        return
+    write_atomically(path, json.dumps({"settings": ours, "provenance": made_by}, indent=2).encode() + b"\n")

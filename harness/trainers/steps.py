@@ -1,0 +1,122 @@
+"""An optimizer step as a set of trajectories: who gets which rows, and in which micro-batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch.utils.data import IterableDataset
+
+from ..windows import IGNORE, KINDS, WindowRow, by_trajectory
+from .losses import Counted, row_scales
+from .model import Share
+
+
+class StepSource(Protocol):
+    """Gives each step its rows; the same in every process."""
+
+    def step(self, number: int) -> list[Share]:
+        """All shares of step `number`, counted from 0."""
+
+
+def shares_of(
+    rows: Sequence[WindowRow], normaliser: str, constant: float, memo_weight: float,
+    advantages: dict[str, float] | None = None,
+) -> list[Share]:  # fmt: skip
+    """Rows with their scales, and the advantages of their trajectories where there are any."""
+    counted = [Counted(row.trajectory_id, _weighed(row, memo_weight)) for row in rows]
+    scales = row_scales(counted, normaliser, constant)
+    return [
+        Share(row, scale, None if advantages is None else advantages[row.trajectory_id])
+        for row, scale in zip(rows, scales, strict=True)
+    ]
+
+
+def _weighed(row: WindowRow, memo_weight: float) -> float:
+    kinds = [kind for kind, label in zip(row.token_kind, row.labels, strict=True) if label != IGNORE]
+    memo = kinds.count(KINDS["memo"])
+    return row.weight * (len(kinds) - memo + memo_weight * memo)
+
+
+class RowSource:
+    """Steps over fixed rows: trajectories in a seeded order, `batch` a step, epoch after epoch.
+
+    Args:
+        rows: to train on.
+        batch: trajectories in a step.
+        settings: normaliser, constant, memo_weight.
+        seed: of the order.
+    """
+
+    def __init__(self, rows: Sequence[WindowRow], batch: int, settings, seed: int):
+        self.groups, self.batch, self.settings, self.seed = by_trajectory(rows), batch, settings, seed
+
+    def steps(self, epochs: int) -> int:
+        """Steps of so many epochs; the last step of an epoch may be smaller."""
+        return epochs * self._per_epoch
+
+    @property
+    def _per_epoch(self) -> int:
+        return -(-len(self.groups) // self.batch)
+
+    def step(self, number: int) -> list[Share]:
+        """The shares of a step."""
+        epoch, place = divmod(number, self._per_epoch)
+        order = sorted(self.groups)
+        random.Random(f"{self.seed} {epoch}").shuffle(order)
+        names = order[place * self.batch : (place + 1) * self.batch]
+        settings = self.settings
+        rows = [row for name in names for row in self.groups[name]]
+        return shares_of(rows, settings.normaliser, settings.constant, settings.memo_weight)
+
+
+def own_batches(shares: Sequence[Share], rank: int, world: int, micro_tokens: int) -> list[list[Share]]:
+    """The micro-batches of one process: whole trajectories, the longest first to whoever has least.
+
+    A process without a trajectory gets one row that counts nothing, so that all take part in the step.
+    """
+    groups: dict[str, list[Share]] = {}
+    for share in shares:
+        groups.setdefault(share.row.trajectory_id, []).append(share)
+    loads, mine = [0] * world, []
+    sizes = {name: sum(_tokens(share.row) for share in group) for name, group in groups.items()}
+    for name in sorted(groups, key=lambda name: (-sizes[name], name)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += sizes[name]
+        if lightest == rank:
+            mine += groups[name]
+    if not mine:
+        return [[Share(shares[0].row, 0.0, shares[0].advantage, shares[0].reference)]]
+    batches: list[list[Share]] = []
+    for share in mine:
+        size = _tokens(share.row)
+        if not batches or sum(_tokens(each.row) for each in batches[-1]) + size > micro_tokens:
+            batches.append([])
+        batches[-1].append(share)
+    return batches
+
+
+def _tokens(row: WindowRow) -> int:
+    return len(row.input_ids)
+
+
+class StepStream(IterableDataset):
+    """The micro-batches of one process, step after step; a step is made when it is asked for, not before.
+
+    Args:
+        source: of the steps.
+        start: first step.
+        stop: the step after the last.
+        rank: of this process.
+        world: processes.
+        micro_tokens: see `own_batches`.
+    """
+
+    def __init__(self, source: StepSource, start: int, stop: int, rank: int, world: int, micro_tokens: int):
+        self.source, self.start, self.stop = source, start, stop
+        self.rank, self.world, self.micro_tokens = rank, world, micro_tokens
+
+    def __iter__(self) -> Iterator[list[list[Share]]]:
+        for number in range(self.start, self.stop):
+            yield own_batches(self.source.step(number), self.rank, self.world, self.micro_tokens)

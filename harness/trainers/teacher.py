@@ -1,0 +1,267 @@
+"""A teacher with privileged access, and a public transcript that never had it.
+
+A teacher's session keeps two conversations. The inner one is what the teacher sees: S with a private block, and private
+notes. The public one holds the student's S and nothing private; the loop and its log know only that. What is private is
+written to `private.jsonl`, beside a log that stays valid without it.
+
+Private submit: when the teacher stops short, one private bit tells it so, and it goes on in its own voice. The failed
+stop and the note exist in the inner conversation alone, so the public transcript goes from the last result straight to
+the turn that checks again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ...budgets import slots_for
+from ...eval.tasks import LabTask
+from ..backends.text import TextBackend
+from ..bridge import memo_demand
+from ..policies.chat import ChatFormat
+from ..policies.scripted import ScriptedPolicy, ScriptedSession
+from ..run_config import RunConfig
+from ..state import sampled_from
+from ..types import Artifact, Boundary, ContextSize, Limit, Message, Policy, Sampled
+from ..windows import template_digest
+
+DEMAND = memo_demand(0).split(":")[0]
+PRIVATE = "private.jsonl"
+
+
+def rubric_block(task: LabTask, marker: str) -> str:
+    """The criteria as a teacher is shown them."""
+    criteria = "\n".join(f"- {each.title}: {each.match_criteria}" for each in task.criteria)
+    return (
+        f"[{marker}] For you alone: the work is complete when all of this holds.\n{criteria}\n"
+        "Work from the documents and in your own words. Never mention or copy this list."
+    )
+
+
+def private_note(marker: str) -> str:
+    """The one bit that a failed submit returns."""
+    return (
+        f"[{marker}] For you alone: not complete yet. Find what is missing by checking the matter again, then go on as "
+        "though you had noticed it yourself. Never mention this note."
+    )
+
+
+class PrivateChannel:
+    """What one attempt keeps from its public log.
+
+    Args:
+        folder: the run's.
+        task: with its rubric.
+        key: names the attempt; the canary marker is drawn from it.
+    """
+
+    def __init__(self, folder: Path, task: LabTask, key: str):
+        self.path, self.task = Path(folder) / PRIVATE, task
+        self.marker = "PRIVATE-" + hashlib.sha256(f"{key} {task.id}".encode()).hexdigest()[:12]
+        self.lines: list[dict[str, Any]] = []
+        if self.path.exists():
+            whole = self.path.read_bytes()
+            kept = whole[: whole.rfind(b"\n") + 1]
+            if kept != whole:
+                self.path.write_bytes(kept)
+            self.lines = [json.loads(line) for line in kept.splitlines()]
+
+    def note(self, kind: str, turn: int, **fields: Any) -> None:
+        """Append a line."""
+        line = {"kind": kind, "turn": turn, **fields}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.lines.append(line)
+
+    def of(self, kind: str, turn: int | None = None) -> list[dict[str, Any]]:
+        """Lines of a kind."""
+        return [line for line in self.lines if line["kind"] == kind and turn in (None, line["turn"])]
+
+    @property
+    def corrected_at(self) -> list[int]:
+        """Turns that follow a private note, by number."""
+        return sorted({line["turn"] for line in self.of("submit")})
+
+
+class TeacherPolicy:
+    """A policy that plays with a private prefix, and is seen by the loop as though it had none.
+
+    Args:
+        teacher: the model that plays.
+        tokenizer: the student's: the public transcript is rendered by it.
+        channel: of this attempt.
+        window: of the public transcript; the teacher's own must have room for the private text besides.
+        rubric: show the criteria.
+        falls_short: whether the deliverables as they lie now fall short; None where that is not known.
+        rounds: private submits at most; 0 for none.
+    """
+
+    capabilities = frozenset({"tokens"})
+
+    def __init__(
+        self, teacher: Policy, tokenizer, channel: PrivateChannel, window: int, *, rubric: bool = True,
+        falls_short: Callable[[], bool | None] | None = None, rounds: int = 0,
+    ):  # fmt: skip
+        self.teacher, self.tokenizer, self.channel, self.window = teacher, tokenizer, channel, window
+        self.rubric, self.falls_short, self.rounds = rubric, falls_short, rounds
+        self.name, self.bytes_per_token = f"teacher {teacher.name}", teacher.bytes_per_token
+        theirs = getattr(teacher, "tokenizer", None)
+        self.same_ids = theirs is not None and template_digest(theirs) == template_digest(tokenizer)
+
+    def session(self, tools: list[dict[str, Any]], queries: bool = False) -> TeacherSession:
+        """A new conversation."""
+        return TeacherSession(self, tools)
+
+
+class TeacherSession:
+    """See `harness.types.Session`.
+
+    Attributes:
+        public: the student's view, token by token; nothing is computed in it.
+        inner: what the teacher sees.
+    """
+
+    def __init__(self, policy: TeacherPolicy, tools: list[dict[str, Any]]):
+        self.policy = policy
+        shadow = ScriptedPolicy(policy.tokenizer, lambda: None, policy.window, name="public")
+        shadow.bytes_per_token = policy.bytes_per_token
+        self.public = ScriptedSession(shadow, ChatFormat(policy.tokenizer, tools), False)
+        self.inner = policy.teacher.session(tools)
+        self.turn, self.last = 0, ""
+
+    @property
+    def base_ids(self) -> list[int]:
+        """Of the student's S and U."""
+        return self.public.base_ids
+
+    @property
+    def pending_ids(self) -> list[int]:
+        """See `LocalSession`."""
+        return self.public.pending_ids
+
+    def start(self, base: Sequence[Message]) -> None:
+        """Begin a window afresh, the private block behind the teacher's S."""
+        policy, theirs = self.policy, list(base)
+        if policy.rubric:
+            block = rubric_block(policy.channel.task, policy.channel.marker)
+            theirs[0] = replace(base[0], content=f"{base[0].content}\n\n{block}")
+            if not policy.channel.of("prefix"):
+                policy.channel.note("prefix", self.turn, text=block, marker=policy.channel.marker)
+        self.public.start(base)
+        self.inner.start(theirs)
+
+    def append(self, messages: Sequence[Message]) -> None:
+        """Add to both."""
+        self.public.append(messages)
+        self.inner.append(messages)
+        self.last = messages[-1].content
+
+    def sample(self, limit: Limit) -> Sampled:
+        """A turn of the teacher; a stop that falls short is answered privately first."""
+        rounds = self._private_rounds()
+        while True:
+            sampled = self.inner.sample(replace(limit, seed=limit.seed + rounds))
+            if not self._falls_short(sampled, rounds):
+                break
+            note = private_note(self.policy.channel.marker)
+            self.policy.channel.note("submit", self.turn, failed=asdict(sampled), text=note)
+            self.inner.append([Message("user", note)])
+            rounds += 1
+        self.policy.channel.note("turn", self.turn, logprobs=list(sampled.logprobs))
+        self.turn += 1
+        return self.public.repeat(self._as_the_students(sampled))
+
+    def _private_rounds(self) -> int:
+        """Put back what an earlier start of this run kept private before this turn; all rounds so far."""
+        for line in self.policy.channel.of("submit", self.turn):
+            self.inner.repeat(sampled_from(line["failed"]))
+            self.inner.append([Message("user", line["text"])])
+        return len(self.policy.channel.of("submit"))
+
+    def _falls_short(self, sampled: Sampled, rounds: int) -> bool:
+        stops = not sampled.calls and not sampled.problem and not self.last.startswith(DEMAND)
+        if not stops or rounds >= self.policy.rounds or self.policy.falls_short is None:
+            return False
+        return self.policy.falls_short() is True
+
+    def _as_the_students(self, sampled: Sampled) -> Sampled:
+        """The turn in the student's tokens; log-probabilities are of another context and go no further."""
+        ids = sampled.output_ids
+        if not self.policy.same_ids or not ids:
+            ids = tuple(self.public.chat.assistant(Message("assistant", sampled.text, sampled.calls)))
+        return replace(sampled, output_ids=ids, output_tokens=len(ids), logprobs=(), version=None)
+
+    def accept(self, sampled: Sampled) -> None:
+        """Take a recorded turn, and what was private before it."""
+        self._private_rounds()
+        self.public.accept(sampled)
+        self.inner.repeat(sampled)
+        self.turn += 1
+
+    def reject(self) -> None:
+        """Forget the last turn."""
+        self.turn -= 1
+        self.public.reject()
+        self.inner.reject()
+
+    def repeat(self, sampled: Sampled) -> Sampled:
+        """Put a turn of an earlier window behind both prompts."""
+        self.turn += 1
+        self.inner.repeat(sampled)
+        return self.public.repeat(sampled)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, the student's."""
+        return self.public.count(text)
+
+    def cut(self, text: str, tokens: int, last: bool = False) -> str:
+        """The first tokens of a text, or the last ones."""
+        return self.public.cut(text, tokens, last)
+
+    def size(self) -> ContextSize:
+        """The public window."""
+        return self.public.size()
+
+    def pretend(self, slots: int) -> int:
+        """Go on as behind slots: the student will have them, the teacher keeps everything in view."""
+        return self.public.pretend(slots)
+
+
+class ShapedKv(TextBackend):
+    """The shape of a boundary behind slots, for teachers: rows get the prefix plan that a student's run would have.
+
+    Args:
+        config: kv or hybrid, with a ratio.
+        policy: a teacher.
+
+    Raises:
+        ValueError: there is no ratio.
+    """
+
+    def __init__(self, config: RunConfig, policy: TeacherPolicy):
+        super().__init__(config, policy)
+        if config.ratio is None:
+            raise ValueError(f"a teacher's rollouts for {config.backend} need a ratio, not a budget of {config.budget}")
+        self.config, self.writes_memo = config, config.backend == "hybrid"
+        self.tokens = max(1, int(self.tokens * config.memo_share))
+
+    def compact(self, session: TeacherSession, base, memo: str, boundary: Boundary) -> Artifact:
+        """Go on as behind slots."""
+        held = boundary.held.details["held"] if boundary.held else 0
+        waiting = session.size().raw  # what waits to be read is part of the window
+        tokens = session.pretend(held)
+        count = slots_for(tokens, self.config.ratio)
+        session.public._compacted = (held + count, (held + count) * (self.bytes_per_token or 0))
+        text = session.cut(memo, self.tokens) if self.writes_memo else ""
+        details = {"slots": count, "held": held + count, "method": self.config.method, "mode": "append",
+                   "exhausted": False, "window_tokens": tokens, "raw": waiting}  # fmt: skip
+        return Artifact(self.name, text, tokens=held + count, details=details)
+
+    def restore(self, session: TeacherSession, base, artifact: Artifact, folder: Path) -> None:
+        """The same again."""
+        session.pretend(artifact.details["held"])

@@ -1,0 +1,102 @@
+"""What a layer compactor makes of heads that are unequal: its records as packed slots, and packed slots once more."""
+
+from __future__ import annotations
+
+import torch
+
+from .cache_ragged import RaggedSlots, as_ragged, check_record, even_positions
+from .types import CompactKV
+
+
+def slot_positions(compactor, record: CompactKV, positions: torch.Tensor, slots: int) -> torch.Tensor:
+    """Logical positions `[batch or 1, slots]` at which the slots of a head are rotated.
+
+    Args:
+        compactor: asked where the record does not say.
+        record: what it returned; only the positions of a uniform one are looked at.
+        positions: `[tokens]` or `[batch, tokens]` of what was compacted.
+        slots: of the head.
+    """
+    where = None if record.counts is not None else getattr(record, "positions", None)
+    if where is None and hasattr(compactor, "slot_positions"):
+        where = compactor.slot_positions(positions, slots)
+    where = even_positions(positions, slots) if where is None else where
+    return where[None] if where.ndim == 1 else where
+
+
+def ragged_slots(
+    compactor, layer: int, record: CompactKV, positions: torch.Tensor, source: torch.Tensor
+) -> RaggedSlots:
+    """What a compactor returned for one layer, packed.
+
+    Args:
+        compactor: that made the record.
+        layer: index of the layer, for errors.
+        record: ragged, or uniform.
+        positions: `[tokens]` or `[batch, tokens]` of what was compacted.
+        source: the keys that were compacted, `[batch, kv_heads, tokens, head_dim]`.
+
+    Raises:
+        ValueError: the record does not fit the layer, or a head has more slots than there were tokens.
+    """
+    packed = as_ragged(record)
+    check_record(layer, packed, source.shape[1], source.shape[3], source.shape[2], floor=0)
+    known: dict[int, torch.Tensor] = {}
+
+    def spread(row: int, count: int) -> torch.Tensor:
+        if count not in known:
+            known[count] = slot_positions(compactor, packed, positions, count)
+        return known[count][row if len(known[count]) > 1 else 0]
+
+    return RaggedSlots.of(packed, spread)
+
+
+def recompact_heads(
+    compactor,
+    layer: int,
+    old: RaggedSlots,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    slots: int,
+) -> RaggedSlots:
+    """Compact each head's own slots and the next tokens together. The heads differ in length, but the rows do not.
+
+    A compactor takes heads of one length. So it is called once for all heads that share their positions, with copies
+    of one of them in the place of the others, and only those heads' slots are taken: heads must be independent.
+
+    Args:
+        compactor: a layer compactor.
+        layer: index of the layer.
+        old: the slots so far.
+        keys: of the next tokens, `[batch, kv_heads, tokens, head_dim]`.
+        values: `[batch, kv_heads, tokens, head_dim]`.
+        positions: of these tokens, `[tokens]`.
+        slots: to which the compactor is asked to compact, on average.
+
+    Raises:
+        ValueError: the old slots have a beta, which would be lost.
+    """
+    if old.beta is not None:
+        raise ValueError("recompact would lose the beta of the slots; use mode='append', or slots without beta")
+    batch = old.batch
+    heads = []  # keys, values [batch, n, head_dim] and positions [batch, n] of each head
+    for head, rows in enumerate(zip(*(old.heads(row) for row in range(batch)), strict=True)):
+        own = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+        new = keys[:, head], values[:, head], positions.expand(batch, -1).to(own[2].dtype)
+        heads.append([torch.cat(parts, dim=1) for parts in zip(own, new, strict=True)])
+    groups: list[list[int]] = []
+    for head, (_, _, where) in enumerate(heads):
+        group = next((group for group in groups if torch.equal(heads[group[0]][2], where)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(head)
+    made, source = [], torch.empty(batch, len(heads), dtype=torch.long)
+    for index, group in enumerate(groups):
+        chosen = [heads[head if head in group else group[0]] for head in range(len(heads))]
+        old_keys, old_values = (torch.stack([parts[i] for parts in chosen], dim=1) for i in (0, 1))
+        where = heads[group[0]][2]
+        record = compactor.compact_layer(layer, old_keys, old_values, where, slots)
+        made.append(ragged_slots(compactor, layer, record, where, old_keys))
+        source[:, group] = torch.arange(batch)[:, None] + index * batch
+    return RaggedSlots.join(made).rows(source)

@@ -1,0 +1,143 @@
+"""GRPO on tiny random models: groups, versions, resumption, the compactor in the loop, and loud failures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from agent_cases import Reader, of, tiny_agent
+from trainer_cases import RUN, Honest, exact, matters
+
+from still import methods
+from still.compactor import StillCompactor
+from still.harness.runs import read_run
+from still.harness.trainers.behaviour import behaviour, was_cut
+from still.harness.trainers.config import GrpoConfig, TrainSettings
+from still.harness.trainers.grpo import run_grpo
+from still.harness.trainers.report import smoothed
+from still.harness.types import Message
+
+SETTINGS = TrainSettings(lr=1e-3, save_every=1, micro_tokens=4000)
+SHORT = replace(RUN, max_new_tokens=12)
+CONFIG = GrpoConfig(steps=3, tasks_per_step=1, group=2, reward="random", length_cut=1.0)
+
+
+def grpo(root, tasks, config=CONFIG, run=SHORT, settings=SETTINGS, loaded=None, **more):
+    """Run it with a model that is the same each time."""
+    loaded = loaded or tiny_agent(layers=1)
+    graders = exact()
+    return run_grpo(tasks, (), loaded, run, config, settings, root, *graders, report=lambda _: None, **more)
+
+
+def lines(root):
+    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_steps_roll_out_with_the_weights_that_they_train_and_resume_alike(tmp_path):
+    tasks, whole, cut = matters(tmp_path / "lab"), tmp_path / "whole", tmp_path / "cut"
+    grpo(whole, tasks)
+    log = lines(whole)
+    assert [line["step"] for line in log] == [1, 2, 3]
+    for line in log:
+        assert line["gap"] < 1e-4  # what trains saw what was sampled
+        assert line["ratio"] == pytest.approx(1.0, abs=1e-4)
+        assert line["rollouts"] == 2
+        assert "behaviour_grep_share" in line
+    for number in range(3):
+        runs = sorted((whole / "rollouts" / f"step-{number:04d}").rglob("events.jsonl"))
+        _, second = [read_run(path.parent) for path in runs]
+        assert {turn["version"] for turn in of(second, "turn")} == {number}
+    digests = {(whole / "rollouts" / f"step-{n:04d}" / "weights.json").read_text() for n in range(3)}
+    assert len(digests) == 3
+    assert "random numbers" in (whole / "report.html").read_text()
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-3")
+    shutil.rmtree(cut / "checkpoint-2")
+    shutil.rmtree(cut / "trained")
+    next(iter((cut / "rollouts" / "step-0001").rglob("metrics.json"))).unlink()
+    grpo(cut, tasks)
+    assert [{**line, "grad_norm": 0} for line in lines(cut)] == [{**line, "grad_norm": 0} for line in log]
+    file = "trained/policy/model.safetensors"
+    assert (cut / file).read_bytes() == (whole / file).read_bytes()
+
+
+class Wordy(Reader):
+    """Reads, and says something of its own before it does."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+    def __call__(self, seen, limit):
+        message = super().__call__(seen, limit)
+        return Message("assistant", f"note {self.number * 37 % 91}", message.calls) if message.calls else message
+
+
+def scripted(loaded, window):
+    """Scripts play, each its own, and the model's log-probabilities are recorded."""
+    numbers = itertools.count(1)
+    return Honest(loaded.tokenizer, lambda: Wordy(next(numbers)), window, loaded)
+
+
+@pytest.mark.parametrize("mode", ["rl", pytest.param("distill", marks=pytest.mark.full)])
+def test_the_compactor_trains_in_the_loop_behind_a_frozen_base(tmp_path, mode):
+    loaded, tasks = tiny_agent(layers=1), matters(tmp_path / "lab", (1,))
+    compactor = StillCompactor.for_model(loaded.model, ratio=4, chunk=2048)
+    before = {name: p.clone() for name, p in compactor.named_parameters()}
+    base = {name: p.clone() for name, p in loaded.model.named_parameters()}
+    run = replace(RUN, backend="kv", budget=None, ratio=4.0)
+    settings = replace(SETTINGS, train_policy="frozen", compactor_mode=mode)
+    method = methods.get("still", compactor=compactor)
+    grpo(tmp_path / "run", tasks, replace(CONFIG, steps=1), run, settings, loaded, method=method, policy_of=scripted)
+    (line,) = lines(tmp_path / "run")
+    assert line["gap"] < 1e-4
+    assert ("distill" in line) == (mode == "distill")
+    assert any((p - before[name]).abs().max() > 0 for name, p in compactor.named_parameters())
+    assert all((p == base[name]).all() for name, p in loaded.model.named_parameters())
+    assert (tmp_path / "run" / "trained" / "compactor" / "compactor.safetensors").is_file()
+    assert not (tmp_path / "run" / "trained" / "policy").exists()
+
+
+def test_what_would_silently_learn_nothing_stops(tmp_path):
+    tasks = matters(tmp_path / "lab", (1,))
+    with pytest.raises(ValueError, match="no group of step 0 has any variance"):
+        grpo(tmp_path / "same", tasks, replace(CONFIG, reward="rubric"))
+    with pytest.raises(ValueError, match="2 of 2 rollouts of step 0 were stopped by a limit on length"):
+        grpo(tmp_path / "long", tasks, replace(CONFIG, length_cut=0.5))
+    with pytest.raises(ValueError, match="2 rollouts unscored"):
+        grpo(tmp_path / "mask", tasks, replace(CONFIG, overlong="mask"))
+    with pytest.raises(ValueError, match="is trained on and held out"):
+        run_grpo(tasks, tasks, tiny_agent(), RUN, CONFIG, SETTINGS, tmp_path / "x", exact()[0], exact()[1])
+
+
+@pytest.mark.full
+def test_rollouts_of_other_weights_are_not_trained_on(tmp_path):
+    tasks, root = matters(tmp_path / "lab", (1,)), tmp_path / "run"
+    grpo(root, tasks, replace(CONFIG, steps=1))
+    shutil.rmtree(root / "checkpoint-1")
+    mark = root / "rollouts" / "step-0000" / "weights.json"
+    mark.write_text('{"digest": "of others", "version": 0}')
+    stray = root / "rollouts" / "step-0000" / "stray.txt"
+    stray.write_text("from other weights")
+    shutil.rmtree(root / "trained")
+    grpo(root, tasks, replace(CONFIG, steps=1))
+    assert not stray.exists()
+    assert "of others" not in mark.read_text()
+
+
+@pytest.mark.full
+def test_behaviour_and_smoothing(tmp_path):
+    tasks = matters(tmp_path / "lab", (1,))
+    run = replace(RUN, max_new_tokens=800)
+    grpo(tmp_path / "run", tasks, replace(CONFIG, steps=1), run, policy_of=scripted)
+    events = read_run(next((tmp_path / "run").rglob("events.jsonl")).parent)
+    found = behaviour(events)
+    assert found["documents_read"] == found["characters_read"] == 1.0
+    assert found["grep_share"] == found["reread_rate"] == 0.0
+    assert found["windows"] > 1
+    assert not was_cut(events)
+    assert smoothed([1.0, 1.0, 1.0]) == pytest.approx([1.0, 1.0, 1.0])
+    assert smoothed([0.0, 1.0])[1] == pytest.approx(0.3 / 0.51)

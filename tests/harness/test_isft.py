@@ -1,0 +1,94 @@
+"""Rounds of iSFT with a scripted teacher and a tiny random student: mechanics alone, stage by stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from agent_cases import tiny_agent
+from trainer_cases import RUN, exact, matters, scripted_teacher
+
+from still.harness.row_files import read_rows
+from still.harness.trainers.config import IsftConfig, TrainSettings
+from still.harness.trainers.isft import run_isft
+
+LEAK = "The rubric wants another term."
+SETTINGS = TrainSettings(lr=1e-3, save_every=1, micro_tokens=4000)
+
+
+def isft(root, tasks, config=None, held_out=(), run=RUN, settings=SETTINGS, **teacher):
+    """Run it, with a student that is the same each time; what the rounds came to."""
+    config = config or IsftConfig(rounds=2, rollouts=1, keep_per_task=1, batch=1)
+    return run_isft(
+        tasks, held_out, tiny_agent(layers=1), run, config, settings, root, exact(), exact()[0],
+        teacher_of=lambda round, student: scripted_teacher(tasks, **teacher),
+        report=lambda line: None,
+    )  # fmt: skip
+
+
+def weights(root, number: int) -> bytes:
+    return (root / f"round-{number}" / "student" / "policy" / "model.safetensors").read_bytes()
+
+
+def test_rounds_are_collected_gated_trained_and_gone_on_with(tmp_path):
+    tasks, whole, cut = matters(tmp_path / "lab"), tmp_path / "whole", tmp_path / "cut"
+    first, second = isft(whole, tasks)
+    assert (first["passed"], first["corrected"], first["leaked"], first["rollouts"]) == (2, 2, 0, 2)
+    assert second["trained_rows"] == first["rows"] + second["rows"]
+    rows = read_rows(whole / "round-1" / "rows.jsonl")
+    assert {row.trajectory_id.split("/")[0] for row in rows} == {"round-1"}
+    assert {row.teacher for row in rows} == {"scripted teacher"}
+    assert all(row.all_pass == 1.0 and row.corrections for row in rows)
+    page = (whole / "report.html").read_text()
+    assert "scripted teacher" in page
+    assert "vocabulary" in page
+    log = [json.loads(line) for line in (whole / "round-1" / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert len(log) == 2
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "round-2" / "student")
+    shutil.rmtree(cut / "round-2" / "train" / "checkpoint-4")
+    for name in ("round.json", "selection.json", "rows.jsonl"):
+        (cut / "round-2" / name).unlink()
+    assert isft(cut, tasks) == [first, second]
+    assert weights(cut, 2) == weights(whole, 2) != weights(whole, 1)
+
+
+def test_leaking_rollouts_are_dropped_or_stop_the_run(tmp_path):
+    tasks = matters(tmp_path / "lab", (1,))
+    config = IsftConfig(rounds=1, rollouts=1, batch=1)
+    with pytest.raises(ValueError, match="were kept without a leak"):
+        isft(tmp_path / "drop", tasks, config, says=LEAK)
+    assert json.loads((tmp_path / "drop" / "round-1" / "leaks.json").read_text())["counts"]["vocabulary"] == 1
+    with pytest.raises(ValueError, match="1 of 1 rollouts leak"):
+        isft(tmp_path / "stop", tasks, replace(config, leaks="stop"), says=LEAK)
+
+
+@pytest.mark.full
+def test_the_control_trains_on_unfiltered_rollouts_within_a_budget(tmp_path):
+    tasks = matters(tmp_path / "lab")
+    config = IsftConfig(rounds=1, rollouts=1, batch=1, private="none", select="any", token_budget=1)
+    (found,) = isft(tmp_path / "control", tasks, config)
+    assert (found["passed"], found["rollouts"], found["select"]) == (0, 2, "any")
+    assert len({row.trajectory_id for row in read_rows(tmp_path / "control" / "round-1" / "rows.jsonl")}) == 1
+
+
+def test_a_task_is_never_trained_on_and_held_out_and_a_folder_holds_one_run(tmp_path):
+    tasks = matters(tmp_path / "lab", (1,))
+    with pytest.raises(ValueError, match="is trained on and held out"):
+        isft(tmp_path / "a", tasks, held_out=tasks)
+    config = IsftConfig(rounds=1, rollouts=1, batch=1)
+    isft(tmp_path / "b", tasks, config)
+    with pytest.raises(ValueError, match=r"holds a run with another train\.lr"):
+        isft(tmp_path / "b", tasks, config, settings=replace(SETTINGS, lr=1e-2))
+
+
+@pytest.mark.full
+def test_the_hold_out_is_played_on_text_and_on_slots(tmp_path):
+    tasks, held_out = matters(tmp_path / "lab", (1,)), matters(tmp_path / "held", (7,))
+    config = IsftConfig(rounds=1, rollouts=1, batch=1, evaluate_on=("memo", "none"))
+    (found,) = isft(tmp_path / "run", tasks, config, held_out)
+    assert set(found["evaluation"]) == {"memo", "none"}
+    assert found["evaluation"]["memo"]["rollouts"] == 1
+    assert "95 % intervals" in (tmp_path / "run" / "report.html").read_text()

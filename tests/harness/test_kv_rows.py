@@ -1,0 +1,162 @@
+"""Rows behind slots: training sees the rollout's own log-probabilities, and gradients reach what they should."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from agent_cases import tiny_agent
+from trainer_cases import assert_close, gradients, rollout
+
+from still import methods
+from still.compactor import StillCompactor
+from still.harness.trainers.losses import Counted, row_scales
+from still.harness.trainers.model import RowModel, Share
+from still.harness.trainers.prefix import let_checkpoint_read, rebuild
+from still.harness.windows import IGNORE
+
+
+def still(model, seed: int = 0):
+    """A fresh compactor, shaken so that it is no strided copy."""
+    compactor = StillCompactor.for_model(model, ratio=4, chunk=512)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in compactor.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=draw)
+    return methods.get("still", compactor=compactor.eval())
+
+
+def sampled_of(row) -> torch.Tensor:
+    return torch.tensor([x for x, label in zip(row.logprobs, row.labels, strict=True) if label != IGNORE])
+
+
+def setting(root, backend="kv", method="still", kind="qwen3", documents=4, **settings):
+    loaded = tiny_agent(kind)
+    made = None
+    if backend in ("kv", "hybrid"):
+        made = still(loaded.model) if method == "still" else methods.get(method)
+    if backend in ("kv", "hybrid") and not settings:
+        settings = {"ratio": 4.0}
+    rows = rollout(root, loaded, documents=documents, backend=backend, method=made, **settings)
+    return loaded, made, rows
+
+
+full = pytest.mark.full
+CASES = [
+    ("memo", "", "qwen3", {"budget": "80t"}), ("kv", "still", "qwen3", {"ratio": 4.0}),
+    pytest.param("kv", "still", "qwen3", {"budget": "60t", "mode": "recompact"}, marks=full),
+    pytest.param("hybrid", "still", "qwen3", {"ratio": 4.0}, marks=full),
+    pytest.param("memo_kv", "", "qwen3", {"budget": "150t"}, marks=full),
+    pytest.param("kv", "streaming_llm", "qwen3", {"budget": "60t"}, marks=full),
+    pytest.param("kv", "still", "gemma3", {"ratio": 4.0}, marks=full),
+    pytest.param("kv", "still", "qwen3_next", {"ratio": 4.0}, marks=full),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "method", "kind", "settings"), CASES)
+def test_training_recomputes_the_rollouts_log_probabilities(tmp_path, backend, method, kind, settings):
+    loaded, made, rows = setting(tmp_path, backend, method, kind, documents=6, **settings)
+    assert len(rows) == 3
+    module = RowModel(loaded.model, made)
+    with torch.no_grad():
+        worst = max(float((module.logprobs(row) - sampled_of(row)).abs().max()) for row in rows)
+    assert worst < 1e-4, worst
+    if rows[2].prefix_plan:  # and the prefix matters: behind less of it the numbers are others
+        nothing = replace(rows[2], prefix_plan=rows[2].prefix_plan[:2], prefix_ids=rows[2].prefix_ids[
+            : rows[2].prefix_plan[1]["end"]])  # fmt: skip
+        with torch.no_grad():
+            assert (module.logprobs(nothing) - sampled_of(rows[2])).abs().max() > 1e-3
+
+
+def step(module, rows, advantages=None, together=True):
+    """Gradients of one step over these rows."""
+    module.zero_grad()
+    module.train()
+    scales = row_scales([Counted(row.trajectory_id, row.trained) for row in rows])
+    shares = [Share(r, s, (advantages or {}).get(r.trajectory_id)) for r, s in zip(rows, scales, strict=True)]
+    for batch in [shares] if together else [[share] for share in shares]:
+        module(batch).loss.backward()
+    return gradients(module)
+
+
+@pytest.mark.parametrize("mode", ["rl", pytest.param("joint", marks=full)])
+def test_gradients_are_the_same_with_checkpointing_and_however_the_step_is_cut(tmp_path, mode):
+    loaded, made, rows = setting(tmp_path)
+    loaded.model.requires_grad_(True)
+    plain = RowModel(loaded.model, made, compactor=mode)
+    reference = step(plain, rows)
+    assert any(name.startswith("compactor") for name in reference)
+    assert any(name.startswith("policy") for name in reference)
+    assert_close(reference, step(plain, rows, together=False), 2e-5)
+    other = RowModel(copy.deepcopy(loaded.model), made, compactor=mode)
+    other.checkpoint_activations()
+    assert_close(reference, step(other, rows), 2e-5)
+    other.eval()
+    with torch.no_grad():
+        assert max(float((other.logprobs(row) - sampled_of(row)).abs().max()) for row in rows) < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["distill", "rl", "joint"])
+def test_with_a_frozen_base_the_compactor_alone_receives_gradient(tmp_path, mode):
+    loaded, made, rows = setting(tmp_path)
+    kind = {"loss": "policy"} if mode == "rl" else {}
+    module = RowModel(loaded.model, made, compactor=mode, **kind)
+    advantages = {rows[0].trajectory_id: 0.5} if mode == "rl" else None
+    found = step(module, rows, advantages)
+    assert found
+    assert all(name.startswith(("compactor", "method")) for name in found)
+    assert max(float(g.abs().max()) for g in found.values()) > 0
+    assert all(p.grad is None for p in loaded.model.parameters())
+
+
+def test_distillation_leaves_the_policys_gradient_as_it_was(tmp_path):
+    loaded, made, rows = setting(tmp_path)
+    loaded.model.requires_grad_(True)
+    frozen = {k: g for k, g in step(RowModel(loaded.model, made), rows).items() if k.startswith("policy")}
+    both = step(RowModel(loaded.model, made, compactor="distill"), rows)
+    assert_close(frozen, {k: g for k, g in both.items() if k.startswith("policy")})
+    assert max(float(g.abs().max()) for k, g in both.items() if k.startswith("compactor")) > 0
+
+
+def test_a_frozen_compactor_receives_nothing(tmp_path):
+    loaded, made, rows = setting(tmp_path)
+    loaded.model.requires_grad_(True)
+    assert all(name.startswith("policy") for name in step(RowModel(loaded.model, made), rows))
+
+
+def test_the_compactors_gradient_is_that_of_a_finite_difference(tmp_path):
+    loaded, made, rows = setting(tmp_path)
+    module = RowModel(loaded.model, made, compactor="rl")
+    found = step(module, rows)
+    name, parameter = next((n, p) for n, p in module.compactor.named_parameters() if "value" in n or p.ndim == 2)
+    place = int(found[f"compactor.{name}"].abs().argmax())
+
+    def loss(shift: float) -> float:
+        with torch.no_grad():
+            parameter.view(-1)[place] += shift
+            scales = row_scales([Counted(row.trajectory_id, row.trained) for row in rows])
+            value = module([Share(row, scale) for row, scale in zip(rows, scales, strict=True)])
+            total = float(value.sums["nll"]) * scales[0]
+            parameter.view(-1)[place] -= shift
+        return total
+
+    # raw keys and values are constants for the gradient and not for the difference: the last window's slots decide
+    slope = (loss(5e-3) - loss(-5e-3)) / 1e-2
+    exact = float(found[f"compactor.{name}"].view(-1)[place])
+    assert slope == pytest.approx(exact, rel=0.2)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    loaded, made, rows = setting(tmp_path)
+    with pytest.raises(ValueError, match="compactor='rl', but the method knorm has no compactor"):
+        RowModel(loaded.model, methods.get("knorm"), compactor="rl")
+    with pytest.raises(ValueError, match="slots of still, and none was given"):
+        RowModel(loaded.model).logprobs(rows[1])
+    with pytest.raises(ValueError, match="does not cover"):
+        rebuild(loaded.model, made, rows[1].prefix_ids[:-1], rows[1].prefix_plan)
+    with pytest.raises(ValueError, match="the first token of a row is trained"):
+        RowModel(loaded.model).logprobs(replace(rows[0], labels=list(rows[0].input_ids)))
+    with pytest.raises(ValueError, match="sliding_attention layers keep a state"):
+        let_checkpoint_read(tiny_agent("gemma3").model)

@@ -1,0 +1,105 @@
+"""The loop on rows: it learns, it resumes to the same weights, half-written checkpoints do not count, NaN stops it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from agent_cases import tiny_agent
+from trainer_cases import plain_row
+
+from still.harness.trainers.config import TrainSettings
+from still.harness.trainers.loop import RowTrainer
+from still.harness.trainers.model import RowModel, Share
+from still.harness.trainers.steps import RowSource, own_batches, shares_of
+from still.harness.trainers.weights import digest, load_weights
+
+
+def rows(count: int = 5):
+    """Trajectories of one to three windows over random ids."""
+    draw = torch.Generator().manual_seed(1)
+    found = []
+    for number in range(count):
+        for window in range(1 + number % 3):
+            ids = torch.randint(7, 260, (18 + 5 * window + number,), generator=draw).tolist()
+            found.append(plain_row(ids, range(6, len(ids)), f"t{number}", window))
+    return found
+
+
+def trainer(folder, steps: int = 6, seed: int = 0, module=None, **settings):
+    loaded = tiny_agent(layers=1)
+    module = module or RowModel(loaded.model.requires_grad_(True))
+    settings = TrainSettings(**{"lr": 3e-3, "save_every": 2, "micro_tokens": 60, "train_seed": seed, **settings})
+    return RowTrainer(module, settings, folder, RowSource(rows(), 2, settings, seed), steps)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_a_cut_run_ends_with_the_same_weights(tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.fit()
+    log = lines(tmp_path / "whole")
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["nll"] < log[0]["nll"]
+    assert all(line["tokens"] > 0 for line in log)
+    cut = trainer(tmp_path / "cut")
+    cut.args.max_steps = 4
+    cut.fit()
+    half = tmp_path / "cut" / "checkpoint-5"
+    shutil.copytree(tmp_path / "cut" / "checkpoint-4", half)
+    (half / "complete.json").unlink()  # as a kill inside the writing leaves it
+    again = trainer(tmp_path / "cut")
+    again.fit()
+    assert not half.exists()
+    assert digest(again.module) == digest(whole.module)
+    assert [{**a, "grad_norm": 0} for a in lines(tmp_path / "cut")] == [{**b, "grad_norm": 0} for b in log]
+    other = RowModel(tiny_agent(layers=1).model.requires_grad_(True))
+    load_weights(other, tmp_path / "cut" / "checkpoint-6")
+    assert digest(other) == digest(whole.module)
+
+
+def test_every_row_is_in_exactly_one_micro_batch_of_one_process():
+    settings = TrainSettings()
+    shares = shares_of(rows(), "token", 0, 1.0)
+    for world in (1, 2, 3, 7):
+        found = [batch for rank in range(world) for batch in own_batches(shares, rank, world, 60)]
+        real = [share for batch in found for share in batch if share.scale]
+        assert sorted(map(id, real)) == sorted(map(id, shares))
+        assert all(len(batch) == 1 or sum(len(s.row.input_ids) for s in batch) <= 60 for batch in found)
+        assert all(own_batches(shares, rank, world, 60) for rank in range(world))
+    source = RowSource(rows(), 2, settings, 0)
+    epoch = [share.row.trajectory_id for step in range(3) for share in source.step(step)]
+    assert sorted(epoch) == sorted(row.trajectory_id for row in rows())
+    assert [s.row.trajectory_id for s in source.step(3)] != epoch[: len(source.step(3))] or source.steps(2) == 6
+
+
+class Poisoned:
+    """Rows whose second step has no finite loss."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def step(self, number):
+        shares = self.source.step(number)
+        return [Share(share.row, float("nan")) for share in shares] if number else shares
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    one = trainer(tmp_path)
+    one.source = Poisoned(one.source)
+    with pytest.raises(ValueError, match=r"the loss of step 1 is nan: look at \['t"):
+        one.fit()
+
+
+def test_arguments_of_ours_cannot_be_passed_through(tmp_path):
+    settings, source = TrainSettings(), RowSource(rows(), 2, TrainSettings(), 0)
+    wrong = {"learning_rate": "use --lr", "save_strategy": "depends on", "nonsense": "no such field"}
+    for name, complaint in wrong.items():
+        with pytest.raises(ValueError, match=complaint):
+            RowTrainer(RowModel(tiny_agent(layers=1).model), settings, tmp_path, source, 1, options={name: 1})
+    with pytest.raises(ValueError, match="nothing would train"):
+        TrainSettings(train_policy="frozen")

@@ -1,0 +1,60 @@
+"""One small training run as a program of its own, for tests that kill it or launch it twice.
+
+    python train_worker.py rows|isft|grpo FOLDER [seed]
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent / "still")]
+
+
+def rows(folder: Path) -> None:
+    """Ten steps over fixed rows, a checkpoint after each."""
+    from test_train_loop import trainer
+
+    trainer(folder, steps=10, save_every=1).fit()
+
+
+def isft(folder: Path) -> None:
+    """Two rounds with a scripted teacher."""
+    from agent_cases import tiny_agent
+    from trainer_cases import RUN, exact, matters, scripted_teacher
+
+    from still.harness.trainers.config import IsftConfig, TrainSettings
+    from still.harness.trainers.isft import run_isft
+
+    tasks = matters(folder / "lab")
+    config = IsftConfig(rounds=2, rollouts=1, keep_per_task=1, batch=1)
+    settings = TrainSettings(lr=1e-3, save_every=1, micro_tokens=4000)
+    run_isft(
+        tasks, (), tiny_agent(layers=1), RUN, config, settings, folder / "run", exact(), exact()[0],
+        teacher_of=lambda round, student: scripted_teacher(tasks), report=lambda line: None,
+    )  # fmt: skip
+
+
+def grpo(folder: Path) -> None:
+    """Three steps of a random model with random rewards."""
+    from agent_cases import tiny_agent
+    from trainer_cases import RUN, exact, matters
+
+    from still.harness.trainers.config import GrpoConfig, TrainSettings
+    from still.harness.trainers.grpo import run_grpo
+
+    config = GrpoConfig(steps=3, tasks_per_step=2, group=2, reward="random", length_cut=1.0)
+    settings = TrainSettings(lr=1e-3, save_every=1, micro_tokens=4000)
+    run_grpo(
+        matters(folder / "lab"), (), tiny_agent(layers=1), replace(RUN, max_new_tokens=12), config, settings,
+        folder / "run", exact()[0], exact()[1], report=lambda line: None,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    {"rows": rows, "isft": isft, "grpo": grpo}[sys.argv[1]](Path(sys.argv[2]))
