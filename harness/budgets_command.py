@@ -79,7 +79,7 @@ examples:
             loaded.model, rows, method, ratio=args.ratio, levels=levels, questions=args.questions, floor=args.floor,
             seed=args.seed, progress=shown,
         )  # fmt: skip
-        seconds, split, learned = time.perf_counter() - started, found.split, []
+        seconds, split, learned, measured = time.perf_counter() - started, found.split, [], found.split.to_dict()
         if args.learn:
             split, learned = learn_split(
                 loaded.model, rows, method, found.split, ratio=args.ratio, rounds=args.learn, questions=args.questions,
@@ -88,7 +88,7 @@ examples:
             found = replace(found, split=split)
         split.save(args.output)
         stem = args.output.with_suffix("")
-        record = {**found.to_dict(), "learned": learned, **_provenance(args, loaded, seconds)}
+        record = {**found.to_dict(), "measured": measured, "learned": learned, **_provenance(args, loaded, seconds)}
         losses = stem.with_name(stem.name + ".losses.json")
         losses.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         tokens = max(len(row.context_ids) for row in rows)

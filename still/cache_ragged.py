@@ -80,7 +80,7 @@ class RaggedSlots:
         """Bytes of keys, values and beta."""
         return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.beta) if x is not None)
 
-    @property
+    @cached_property
     def even(self) -> bool:
         """Whether all rows have the same split."""
         return bool((self.counts == self.counts[:1]).all())
@@ -93,9 +93,13 @@ class RaggedSlots:
     def attend(self, query: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of queries `[batch, query_heads, queries, head_dim]`: output and log-sum-exp.
 
-        To the kernel all rows are one whose heads are the heads of all rows.
+        Rows with one split are a batch; otherwise all rows are one row, to the kernel, with the heads of all of them.
         """
         batch, heads, queries, _ = query.shape
+        if self.even:
+            keys, values = (x.unflatten(0, (batch, -1)) for x in (self.keys, self.values))
+            bias = None if self.beta is None else self.beta.unflatten(0, (batch, -1))
+            return prefix_attention(query, keys, values, bias, scale, self.offsets[: self.counts.shape[1] + 1])
         bias = None if self.beta is None else self.beta[None]
         folded = query.reshape(1, batch * heads, queries, -1)
         out, lse = prefix_attention(folded, self.keys[None], self.values[None], bias, scale, self.offsets)

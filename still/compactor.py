@@ -7,6 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,7 +174,10 @@ class StillCompactor(nn.Module, ModelHubMixin):
         """
         if heads is not None:
             return self._mix(layer, keys, values, slots, self._tables(layer, positions, slots, {}), list(heads))
-        counts = self._counts(self.split, keys.shape[2], slots)
+        split = self.split
+        if split is not None and split.floor > slots and not split.exact:
+            split = replace(split, floor=slots)  # a short last chunk: the floor is one of whole contexts
+        counts = self._counts(split, keys.shape[2], slots)
         return self._compact(layer, keys, values, counts.get(layer, slots), positions, {})
 
     @staticmethod

@@ -278,7 +278,8 @@ def test_scores_are_never_in_memory(latents, device):
     with dispatch.use("triton"), Largest() as largest:
         out = latent_attention(**inputs, **tables, **given.options)
         out.backward(torch.ones_like(out))
-    assert largest.bytes <= 400 * 32 * 4 < 400 * latents * 4  # no more than X or one layer's projected keys
+    # No more than X, one layer's projected keys, or the outputs of three parts of the tokens.
+    assert largest.bytes <= max(400, 3 * latents) * 32 * 4 < 400 * latents * 4
 
 
 @needs_triton
