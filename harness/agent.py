@@ -49,6 +49,9 @@ class Episode:
         config: of the run.
         folder: where everything goes; one that holds an unfinished run of the same settings is taken up.
         about: what the first event says besides: run id, provenance.
+
+    Attributes:
+        watch: called behind each boundary, replayed ones too, to look at what crossed; it changes nothing.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Episode:
     ):  # fmt: skip
         self.workspace, self.policy, self.backend, self.config, self.folder = workspace, policy, backend, config, folder
         self.task, self.about, self.live = workspace.documents.task, about or {}, False
+        self.watch: Callable[[Episode], None] | None = None
         self.log = EventLog(folder.events)
         self.tools = [tool for tool in workspace.specs() if tool["function"]["name"] in config.tools]
         self.session = policy.session(self.tools, "queries" in backend.needs)
@@ -169,6 +173,8 @@ class Episode:
             fields |= {"after": asdict(after), "bridge": self.folder.keep(messages[-1].content)}
             fields["prefill_tokens"] = self.session.size().raw + (0 if artifact.path else after.base)
         state.has(self.log.commit("compact", **fields)["files"])
+        if self.watch is not None:
+            self.watch(self)
         return Decision() if state.deferred is None else self.issue_again()
 
     def finish(self) -> None:

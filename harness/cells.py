@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 FORMAT = 1
 FLOOR, CEILING = "none", "full"
@@ -143,6 +143,13 @@ class Cell:
     seed: int | None = None
 
     @property
+    def stem(self) -> str:
+        """The cell as the beginning of a file's name."""
+        ratio = "" if self.ratio is None else f"-{self.ratio:g}x"
+        seed = "" if self.seed is None else f"-s{self.seed}"
+        return f"{_safe(self.method)}{ratio}{seed}"
+
+    @property
     def label(self) -> str:
         """The cell for people: method, ratio and seed."""
         ratio = "" if self.ratio is None else f" {self.ratio:g}x"
@@ -178,12 +185,17 @@ class CellStore:
 
     Attributes:
         binding: digest of the config and of the inputs' fingerprints; part of every cell's key.
+        config_type: of the sweep.
+        cell_type: of its cells.
     """
+
+    config_type: ClassVar[type] = SweepConfig
+    cell_type: ClassVar[type] = Cell
 
     def __init__(self, folder: str | Path, header: dict) -> None:
         self.folder, self.header = Path(folder), header
         self.binding = digest({name: header[name] for name in ("format", "config", "inputs")})
-        self.config = SweepConfig.from_json(header["config"])
+        self.config = self.config_type.from_json(header["config"])
 
     @classmethod
     def open(cls, folder: str | Path) -> CellStore:
@@ -233,10 +245,8 @@ class CellStore:
 
     def path(self, cell: Cell) -> Path:
         """The file of this cell: names for people, a key for the machine."""
-        ratio = "" if cell.ratio is None else f"-{cell.ratio:g}x"
-        seed = "" if cell.seed is None else f"-s{cell.seed}"
         place = self.folder / "cells" / _safe(cell.task) / _safe(cell.set_id)
-        return place / f"{_safe(cell.method)}{ratio}{seed}-{cell.key(self.binding)}.json"
+        return place / f"{cell.stem}-{cell.key(self.binding)}.json"
 
     def done(self, cell: Cell) -> bool:
         """True when the cell's result is on disk."""
@@ -255,7 +265,7 @@ class CellStore:
         results = []
         for path in sorted((self.folder / "cells").rglob("*.json")):
             result = read_json(path)
-            if path != self.path(Cell(**result["cell"])):
+            if path != self.path(self.cell_type(**result["cell"])):
                 raise ValueError(f"{path} belongs to another sweep; remove it and run `still sweep` again")
             results.append(result)
         return results

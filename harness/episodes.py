@@ -22,6 +22,7 @@ from ..eval.matters.generate import Difficulty
 from ..eval.matters.lab_format import write_lab_tasks
 from ..eval.tasks import Criterion, LabTask, load_task
 from .agent import Episode, drive
+from .backends.oracle import AskedFacts
 from .backends.text import Memo, TextBackend, Uncompacted
 from .documents import Documents
 from .policies.scripted import ScriptedPolicy, ScriptedSession
@@ -130,7 +131,8 @@ class Oracle:
 
     def __init__(self, task: LabTask, memo_tokens: int, count: Callable[[str], int]):
         self.memo_tokens, self.count = memo_tokens, count
-        self.asked = {c.expect["party"]: c for c in task.criteria if c.expect and not c.expect.get("absent")}
+        self.facts = AskedFacts(task)
+        self.asked = self.facts.asked
         self.files = _deliverables(task)
 
     def __call__(self, seen: list[Message], limit: Limit) -> Message:
@@ -168,18 +170,10 @@ class Oracle:
                 path = (message.call.parsed() or {}).get("path", "")
                 if message.call.name == "read":
                     _note(read, path, re.search(r"go on with offset (\d+)\]", message.content))
-                    self._learn(message.content, known)
+                    self.facts.learn(message.content, known)
                 elif message.call.name == "write":
                     written.add(path)
         return known, read, written
-
-    def _learn(self, text: str, known: dict[str, str]) -> None:
-        """Take every asked party's value from a document, later sentences over earlier ones."""
-        for sentence in re.split(r"(?<=[.;])\s+|\n", text):
-            for party, criterion in self.asked.items():
-                if party in sentence:
-                    values = [criterion.expect["value"], *criterion.expect.get("superseded", ())]
-                    known.update((party, value) for value in values if value in sentence)
 
     def _memo(self, known: dict[str, str]) -> str:
         lines: list[str] = []

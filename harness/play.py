@@ -41,26 +41,30 @@ class Outcome:
 
 def open_episode(
     task: LabTask, policy: Policy, config: RunConfig, root: Path, method: Any = None, sandbox: Any = None,
-    cache: Path | None = None,
+    cache: Path | None = None, watch: Callable[[Episode], None] | None = None,
 ) -> Episode:  # fmt: skip
     """An episode of a task in its run folder, new or taken up again.
 
     Args:
-        task: with its rubric, of which nothing but `agent_view()` goes any further.
+        task: with its rubric, of which nothing but `agent_view()` goes any further, but to memo_oracle's backend.
         policy: the model.
         config: of the run.
         root: the run's folder.
         method: for kv and hybrid, a method ready to compact.
         sandbox: what bash runs in; None turns bash off.
         cache: folder of converted documents.
+        watch: called behind each boundary, before anything is sampled there; see `Episode.watch`.
 
     Raises:
         ValueError: the backend and the policy do not go together, or the folder holds another run.
     """
-    backend, view = backends.make(config, policy, method), task.agent_view()
+    oracle = task if config.backend == "memo_oracle" else None
+    backend, view = backends.make(config, policy, method, oracle), task.agent_view()
     folder = claim(task, policy, config, root, method)
     workspace = Workspace(folder.workspace, Documents.load(view, cache), sandbox)
-    return Episode(workspace, policy, backend, config, folder, {"run_id": run_id(task, config)})
+    episode = Episode(workspace, policy, backend, config, folder, {"run_id": run_id(task, config)})
+    episode.watch = watch
+    return episode
 
 
 def run_id(task: LabTask, config: RunConfig) -> str:
@@ -104,7 +108,9 @@ def play_tasks(
     Raises:
         ValueError: the backend and the policy do not go together.
     """
-    backends.make(config, policy, method)  # refuses before anything is written
+    tasks = list(tasks)
+    for task in tasks[:1]:
+        backends.make(config, policy, method, task)  # refuses before anything is written
     outcomes: list[Outcome] = []
 
     def ended(outcome: Outcome) -> None:

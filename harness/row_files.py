@@ -100,14 +100,19 @@ def push(rows: Sequence[WindowRow], name: str, private: bool = True, **options: 
     to_dataset(rows).push_to_hub(name, private=private, **options)
 
 
-def messages(rows: Iterable[WindowRow]) -> Iterator[dict[str, Any]]:
+def messages(rows: Iterable[WindowRow], tokenizer: Any = None) -> Iterator[dict[str, Any]]:
     """Plain conversations for other trainers: {messages, tools, task_id, ...}, one a window.
 
     The loss belongs on `train` messages alone: assistant's turns that this window trains. Rows behind slots cannot be
     given so, since their past is in no message.
 
+    Args:
+        rows: of a text backend.
+        tokenizer: checks that its template renders the messages to the very tokens of the row.
+
     Raises:
-        ValueError: a row is behind slots, or was built without its text.
+        ValueError: a row is behind slots, was built without its text, or would be rendered otherwise, as by a template
+            that drops earlier thinking.
     """
     for row in rows:
         where = f"window {row.window} of {row.trajectory_id}"
@@ -116,11 +121,39 @@ def messages(rows: Iterable[WindowRow]) -> Iterator[dict[str, Any]]:
         if not row.messages:
             raise ValueError(f"{where} has no messages: build it with rows_of_run, from the run's folder")
         said, spans = json.loads(row.messages), iter(row.spans)
+        if tokenizer is not None and not _renders(row, said, tokenizer):
+            raise ValueError(
+                f"{where}: the chat template renders these messages to other tokens than were sampled (it may drop "
+                f"earlier thinking, or write calls otherwise): train on input_ids and labels instead"
+            )
         for message in said:
             if message["role"] == "assistant":
                 message["train"] = not next(spans)["untrained"]
         kept = {name: getattr(row, name) for name in ("task_id", "trajectory_id", "round", "window", "n_windows")}
         yield {"messages": said, "tools": json.loads(row.tools), **kept, "weight": row.weight}
+
+
+def _renders(row: WindowRow, said: list[dict[str, Any]], tokenizer: Any) -> bool:
+    from .policies.chat import ChatFormat
+
+    tools = json.loads(row.tools)
+    chat, plain = ChatFormat(tokenizer, tools), []
+    for message in said:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _object(call["function"]["arguments"])}}
+            for call in message.get("tool_calls", [])
+        ]
+        content = message["content"] if message["role"] == "assistant" else chat.neutral(message["content"])
+        plain.append({**message, "content": content, **({"tool_calls": calls} if calls else {})})
+    text = tokenizer.apply_chat_template(plain, tools=tools or None, tokenize=False, enable_thinking=False)
+    return chat.encode(text)[: len(row.input_ids)] == row.input_ids
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
 
 
 def _plain(row: WindowRow) -> dict[str, Any]:

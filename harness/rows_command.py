@@ -59,7 +59,7 @@ examples:
             colour = args.colour == "always" or (args.colour == "auto" and sys.stdout.isatty())
             print(shown(rows[args.row], tokenizer, colour))
         else:
-            export(rows, args)
+            export(rows, args, tokenizer)
         return 0
 
 
@@ -131,7 +131,7 @@ def shown(row: WindowRow, tokenizer: Any, colour: bool) -> str:
     return "\n".join([*lines, "".join(parts), *([legend] if legend else [])])
 
 
-def export(rows: list[WindowRow], args: argparse.Namespace) -> None:
+def export(rows: list[WindowRow], args: argparse.Namespace, tokenizer: Any) -> None:
     """Write the rows as the flags say."""
     from . import row_files
     from .runs import write_atomically
@@ -143,7 +143,7 @@ def export(rows: list[WindowRow], args: argparse.Namespace) -> None:
     if args.messages:
         if args.output is None or args.output.suffix != ".jsonl":
             raise ValueError(f"--messages writes JSON lines; -o is {args.output}, name a .jsonl")
-        lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in row_files.messages(rows))
+        lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in row_files.messages(rows, tokenizer))
         write_atomically(args.output, "".join(lines).encode())
     elif args.output is not None and args.output.suffix == ".jsonl":
         row_files.write_rows(args.output, rows)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-BackendName = Literal["full", "plain", "none", "trim", "memo", "memo_kv", "kv", "hybrid"]
+BackendName = Literal["full", "plain", "none", "trim", "memo", "memo_oracle", "memo_kv", "kv", "hybrid"]
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -16,7 +16,8 @@ class RunConfig:
 
     Attributes:
         backend: what crosses a boundary: full (everything, until it overflows), plain (LAB's own loop, no rules),
-            none (nothing), trim (the last tokens), memo, memo_kv, kv, hybrid.
+            none (nothing), trim (the last tokens), memo, memo_kv, kv, hybrid; memo_oracle (an upper bound: a memo that
+            the harness writes from the rubric).
         method: how slots are made, for kv and hybrid: still, or any other method of still.methods.
         budget: peak of attended compacted context: bytes (65536, 64KiB, 1.5MiB), or tokens' worth of them (512t).
         ratio: tokens per slot of each window, for kv and hybrid, instead of a budget.

@@ -121,15 +121,17 @@ class RunFolder:
 
     Args:
         root: made if it is not there.
+        make: whether to make it; not so for readers.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, make: bool = True):
         self.root = Path(root)
         self.workspace, self.artifacts = self.root / "workspace", self.root / "artifacts"
         self.output, self.blobs = self.root / "output", self.root / "blobs"
-        for folder in (self.workspace, self.artifacts, self.blobs):
+        for folder in (self.workspace, self.artifacts, self.blobs) if make else ():
             folder.mkdir(parents=True, exist_ok=True)
-        self.confined = Confined(self.workspace)
+        if make:
+            self.confined = Confined(self.workspace)
 
     @property
     def events(self) -> Path:

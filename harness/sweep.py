@@ -113,7 +113,8 @@ class Bench:
         self.needs_queries = any(methods.METHODS[name].needs_queries for name in plain if name in methods.METHODS)
         uneven = any(name.endswith(UNEVEN) for name in names)
         if {"still", "still-wrong-matter"} & set(plain) or (uneven and not config.split):
-            self._load_compactors(loaded)
+            for seed, (name, compactor) in load_compactors(config.compactor, config.seeds, loaded).items():
+                self.compactors[seed], self.compactor_names[seed] = compactor, name
         trained = tuple(self.compactors)
         self.seeds = {"still": trained, "still-wrong-matter": trained, "random": config.seeds}
         self.seeds |= {f"{name}{UNEVEN}": self.seeds[name] for name in ("still", "random")}
@@ -170,23 +171,37 @@ class Bench:
         with attending(self.model) if method.needs_still_attention else nullcontext():
             yield
 
-    def _load_compactors(self, loaded: models.LoadedModel) -> None:
-        found = {}
-        for name in self.config.compactor:
-            for where in compactor_folders(name, loaded):
-                compactor = StillCompactor.from_pretrained(where, model=self.model).eval().requires_grad_(False)
-                seed = compactor.config.seed or 0
-                if seed in found:
-                    raise ValueError(f"{found[seed][0]} and {where} have the same training seed {seed}; name one")
-                found[seed] = (where, compactor)
-        chosen = {seed: found[seed] for seed in self.config.seeds if seed in found}
-        if missing := [seed for seed in self.config.seeds if seed not in found]:
-            if len(found) > 1:
-                raise ValueError(f"no compactor was trained with seed {missing[0]}; there are {sorted(found)}: --seeds")
-            chosen = found
-        for seed, (where, compactor) in chosen.items():
-            self.compactors[seed] = compactor
-            self.compactor_names[seed] = f"{Path(where).name} {weights_digest(compactor)}"
+
+def load_compactors(
+    names: Sequence[str], seeds: Sequence[int], loaded: models.LoadedModel
+) -> dict[int, tuple[str, StillCompactor]]:
+    """Trained compactors with what results call them, by training seed.
+
+    Args:
+        names: as `SweepConfig.compactor` has them.
+        seeds: that are wanted; where there is only one compactor, it is taken whatever its seed.
+        loaded: the model that they belong to.
+
+    Raises:
+        ValueError: two have the same seed, or there is none of a seed.
+    """
+    found = {}
+    for name in names:
+        for where in compactor_folders(name, loaded):
+            compactor = StillCompactor.from_pretrained(where, model=loaded.model).eval().requires_grad_(False)
+            seed = compactor.config.seed or 0
+            if seed in found:
+                raise ValueError(f"{found[seed][0]} and {where} have the same training seed {seed}; name one")
+            found[seed] = (where, compactor)
+    chosen = {seed: found[seed] for seed in seeds if seed in found}
+    if missing := [seed for seed in seeds if seed not in found]:
+        if len(found) > 1:
+            raise ValueError(f"no compactor was trained with seed {missing[0]}; there are {sorted(found)}: --seeds")
+        chosen = found
+    return {
+        seed: (f"{Path(where).name} {weights_digest(compactor)}", compactor)
+        for seed, (where, compactor) in chosen.items()
+    }
 
 
 def compactor_folders(name: str, loaded: models.LoadedModel) -> list[str]:

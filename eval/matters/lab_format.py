@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 DISTRACTORS = 2
 _AREAS = ("corporate-commercial", "real-estate", "finance-lending", "disputes")
 _DOMAINS = (("supply-services", "obligations-schedule"), ("leases-licences", "term-abstract"))
-_AUTHORSHIP = "Give one line to each party, name the party in it as the documents do, and copy the value exactly."
+AUTHORSHIP = "Give one line to each party, name the party in it as the documents do, and copy the value exactly."
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ def write_lab_tasks(
     seeds, output = list(seeds), Path(output)
     if not seeds or min(seeds) < 0:
         raise ValueError(f"seeds are {seeds}; give at least one, none below 0")
-    first = lab_task(generate_matter(seeds[0], difficulty, split, unseen_templates), family)  # refuses before it writes
     config = {
         "format": FORMAT,
         "difficulty": asdict(difficulty),
@@ -100,13 +99,20 @@ def write_lab_tasks(
         "split": split,
         "unseen_templates": unseen_templates,
     }
+
+    def make(seed: int) -> LabTaskFiles:
+        return lab_task(generate_matter(seed, difficulty, split, unseen_templates), family)
+
+    return place_tasks(output, family, seeds, config, make)
+
+
+def place_tasks(
+    output: Path, family: str, seeds: Sequence[int], config: dict[str, Any], make: Callable[[int], LabTaskFiles]
+) -> list[Path]:
+    """Write one task for each seed below `output/tasks`, and a manifest beside it; see `write_lab_tasks`."""
+    first = make(seeds[0])  # refuses before it writes
     _claim(output, config, family, seeds)
-    written = []
-    for seed in seeds:
-        files = first if seed == seeds[0] else None
-        files = files or lab_task(generate_matter(seed, difficulty, split, unseen_templates), family)
-        written.append(_write(output / "tasks", files))
-    return written
+    return [_write(output / "tasks", first if seed == seeds[0] else make(seed)) for seed in seeds]
 
 
 def _claim(output: Path, config: dict[str, Any], family: str, seeds: Sequence[int]) -> None:
@@ -155,11 +161,11 @@ def _place(folder: Path, texts: dict[str, str]) -> None:
 
 def _practice(matter: Matter) -> LabTaskFiles:
     seed, area = matter.seed, _AREAS[matter.seed % len(_AREAS)]
-    documents = _in_order(matter)
+    documents = in_order(matter)
     instructions = (
         "Review the attached matter and report, for every party that the documents name, the one term that they fix "
         "for it, as it stands after all amendments. Put sums and reference numbers into the schedule, dates and "
-        f"people into the memo; an amended term may stand in either. {_AUTHORSHIP}\n\n"
+        f"people into the memo; an amended term may stand in either. {AUTHORSHIP}\n\n"
         "Output: `schedule.md` and `memo.md`."
     )
     criteria = []
@@ -167,14 +173,14 @@ def _practice(matter: Matter) -> LabTaskFiles:
         bound = ["schedule.md"] if fact.kind in ("sum", "reference") else ["memo.md"]
         if fact.superseded:
             bound = ["memo.md", "schedule.md"]
-        criterion = _criterion(f"C-{number + 1:03d}", f"ISSUE_{number + 1:03d}: ", fact, documents)
+        criterion = criterion_of(f"C-{number + 1:03d}", f"ISSUE_{number + 1:03d}: ", fact, documents)
         criterion["deliverables"] = bound
         criterion["sources"] = [documents[fact.document].name]
         if number == 0:
             criterion["evaluation_options"] = {"include_docx_redlines": True}
         criteria.append(criterion)
     for number, (kind, value) in enumerate(_distractors(matter)):
-        criterion = _distractor(f"C-{len(criteria) + 1:03d}", f"DISTRACTOR_{number + 1:03d}: ", kind, value)
+        criterion = distractor_of(f"C-{len(criteria) + 1:03d}", f"DISTRACTOR_{number + 1:03d}: ", kind, value)
         criteria.append({**criterion, "deliverables": ["memo.md", "schedule.md"]})
     task: dict[str, Any] = {
         "title": f"Schedule of Current Terms, Matter {seed}",
@@ -196,15 +202,15 @@ def _contracts(matter: Matter) -> LabTaskFiles:
     name = f"contracts/{domain}/{slug}/scenario-{matter.seed:02d}"
     documents = tuple(
         Document(f"{'amendments' if 'amendment' in doc.name else 'agreement'}/{doc.name}", doc.text)
-        for doc in _in_order(matter)
+        for doc in in_order(matter)
     )
-    criteria = [_criterion(f"C{number + 1:03d}", "", fact, documents) for number, fact in enumerate(matter.facts)]
+    criteria = [criterion_of(f"C{number + 1:03d}", "", fact, documents) for number, fact in enumerate(matter.facts)]
     for kind, value in _distractors(matter):
-        criteria.append(_distractor(f"C{len(criteria) + 1:03d}", "DISTRACTOR: ", kind, value))
+        criteria.append(distractor_of(f"C{len(criteria) + 1:03d}", "DISTRACTOR: ", kind, value))
     task = {
         "title": f"Abstract of Terms, Scenario {matter.seed}",
         "instructions": "Abstract the contract papers into one list: for every party the term that binds it now, after "
-        f"all amendments. {_AUTHORSHIP}\n\n### Output:\nterm-abstract.md",
+        f"all amendments. {AUTHORSHIP}\n\n### Output:\nterm-abstract.md",
         "criteria": criteria,
     }
     return LabTaskFiles(name, task, documents, f"{name}/documents")
@@ -218,31 +224,32 @@ def _firm_knowledge(matter: Matter) -> LabTaskFiles:
     )
     criteria = []
     for index, fact in enumerate(matter.facts):
-        criterion = _criterion(f"C-{index + 1:03d}", f"Matter {client} — ", fact, documents)
+        criterion = criterion_of(f"C-{index + 1:03d}", f"Matter {client} — ", fact, documents)
         criterion["match_criteria"] = f"States {fact.value} as the {fact.attribute} of {fact.party} in matter {client}."
         criterion["expect"]["question"] = f"In matter {client}: {fact.question}"
         criteria.append(criterion)
     for kind, value in _distractors(matter):
-        criterion = _distractor(f"C-{len(criteria) + 1:03d}", f"Matter {client}, precision — ", kind, value)
+        criterion = distractor_of(f"C-{len(criteria) + 1:03d}", f"Matter {client}, precision — ", kind, value)
         criterion["match_criteria"] = f"Does not state {value}, which no party of matter {client} is bound by."
         criteria.append(criterion)
     task = {
         "id": number,
         "title": f"Current terms of the parties to matter {client}",
         "instructions": f"What did the parties to matter {client} end up agreeing? Look through our files and tell me "
-        f"the current term of each of them. {_AUTHORSHIP}",
+        f"the current term of each of them. {AUTHORSHIP}",
         "docs_dir": "firm-knowledge/dms",
         "criteria": criteria,
     }
     return LabTaskFiles(f"firm-knowledge/tasks/{number}", task, documents, f"firm-knowledge/dms/{client}")
 
 
-def _in_order(matter: Matter) -> tuple[Document, ...]:
+def in_order(matter: Matter) -> tuple[Document, ...]:
     """The documents under names that sort in reading order, since a folder has no other."""
     return tuple(Document(f"{number + 1:02d}-{doc.name}", doc.text) for number, doc in enumerate(matter.documents))
 
 
-def _criterion(identifier: str, prefix: str, fact: Fact, documents: tuple[Document, ...]) -> dict[str, Any]:
+def criterion_of(identifier: str, prefix: str, fact: Fact, documents: tuple[Document, ...]) -> dict[str, Any]:
+    """A criterion of `task.json` that passes when a fact is stated, with what the exact judge needs."""
     stale = f" or gives {' or '.join(fact.superseded)}, which was superseded" if fact.superseded else ""
     return {
         "id": identifier,
@@ -263,7 +270,8 @@ def _criterion(identifier: str, prefix: str, fact: Fact, documents: tuple[Docume
     }
 
 
-def _distractor(identifier: str, prefix: str, kind: str, value: str) -> dict[str, Any]:
+def distractor_of(identifier: str, prefix: str, kind: str, value: str) -> dict[str, Any]:
+    """A criterion that passes when a value is not stated."""
     return {
         "id": identifier,
         "title": f"{prefix}Does not report {value}",

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...eval.tasks import LabTask
 from ..run_config import RunConfig
 from ..types import Backend, Policy
 
 NEEDS_SLOTS = ("memo_kv", "kv", "hybrid")
 
 
-def make(config: RunConfig, policy: Policy, method: Any = None) -> Backend:
+def make(config: RunConfig, policy: Policy, method: Any = None, task: LabTask | None = None) -> Backend:
     """The backend that a config names, for a policy that can serve it.
 
     Args:
         config: names it, its budget and its method.
         policy: the model that will play.
         method: for kv and hybrid: a `still.methods.Method`, ready to compact; made from its name unless given.
+        task: for memo_oracle: the task with its rubric, which no other backend is given.
 
     Raises:
         ValueError: there is no such backend or method, the policy cannot serve it, or the budget fits nothing.
@@ -32,6 +34,12 @@ def make(config: RunConfig, policy: Policy, method: Any = None) -> Backend:
         if config.backend == "memo_kv":
             return MemoKv(config, policy)
         return (Kv if config.backend == "kv" else Hybrid)(config, policy, method)
+    if config.backend == "memo_oracle":
+        from .oracle import OracleMemo
+
+        if task is None:
+            raise ValueError("the backend memo_oracle knows the rubric: give the task")
+        return OracleMemo(config, policy, task)
     from .text import Memo, Nothing, Trim, Uncompacted
 
     kinds = {"full": Uncompacted, "plain": Uncompacted, "none": Nothing, "trim": Trim, "memo": Memo}

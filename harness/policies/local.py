@@ -24,6 +24,9 @@ from ..types import ContextSize, Limit, Message, Sampled
 from .calls import parser_of
 from .chat import ChatFormat
 
+COUNTS = 16
+"""Texts whose tokens a session remembers."""
+
 
 class LocalPolicy:
     """A model and its tokenizer.
@@ -166,6 +169,7 @@ class LocalSession:
         self.policy, self.chat, self.keep_queries = policy, chat, queries
         self.base_ids: list[int] = []
         self.pending_ids: list[int] = []
+        self._counts: dict[str, int] = {}
         self._exact: StillCache | None = None  # S and U, read once
         self._begin(self._read_base)
 
@@ -254,8 +258,12 @@ class LocalSession:
         return here
 
     def count(self, text: str) -> int:
-        """Tokens of a text inside a message."""
-        return len(self.chat.encode(self.chat.neutral(text)))
+        """Tokens of a text inside a message; the loop asks for each result's more than once."""
+        if text not in self._counts:
+            if len(self._counts) >= COUNTS:
+                self._counts.clear()
+            self._counts[text] = len(self.chat.encode(self.chat.neutral(text)))
+        return self._counts[text]
 
     def cut(self, text: str, tokens: int, last: bool = False) -> str:
         """The first tokens of a text, or the last ones."""
@@ -284,6 +292,12 @@ class LocalSession:
         self._begin(cache.clone, before)
         slots = sum(cache.row_slots()) - len(self.base_ids)
         self._compacted = (slots, cache.nbytes - len(self.base_ids) * self.policy.bytes_per_token)
+
+    @torch.no_grad()
+    def peek(self) -> tuple[StillCache, list[int]]:
+        """A copy of the cache up to here, and the ids behind it that wait to be read; nothing is changed."""
+        self._catch_up()
+        return self._cache.clone(), [*self._state.carry, *self._state.waiting]
 
     def exact_base(self) -> StillCache:
         """A cache of S and U alone."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...flags import add_flags, add_pass_through, from_flags
-from ..run_command import PolicyConfig
+from ..run_command import SERVED, PolicyConfig
 from ..run_config import RunConfig
 from .config import GrpoConfig, IsftConfig, TrainSettings
 
@@ -44,9 +44,12 @@ class _Trainer:
     def loaded(self, args: argparse.Namespace):
         """Tasks, hold-out, run config, student, method."""
         run, model = from_flags(args, RunConfig), from_flags(args, PolicyConfig)
-        policy, method = model.load(run, args.option)
-        if "kv" not in policy.capabilities:
+        if model.policy.startswith(SERVED):
             raise ValueError(f"{model.policy} is served elsewhere; training needs a local model for --policy")
+        if run.backend not in ("kv", "hybrid") and {"kv", "hybrid"} & set(getattr(args, "evaluate_on", ())):
+            policy, method = model.load(replace(run, backend="kv"), args.option)  # the hold-out is played on slots too
+        else:
+            policy, method = model.load(run, args.option)
         from ...models import LoadedModel
 
         student = LoadedModel(policy.name, policy.model, policy.tokenizer)

@@ -126,7 +126,6 @@ class GrpoConfig:
         overlong: rollouts that a limit stopped are graded as they are, or masked.
         length_cut: share of rollouts that a limit may stop before the run stops, loudly.
         staleness: versions that the weights of a rollout may lie behind.
-        evaluate_every: steps between two hold-out evaluations; 0 evaluates before and after only.
         rollout_temperature: of the sampling; top-p is 1, always.
     """
 
@@ -144,7 +143,6 @@ class GrpoConfig:
     overlong: Literal["grade", "mask"] = "grade"
     length_cut: float = 0.5
     staleness: int = 0
-    evaluate_every: int = 0
     rollout_temperature: float = 1.0
 
     def __post_init__(self) -> None:

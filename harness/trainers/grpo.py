@@ -34,7 +34,7 @@ from .evaluate import evaluate
 from .grading import Grade, grade_runs, random_rewards
 from .loop import RowTrainer, world
 from .model import RowModel, Share
-from .setup import claim_output, make_module
+from .setup import claim_output, join_processes, make_module
 from .steps import shares_of
 from .weights import digest
 
@@ -250,6 +250,7 @@ def run_grpo(
     made_by = {"run": asdict(run), "grpo": asdict(config), "train": asdict(settings)}
     claim_output(output, "grpo.json", made_by, loaded.name, provenance(config, settings.train_seed))
     clip = {"low": config.clip_low, "high": config.clip_high, "cap": config.ratio_cap, "kl": config.kl}
+    join_processes(loaded.model.device.type == "cpu")
     module, loaded = make_module(loaded, method, settings, loss="policy", options=clip)
     reference = copy.deepcopy(module.policy).requires_grad_(False).eval() if config.kl else None
     source = Rollouts(module, loaded, tasks, run, config, settings, output, grade, together, reference, policy_of)

@@ -31,10 +31,10 @@ from .collect import Attempt, Collector
 from .config import IsftConfig, TrainSettings
 from .evaluate import evaluate
 from .grading import Grade
-from .leaks import LeakReport, leaks_of, transcript
+from .leaks import LeakReport, leaks_of, privilege, transcript
 from .loop import RowTrainer, world
 from .model import RowModel
-from .setup import claim_output, make_module
+from .setup import claim_output, join_processes, make_module
 from .steps import RowSource
 from .teacher import PrivateChannel
 from .weights import load_weights, save_weights, trained
@@ -79,6 +79,7 @@ def run_isft(
         raise ValueError(f"{sorted(shared)[0]} is trained on and held out; keep the two apart")
     made_by = {"run": asdict(run), "isft": asdict(config), "train": asdict(settings)}
     claim_output(output, "isft.json", made_by, loaded.name, provenance(config, settings.train_seed))
+    join_processes(loaded.model.device.type == "cpu")
     module, loaded = make_module(loaded, method, settings)
     base = {name: tensor.clone() for name, tensor in trained(module).items()}
     student = Student(module, loaded, base, run, settings, options or {})
@@ -95,7 +96,7 @@ def run_isft(
         if world()[0] == 0:
             teacher = teacher_of(number, loaded) or LocalPolicy(loaded)
             module.eval()
-            prepare(teacher, tasks, loaded.tokenizer, run, config, settings, graders, folder, number, report)
+            prepare(teacher, tasks, loaded.tokenizer, run, config, settings, graders, folder, number, report, module)
         _barrier()
         every = range(1, number + 1) if config.union else [number]
         rows = [row for n in every for row in read_rows(output / f"round-{n}" / "rows.jsonl")]
@@ -158,8 +159,22 @@ class Student:
 def prepare(
     teacher: Any, tasks: Sequence[Any], tokenizer: Any, run: RunConfig, config: IsftConfig, settings: TrainSettings,
     graders: Sequence[Grade], folder: Path, number: int, report: Callable[[str], None] = print,
+    module: RowModel | None = None,
 ) -> list[WindowRow]:  # fmt: skip
     """Collect, filter, gate and window: `rows.jsonl`, `leaks.json` and `selection.json` of a round.
+
+    Args:
+        teacher: of the round.
+        tasks: to collect on.
+        tokenizer: the student's.
+        run: of the harness.
+        config: of iSFT.
+        settings: of the training.
+        graders: one for each grading.
+        folder: of the round.
+        number: of the round.
+        report: told what goes on.
+        module: the student, for the privilege meter of teachers that give log-probabilities.
 
     Raises:
         ValueError: nothing was kept, or something leaks and `leaks` is stop.
@@ -173,6 +188,8 @@ def prepare(
     good = [a for a in attempts if a.kept] if config.select == "kept" else [a for a in attempts if a.status == "done"]
     by_id = {task.id: task for task in tasks}
     gate = gate_of([(by_id[a.task], a) for a in good], config)
+    if module is not None:
+        gate.meter.update({a.folder: found for a in good if (found := meter_of(module, a, by_id[a.task], tokenizer))})
     write_atomically(folder / "leaks.json", json.dumps(gate.to_json(), indent=2).encode() + b"\n")
     if config.leaks == "stop" and len(gate.clean) < len(good):
         leaky = len(good) - len(gate.clean)
@@ -209,6 +226,30 @@ def gate_of(attempts: Sequence[tuple[Any, Attempt]], config: IsftConfig) -> Leak
             longest_copy=config.longest_copy, clairvoyance=config.clairvoyance,
         )  # fmt: skip
     return LeakReport(tuple(found), found, {})
+
+
+@torch.no_grad()
+def meter_of(module: RowModel, attempt: Attempt, task: Any, tokenizer: Any) -> dict[str, float]:
+    """The privilege meter of an attempt by turn: how much likelier the private text made it, nats a token.
+
+    Empty where the teacher gave no log-probabilities, or has another tokenizer than the student.
+    """
+    channel = PrivateChannel(attempt.folder, task, f"round {attempt.round} attempt {attempt.number}")
+    private = {line["turn"]: line["logprobs"] for line in channel.of("turn")}
+    if not any(private.values()):
+        return {}
+    found = {}
+    for row in rows_of_run(attempt.folder, tokenizer, train_on="all"):
+        if row.prefix_plan and module.method is None:
+            continue
+        public, place = module.logprobs(row).tolist(), 0
+        for span in row.spans:
+            size = (span["end"] - span["start"]) if not span["untrained"] else 0
+            theirs = private.get(span["turn"]) or []
+            if size and len(theirs) == size:
+                found[str(span["turn"])] = privilege(theirs, public[place : place + size])
+            place += size
+    return found
 
 
 def _rows(attempt: Attempt, tokenizer: Any, config: IsftConfig) -> list[WindowRow]:

@@ -212,12 +212,12 @@ class LeakReport:
     Attributes:
         rollouts: checked.
         leaks: by rollout.
-        meter: privilege by rollout: its mean over the spans, where it was measured.
+        meter: privilege by rollout and turn, where it was measured.
     """
 
     rollouts: tuple[str, ...]
     leaks: dict[str, list[Leak]]
-    meter: dict[str, float]
+    meter: dict[str, dict[str, float]]
 
     @property
     def clean(self) -> list[str]:

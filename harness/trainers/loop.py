@@ -87,7 +87,11 @@ class RowTrainer(Trainer):
         self.settings, self.source, self.tokenizer, self.extra = settings, source, tokenizer, extra
         self.first_step, self._sums = 0, {}
         super().__init__(model=module, args=args)
-        self.loss_is_scaled_for_ga = True
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "rows train with plain or DDP processes, since each makes its slots with the whole model: turn FSDP "
+                "and DeepSpeed off"
+            )
         self.metrics_file = MetricsFile(Path(output) / "metrics.jsonl")
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":

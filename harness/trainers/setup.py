@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from ..runs import write_atomically
 from .config import TrainSettings
+from .loop import world
 from .model import RowModel
 from .weights import add_adapter
+
+
+def join_processes(cpu: bool) -> None:
+    """Make this process one of its group, where there are several, before any of them waits for another."""
+    if world()[1] > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=cpu, timeout=timedelta(days=7))  # the others wait while one collects
 
 
 def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) -> tuple[RowModel, Any]:

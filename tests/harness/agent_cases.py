@@ -6,6 +6,7 @@ The scripts show how the harness works; no number about a model comes from them.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from tiny_models import tiny_model
@@ -124,6 +125,30 @@ class Reader:
             if name not in written and f"\n{name} (" not in listed:
                 return call("write", path=name, content=f"draft after {len(done)} documents")
         return Message("assistant", "Done.")
+
+
+class Clerk(Reader):
+    """Copies the last sentence on each party that the assignment names into memo and draft, as long as it is in view.
+
+    It knows no rubric. Behind slots it is shown what they stand for, so its pass rates there say nothing.
+    """
+
+    outputs = ("output/terms.md",)
+
+    def __call__(self, seen: list[Message], limit) -> Message:
+        """One turn."""
+        names = seen[1].content.partition("for no other party: ")[2].partition(". Give one line")[0].split("; ")
+        found = {}
+        for message in seen[2:]:
+            text = message.content.partition("## Memo\n")[2].partition("\n## Files")[0]
+            text = message.content if message.role == "tool" and message.call.name == "read" else text
+            for sentence in re.split(r"(?<=[.])\s+|\n", text):
+                found |= {name: sentence for name in names if name in sentence}
+        self.memo = lambda _: "\n".join(found.values()) or "nothing"
+        message = super().__call__(seen, limit)
+        if message.calls and "output/terms.md" in message.calls[0].arguments:
+            return call("write", path="output/terms.md", content=self.memo(()))
+        return message
 
 
 def make_task(root: Path, texts: dict[str, str], deliverables=("schedule.md", "memo.md"), secret: str = "SECRET"):

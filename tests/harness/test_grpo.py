@@ -12,6 +12,7 @@ from agent_cases import Reader, of, tiny_agent
 from trainer_cases import RUN, Honest, exact, matters
 
 from still import methods
+from still.cli import main
 from still.compactor import StillCompactor
 from still.harness.runs import read_run
 from still.harness.trainers.behaviour import behaviour, was_cut
@@ -141,3 +142,25 @@ def test_behaviour_and_smoothing(tmp_path):
     assert not was_cut(events)
     assert smoothed([1.0, 1.0, 1.0]) == pytest.approx([1.0, 1.0, 1.0])
     assert smoothed([0.0, 1.0])[1] == pytest.approx(0.3 / 0.51)
+
+
+def test_the_command_trains_a_model_from_a_folder(tmp_path, capsys):
+    loaded = tiny_agent(layers=1)
+    loaded.model.save_pretrained(tmp_path / "model")
+    loaded.tokenizer.save_pretrained(tmp_path / "model")
+    matters(tmp_path / "lab", (1,))
+    command = [
+        "grpo", str(tmp_path / "lab" / "tasks"), "--policy", str(tmp_path / "model"), "--backend", "memo", "--budget",
+        "700t", "--window", "6000", "--max-new-tokens", "8", "--tools", "read,write", "--steps", "1", "--group", "2",
+        "--tasks-per-step", "1", "--reward", "random", "--length-cut", "1", "-o", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert main(command) == 0, capsys.readouterr().err
+    assert (tmp_path / "out" / "trained" / "policy" / "model.safetensors").is_file()
+    made = json.loads((tmp_path / "out" / "grpo.json").read_text())
+    assert made["settings"]["grpo"]["group"] == 2
+    assert made["provenance"]["versions"]["torch"]
+    assert main([*command, "--judge", "gpt-5", "--report-judge", "gpt-5"]) == 2
+    assert "what trains must not report" in capsys.readouterr().err
+    assert main(["grpo", str(tmp_path), "--policy", "server:x", "--tokenizer", str(tmp_path / "model"),
+                 "-o", str(tmp_path / "o")]) == 2  # fmt: skip
+    assert "needs a local model" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from still.harness.runs import RunFolder, read_run
 from still.harness.trainers.collect import Collector
 from still.harness.trainers.config import IsftConfig
 from still.harness.trainers.leaks import LeakReport, Said, leaks_of, privilege, transcript
+from still.harness.trainers.report import yield_difference
 from still.harness.trainers.teacher import PrivateChannel
 from still.harness.windows import IGNORE, check_rows, rows_of_run
 
@@ -69,6 +70,8 @@ def test_a_private_bit_saves_a_rollout_that_a_plain_resample_does_not(tmp_path):
     assert [attempt.kept for attempt in private] == [True] * 4
     assert [attempt.kept for attempt in plain] == [False] * 4
     assert all(rate < 1 for attempt in plain for rate in attempt.rates)
+    gain = yield_difference([a.kept for a in private], [a.kept for a in plain], [a.task for a in plain])
+    assert gain.estimate == 1.0  # of a script that mends when told: the measure works, and says nothing of a model
 
 
 def test_attempts_that_are_done_are_read_and_a_cut_one_is_gone_on_with(tmp_path):
@@ -173,7 +176,7 @@ def test_words_that_the_documents_use_are_no_leak(tmp_path):
 def test_the_report_counts_rollouts_and_the_meter_is_a_mean():
     leak = leaks_of([Said("system", "", -1), Said("user", "", -1), Said("assistant", "the rubric, the rubric", 0)],
                     _task(), [], [])  # fmt: skip
-    report = LeakReport(("a", "b"), {"a": leak, "b": []}, {"a": 0.5})
+    report = LeakReport(("a", "b"), {"a": leak, "b": []}, {"a": {"3": 0.5}})
     assert report.clean == ["b"]
     assert report.counts()["vocabulary"] == 1
     assert json.loads(json.dumps(report.to_json()))["leaks"]["a"][0]["what"] == "rubric"

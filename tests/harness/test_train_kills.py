@@ -79,4 +79,5 @@ def test_two_processes_give_the_curve_of_one(tmp_path, kind):
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *flags]
     finish(kind, tmp_path / "two", launcher)
+    assert len(list((tmp_path / "two").glob("process-*-of-2"))) == 2
     assert_alike(kind, tmp_path / "one", tmp_path / "two", bound=1e-4)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from agent_cases import Reader, call, make_task, of, play, texts, tiny_agent, tiny_agent_tokenizer
+from trainer_cases import plain_row
 
 from still import methods
 from still.cli import main
@@ -183,12 +184,27 @@ def test_rows_are_saved_loaded_and_exported(tmp_path):
     with pytest.raises(ValueError, match="no message can say"):
         list(row_files.messages(rows))
     folder, tokenizer = run(tmp_path / "memo")
-    exported = list(row_files.messages(rows_of_run(folder, tokenizer)))
+    exported = list(row_files.messages(rows_of_run(folder, tokenizer), tokenizer))
     assert [m["role"] for m in exported[1]["messages"][:3]] == ["system", "user", "user"]
     assert all(m["train"] for each in exported for m in each["messages"] if m["role"] == "assistant")
     (tmp_path / "bad.jsonl").write_text('{"input_ids": [1]}\n')
     with pytest.raises(ValueError, match=r"line 1 .* no training row \(there is no column"):
         row_files.read_rows(tmp_path / "bad.jsonl")
+
+
+def test_messages_are_refused_where_a_template_drops_earlier_thinking():
+    said = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "<think>hm</think>a"},
+            {"role": "user", "content": "v"}, {"role": "assistant", "content": "b"}]  # fmt: skip
+    keeps, drops = tiny_agent_tokenizer(), tiny_agent_tokenizer()
+    drops.chat_template = keeps.chat_template.replace(
+        "{{ message.content }}", "{{ message.content if loop.last else message.content.split('</think>')[-1] }}"
+    )
+    ids = keeps(keeps.apply_chat_template(said, tokenize=False), add_special_tokens=False)["input_ids"]
+    row = plain_row(ids, range(2, 4), messages=json.dumps(said))
+    row = replace(row, spans=[row.spans[0]] * 2)
+    assert [m.get("train") for m in next(row_files.messages([row], keeps))["messages"]] == [None, True, None, True]
+    with pytest.raises(ValueError, match="may drop earlier thinking"):
+        list(row_files.messages([row], drops))
 
 
 def test_what_would_train_nothing_or_another_thing_is_refused(tmp_path):

@@ -1,10 +1,11 @@
 """One small training run as a program of its own, for tests that kill it or launch it twice.
 
-    python train_worker.py rows|isft|grpo FOLDER [seed]
+    python train_worker.py rows|isft|grpo FOLDER
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -58,3 +59,5 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     {"rows": rows, "isft": isft, "grpo": grpo}[sys.argv[1]](Path(sys.argv[2]))
+    together = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    (Path(sys.argv[2]) / f"process-{os.environ.get('RANK', '0')}-of-{together}").touch()

@@ -1,0 +1,249 @@
+"""The agent's sweep: backends x budgets x matters x seeds through the harness and the exact judge, cell by cell.
+
+Each cell is a run folder and a result file. A sweep that is killed loses nothing: finished cells are skipped, and a run
+that was under way goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .. import methods
+from ..eval.judges import find_judge
+from ..eval.matters.assignments import Assignment, write_assignments
+from ..eval.reward import RubricReward
+from ..eval.tasks import LabTask, find_tasks, load_task
+from ..provenance import provenance
+from . import backends
+from .agent import Episode, drive_many
+from .agent_cells import SLOTS, AgentCell, AgentStore, AgentSweepConfig, Condition, agent_cells
+from .cells import digest
+from .play import open_episode, sampler
+from .probe import Probe, ledger, read_private
+from .runs import RunFolder, metrics, read_run
+from .types import Policy
+
+
+class AgentBench:
+    """Who plays: a policy, and the compactors of kv and hybrid by training seed.
+
+    Args:
+        policy: the model.
+        compactors: ready STILL compactors by seed.
+        names: what inputs call them, by seed.
+        device: for the record.
+    """
+
+    def __init__(
+        self, policy: Policy, compactors: dict[int, Any] | None = None, names: dict[int, str] | None = None,
+        device: Any = None,
+    ):  # fmt: skip
+        self.policy, self.compactors, self.names, self.device = policy, compactors or {}, names or {}, device
+
+    @classmethod
+    def load(cls, config: AgentSweepConfig, device: str | None = None) -> AgentBench:
+        """Load what a config names.
+
+        Raises:
+            ValueError: a method needs what is not there.
+        """
+        from .run_command import PolicyConfig
+        from .run_config import RunConfig
+
+        served = PolicyConfig(
+            policy=config.model, device=device, dtype=config.dtype, base_url=config.base_url,
+            tokenizer=config.tokenizer, served_window=config.served_window, bytes_per_token=config.bytes_per_token,
+        )  # fmt: skip
+        if config.model.startswith("server:"):
+            return cls(served.load(RunConfig(backend="memo"), {})[0])
+        from transformers.utils import logging
+
+        from .. import models
+        from .policies.local import LocalPolicy
+        from .sweep import load_compactors
+
+        logging.disable_progress_bar()
+        slots = [name for name in config.methods if set(config.backends) & set(SLOTS)]
+        attention = "still" if any(methods.METHODS[n].uses_beta for n in slots if n in methods.METHODS) else None
+        loaded = models.load(config.model, device, config.dtype, attention)
+        found = load_compactors(config.compactor, config.seeds, loaded) if "still" in slots else {}
+        ready = {seed: compactor for seed, (_, compactor) in found.items()}
+        if any(compactor.config.beta for compactor in ready.values()) and attention is None:
+            from ..attention import NAME, register
+
+            register()
+            loaded.model.set_attn_implementation(NAME)
+        names = {seed: name for seed, (name, _) in found.items()}
+        return cls(LocalPolicy(loaded), ready, names, loaded.model.device)
+
+    def method(self, condition: Condition, seed: int) -> Any:
+        """A method ready to compact; None for backends without one."""
+        if condition.backend not in SLOTS:
+            return None
+        if condition.method == "still":
+            return methods.get("still", compactor=self.compactors[seed], label=self.names.get(seed, ""))
+        return methods.get(condition.method, **({"seed": seed} if condition.method == "random" else {}))
+
+    def seeds(self, condition: Condition, config: AgentSweepConfig) -> tuple[int, ...]:
+        """The seeds that make a difference: of compactors and of draws; a greedy run has one."""
+        if condition.method == "still" and condition.backend in SLOTS:
+            return tuple(self.compactors)
+        return config.seeds if condition.method == "random" else config.seeds[:1]
+
+
+def run_agent_sweep(
+    config: AgentSweepConfig, output: str | Path, bench: AgentBench, progress: bool = True
+) -> AgentStore:
+    """Compute every cell that `output` does not hold yet.
+
+    Args:
+        config: what to compute.
+        output: results folder; one that the same config made is taken up where it stopped.
+        bench: who plays.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a task cannot be judged exactly, or the folder holds another sweep's results.
+        RuntimeError: runs broke; every other cell was computed first, and these are tried again next time.
+    """
+    output = Path(output)
+    for condition in config.conditions:
+        if condition.backend != "memo_oracle":  # refuses before anything is written
+            seed = bench.seeds(condition, config)[0]
+            backends.make(config.run_config(condition), bench.policy, bench.method(condition, seed))
+    groups = {**_synthetic(config), **_named(config)}
+    identity = {
+        "model": bench.policy.name,
+        "tasks": digest([[group, asked] for group, asked in groups.items() if isinstance(asked, str)])[:16],
+        **{f"compactor seed {seed}": name for seed, name in bench.names.items()},
+    }
+    record = provenance(config, seed=config.first, device=bench.device, model=bench.policy.name)
+    store = AgentStore.create(output, config, identity, record)
+    tasks = {group: _write(output, asked) if isinstance(asked, tuple) else asked for group, asked in groups.items()}
+    tasks = {group: {task.id: task for task in map(load_task, folders)} for group, folders in tasks.items()}
+    _check_judgeable(task for group in tasks.values() for task in group.values())
+    stamp = {name: record[name] for name in ("versions", "device", "git", "created")}
+    plan = {c: [*agent_cells(c, tasks, bench.seeds(c, config))] for c in config.conditions}
+    broken: list[str] = []
+    with (
+        closing(RubricReward(find_judge("exact"))) as judge,
+        tqdm(total=sum(map(len, plan.values())), desc="cells", unit="cell", disable=not progress) as bar,
+    ):
+        for condition, cells in plan.items():
+            left = [cell for cell in cells if not store.done(cell)]
+            bar.update(len(cells) - len(left))
+            bar.set_postfix_str(f"{condition.name} {condition.budget}", refresh=False)
+            for cell, end in _played(left, tasks, config, bench, store, broken):
+                if isinstance(end, Exception):
+                    broken.append(f"{cell.set_id}, {cell.label}: {type(end).__name__}: {end}")
+                else:
+                    root = run_folder(store, cell)
+                    result = _result(cell, tasks[cell.task][cell.set_id], root, judge, bench)
+                    store.write(cell, {**result, "provenance": stamp})
+                bar.update()
+    if broken:
+        raise RuntimeError(f"{len(broken)} runs broke; run again to go on. The first: {broken[0]}")
+    return store
+
+
+def run_folder(store: AgentStore, cell: AgentCell) -> Path:
+    """Where the run of a cell lies."""
+    path = store.path(cell)
+    return store.folder / "runs" / path.relative_to(store.folder / "cells").with_suffix("")
+
+
+def _synthetic(config: AgentSweepConfig) -> dict[str, Any]:
+    """Groups of generated matters: `(assignment, seeds, unseen templates)` by label."""
+    found = {}
+    for name in config.tasks:
+        if name in ("matters", "matters-unseen"):
+            for share in config.relevance:
+                asked = Assignment(share, config.criteria, config.documents)
+                seeds = range(config.first, config.first + config.count)
+                found[f"{name}, {asked.label} relevant"] = (asked, seeds, name == "matters-unseen")
+    return found
+
+
+def _named(config: AgentSweepConfig) -> dict[str, list[Path]]:
+    found = {}
+    for name in config.tasks:
+        if name not in ("matters", "matters-unseen"):
+            found[name] = find_tasks(name)
+            if not found[name]:
+                raise ValueError(f"there is no task.json below {name!r}; name LAB tasks, matters or matters-unseen")
+    return found
+
+
+def _write(output: Path, made: tuple[Assignment, range, bool]) -> list[Path]:
+    asked, seeds, unseen = made
+    folder = output / "lab" / f"{100 * asked.relevance:g}{'-unseen' if unseen else ''}"
+    return write_assignments(folder, asked, seeds, unseen_templates=unseen)
+
+
+def _check_judgeable(tasks: Iterator[LabTask]) -> None:
+    for task in tasks:
+        if any(criterion.expect is None for criterion in task.criteria):
+            raise ValueError(
+                f"{task.id} has criteria that no machine can check; play it with `still run` and judge the runs with "
+                f"`still grade`"
+            )
+
+
+def _played(
+    cells: list[AgentCell], tasks: dict, config: AgentSweepConfig, bench: AgentBench, store: AgentStore,
+    broken: list[str],
+) -> Iterator[tuple[AgentCell, dict[str, Any] | Exception]]:  # fmt: skip
+    """Each cell with its run's last event, or with what broke it."""
+    of: dict[Episode, AgentCell] = {}
+
+    def opened() -> Iterator[Episode]:
+        for cell in cells:
+            task, root = tasks[cell.task][cell.set_id], run_folder(store, cell)
+            try:
+                settings = config.run_config(cell.condition, cell.seed)
+                method = bench.method(cell.condition, cell.seed)
+                cache = store.folder / "converted"
+                watch = Probe(task, root, config.probe)
+                episode = open_episode(task, bench.policy, settings, root, method, cache=cache, watch=watch)
+            except Exception as problem:
+                broken.append(f"{cell.set_id}, {cell.label}: {type(problem).__name__}: {problem}")
+                continue
+            of[episode] = cell
+            yield episode
+
+    for episode, end in drive_many(opened(), config.together, sampler(bench.policy, config.together)):
+        yield of.pop(episode), end
+
+
+def _result(cell: AgentCell, task: LabTask, root: Path, judge: RubricReward, bench: AgentBench) -> dict[str, Any]:
+    """What a finished run did, cost and passed."""
+    events = read_run(root)
+    RunFolder(root).write_lab_files(events)
+    (grading,) = judge.grade([(task, root)])
+    grading.save(root)
+    compacts, private = [event for event in events if event["event"] == "compact"], read_private(root)
+    return {
+        "metrics": metrics(events),
+        "bytes_per_token": bench.policy.bytes_per_token,
+        "criteria": [
+            {"id": verdict.id, "label": verdict.label, "absent": bool((c.expect or {}).get("absent"))}
+            for verdict, c in zip(grading.verdicts, task.criteria, strict=True)
+        ],
+        "boundaries": [
+            {
+                **{name: event[name] for name in (
+                    "window", "trigger", "forced", "degraded", "attempts", "seconds", "decoded_tokens",
+                    "prefill_tokens", "before", "after",
+                )},
+                "artifact": {name: event["artifact"][name] for name in ("kind", "tokens", "nbytes")},
+            }
+            for event in compacts
+        ],
+        "written": ledger(private, "written"),
+        "answered": ledger(private, "answered"),
+    }  # fmt: skip
