@@ -1,13 +1,16 @@
-"""What every test gets: no network, a quiet tokenizer, figures without a screen, a fixed seed."""
+"""What every test gets: no network, Triton's interpreter where there is no GPU, a quiet tokenizer, figures without a screen, a fixed seed."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+# Triton reads it when a kernel is made, its own library's at its first import: no test file may come before.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
@@ -15,8 +18,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

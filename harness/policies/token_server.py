@@ -19,6 +19,7 @@ class TokenServerPolicy:
     """
 
     capabilities = frozenset({"tokens"})
+    version: int | None = None
 
     def __init__(self, config: ServerConfig, tokenizer):
         self.config, self.tokenizer, self.client = config, tokenizer, config.client()

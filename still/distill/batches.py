@@ -230,7 +230,8 @@ class BatchStream(IterableDataset):
         first = (part * self.world + self.rank) * self.micro_batch
         rows = self.source.rows(draw, self.batch, range(first, first + self.micro_batch))
         batch = make_batch(rows, draw, self.source.draws.seed, self.questions, self.pad_id)
-        batch["split"] = self.split_of(draw)
+        if (split := self.split_of(draw)) is not None:
+            batch["split"] = split
         return batch
 
     def split_of(self, draw: Draw) -> Split | None:

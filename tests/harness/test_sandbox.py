@@ -182,7 +182,8 @@ def test_nothing_that_a_command_leaves_behind_breaks_the_run(tmp_path, command):
     end = drive(whole)
     events = read_run(whole.folder.root)
     assert end["stop"] in ("done", "no_deliverable", "tool_errors")  # it may have spoilt its own work, and is told
-    assert len([event for event in of(events, "tool") if event["name"] == "bash"]) == 2
+    calls = len([event for event in of(events, "tool") if event["name"] == "bash"])
+    assert calls == 2 or (calls > 2 and end["stop"] == "tool_errors")  # it comes again with every memo that failed
     read = {event["document"] for event in of(events, "tool") if event["document"] and event["ok"]}
     assert read == set(texts(5)) or end["stop"] == "tool_errors"
     for event in of(events, "compact"):
