@@ -1,4 +1,4 @@
-"""What every test gets: no network, Triton's interpreter where there is no GPU, a quiet tokenizer, figures without a screen, a fixed seed."""
+"""What every test gets: no network, a quiet tokenizer, figures without a screen, a fixed seed, kernels interpreted."""
 
 from __future__ import annotations
 
