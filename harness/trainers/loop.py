@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -15,14 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from ...distill.checkpoints import MARKER, is_complete, mark_complete, newest_complete, remove_incomplete, step_of
+from ...distill.checkpoints import MARKER, is_complete, mark_complete, step_of, take_up
 from ...distill.progress import MetricsFile
 from .config import TrainSettings
 from .model import RowModel
 from .steps import StepSource, StepStream
 from .weights import load_weights, save_weights
-
-log = logging.getLogger(__name__)
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 OWN = {
@@ -104,15 +101,8 @@ class RowTrainer(Trainer):
 
     def fit(self) -> None:
         """Train from where the folder stands to the last step."""
-        folder = Path(self.args.output_dir)
-        if self.is_world_process_zero():
-            for broken in remove_incomplete(folder):
-                log.warning("%s is half written; it was removed", broken)
-        self.accelerator.wait_for_everyone()
-        checkpoint = newest_complete(folder)
+        checkpoint = take_up(self)
         self.first_step = step_of(checkpoint) if checkpoint else 0
-        if self.is_world_process_zero():
-            self.metrics_file.forget_after(self.first_step)
         if self.first_step < self.args.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         elif checkpoint:

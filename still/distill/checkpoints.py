@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from .journal import write_atomically
 
+log = logging.getLogger(__name__)
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
@@ -57,3 +59,20 @@ def remove_incomplete(output: str | Path) -> list[Path]:
     for path in broken:
         shutil.rmtree(path)
     return broken
+
+
+def take_up(trainer) -> Path | None:
+    """The checkpoint that a run goes on from; half-written ones, and metrics after it, are gone when this returns.
+
+    Args:
+        trainer: a `transformers.Trainer` with a `metrics_file`; every process calls this.
+    """
+    folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        for broken in remove_incomplete(folder):
+            log.warning("%s is half written; it was removed", broken)
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = newest_complete(folder)
+    if trainer.is_world_process_zero():
+        trainer.metrics_file.forget_after(step_of(checkpoint) if checkpoint else 0)
+    return checkpoint

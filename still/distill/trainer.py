@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,14 +17,12 @@ from transformers import Trainer, TrainingArguments
 from ..budgets import Split
 from ..compactor import WEIGHTS, StillCompactor
 from .batches import BatchStream, RowSource
-from .checkpoints import is_complete, mark_complete, newest_complete, remove_incomplete, step_of
+from .checkpoints import is_complete, mark_complete, step_of, take_up
 from .config import TrainConfig
 from .data import Row
 from .objective import Distiller
 from .progress import MetricsFile, ProgressBar
 from .scoring import score
-
-log = logging.getLogger(__name__)
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 OWN = {
@@ -159,15 +156,8 @@ class DistillTrainer(Trainer):
         Returns:
             The scores on held-out rows, empty without any.
         """
-        folder = Path(self.args.output_dir)
-        if self.is_world_process_zero():
-            for broken in remove_incomplete(folder):
-                log.warning("%s is half written; it was removed", broken)
-        self.accelerator.wait_for_everyone()
-        checkpoint = newest_complete(folder)
+        checkpoint = take_up(self)
         self.first_step = step_of(checkpoint) if checkpoint else 0
-        if self.is_world_process_zero():
-            self.metrics_file.forget_after(self.first_step)
         if self.first_step < self.config.steps:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         elif checkpoint:
