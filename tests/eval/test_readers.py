@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import io
+import sys
 import zipfile
 from email.message import EmailMessage
 
@@ -12,7 +13,7 @@ import pytest
 from office_files import docx, redlines
 
 from still.eval.readers import read, read_bytes
-from still.eval.reading import DocumentError, Limits
+from still.eval.reading import DocumentError, Limits, run_bounded
 
 pytest.importorskip("pypandoc")
 
@@ -190,7 +191,9 @@ def test_a_file_over_a_limit_is_refused_whole():
     assert state_of("bomb.docx", bomb.getvalue(), unpacked_bytes=1 << 20)[0] == "too_large"
     assert state_of("many.docx", bomb.getvalue(), members=0)[0] == "too_large"
     assert state_of("big.md", b"x" * 100, file_bytes=99)[0] == "too_large"
-    assert state_of("slow.docx", docx("<w:p><w:r><w:t>Slow.</w:t></w:r></w:p>"), seconds=0.001)[0] == "too_slow"
+    with pytest.raises(DocumentError, match="not read within") as caught:
+        run_bounded("slow.docx", [sys.executable, "-c", "import time; time.sleep(600)"], Limits(seconds=0.1))
+    assert caught.value.state == "too_slow"
 
 
 def test_a_name_that_is_no_file_is_missing(tmp_path):
