@@ -34,6 +34,10 @@ from .windows import KINDS, SLOTS, streams
 
 __all__ = ["KINDS", "Oracle", "Pretended", "Row", "oracle_events", "rows_of", "synthetic_rows"]
 
+MISSING = "not found"
+"""What a draft says of a party whose value is not in view."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One training example.
@@ -133,7 +137,7 @@ class Oracle:
         self.memo_tokens, self.count = memo_tokens, count
         self.facts = AskedFacts(task)
         self.asked = self.facts.asked
-        self.files = _deliverables(task)
+        self.files, self.instructions = _deliverables(task), task.instructions
 
     def __call__(self, seen: list[Message], limit: Limit) -> Message:
         """One turn."""
@@ -185,10 +189,20 @@ class Oracle:
         return "\n".join(lines) or "Nothing yet."
 
     def _draft(self, name: str, known: dict[str, str]) -> str:
+        """One line for each party: in the assignment's order where it names them, else in the order of the documents.
+
+        Only where the assignment names the parties does a line say that a value is not in view: elsewhere it would
+        give the rubric away.
+        """
+        told = self.instructions
+        if all(party in told for party in self.asked):
+            parties = sorted(self.asked, key=told.index)
+        else:
+            parties = [party for party in known if party in self.asked]
         lines = [
-            self.line.format(party=party, value=value)
-            for party, value in known.items()
-            if party in self.asked and _place(self.asked[party], self.files) == name
+            self.line.format(party=party, value=known.get(party, MISSING))
+            for party in parties
+            if _place(self.asked[party], self.files) == name
         ]
         return "\n".join(lines) or "Nothing found."
 

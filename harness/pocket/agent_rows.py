@@ -10,8 +10,8 @@ and stops. What it copies stands in view: in the window, in the memo, or in what
 compactor would work.
 
 The stages go from matters that fit a window whole (learn the format, learn to copy a term into the deliverable), to
-memos (learn to keep what is asked and leave the rest), to all relevance shares at once. Windows, budgets and
-thresholds are drawn anew for each matter, so that nothing can be learned by heart but the rules.
+memos (learn to keep what is asked and leave the rest), to all relevance shares at once. Relevance, backend, budget
+and thresholds are drawn anew for each matter.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from ..run_config import RunConfig
 
 @dataclass(frozen=True)
 class AgentStage:
-    """What matters and runs of one stage look like; each pair is drawn from uniformly, ends included.
+    """What matters and runs of one stage look like; a pair is drawn from uniformly, ends included.
 
     Attributes:
         criteria: facts that are asked for.
         documents: in a matter.
         relevance: shares of a matter's facts that are asked for, drawn evenly.
         backends: whose shapes the rows have, drawn evenly: full, memo, kv, hybrid.
-        budget: tokens that may cross a boundary; for a memo, its longest.
+        budgets: tokens that may cross a boundary, drawn evenly; for a memo, its longest. There are few of them, since
+            a small model learns by heart how many lines one takes.
         reads: documents since the last boundary that make a compaction due.
         window: tokens of context; a longer row is left out and counted.
     """
@@ -46,7 +47,7 @@ class AgentStage:
     documents: tuple[int, int]
     relevance: tuple[float, ...]
     backends: tuple[str, ...]
-    budget: tuple[int, int] = (64, 512)
+    budgets: tuple[int, ...] = (64, 128, 256, 512)
     reads: tuple[int, int] = (1, 3)
     window: int = 4096
 
@@ -55,7 +56,7 @@ AGENT_STAGES = (
     AgentStage((2, 6), (1, 3), (1.0,), ("full",)),
     AgentStage((4, 12), (2, 6), (1.0, 0.5), ("full", "memo", "kv")),
     AgentStage((8, 20), (4, 8), (1.0, 0.25), ("full", "memo", "kv", "hybrid")),
-    AgentStage((16, 24), (6, 10), (1.0, 0.25, 0.05), ("full", "memo", "memo", "kv", "hybrid"), (32, 1024)),
+    AgentStage((16, 24), (6, 10), (1.0, 0.25, 0.05), ("full", "memo", "memo", "kv", "hybrid")),
 )
 """The last stage is mixed with a tenth of each before it, as the base's own curriculum does with its lists."""
 
@@ -65,7 +66,7 @@ def draw(stage: AgentStage, rng: random.Random) -> tuple[Assignment, RunConfig, 
     asked = Assignment(rng.choice(stage.relevance), rng.randint(*stage.criteria), rng.randint(*stage.documents))
     backend, reads = rng.choice(stage.backends), rng.randint(*stage.reads)
     config = RunConfig(
-        backend=backend, budget=None if backend in ("full", "kv") else f"{rng.randint(*stage.budget)}t",
+        backend=backend, budget=None if backend in ("full", "kv") else f"{rng.choice(stage.budgets)}t",
         ratio=8.0 if backend == "kv" else None, window=4 * stage.window, reserve=stage.window // 4, reads=reads,
         reads_force=reads + 1, max_new_tokens=stage.window, tools=("read", "write"), sandbox="none",
     )  # fmt: skip

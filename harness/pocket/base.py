@@ -97,7 +97,7 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
         dropped = [rows.rng.random() < recipe.dropout for _ in range(count)]
         # Heads that see different tokens cannot agree on which of two values is newer.
         drawn = [rows.row(replace(now, amended=0.0) if drop else now) for drop in dropped]
-        ids, labels = _batch(drawn)
+        ids, labels = pad_rows(drawn)
         generator = torch.Generator().manual_seed(rows.rng.randrange(1 << 40))
         shape = model.config.num_hidden_layers, model.config.num_key_value_heads
         dropout.draw(generator, [row.context for row in drawn], ids.shape[1], dropped, *shape)
@@ -121,8 +121,8 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
             elapsed = (time.monotonic() - start) / 60
             report(f"step {step} {elapsed:.1f} min, {now.facts} facts: loss {loss.item():.3f}, right {mean:.3f}")
         if step % 50 == 0 or step == recipe.steps:
-            _save(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))
-    _save(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))
+            save_state(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))
+    save_state(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))
     if step < recipe.steps:
         return False
     model.save_pretrained(output / "base")
@@ -131,7 +131,7 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
     return True
 
 
-def _batch(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_rows(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and labels: causality keeps real tokens from seeing the padding."""
     longest = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -142,7 +142,8 @@ def _batch(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-def _save(output: Path, model, optimizer, rows, recipe, where) -> None:
+def save_state(output: Path, model, optimizer, rows, recipe, where) -> None:
+    """Write everything that a run goes on from, whole or not at all."""
     state = {
         "recipe": asdict(recipe), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
         "rng": rows.rng.getstate(), "where": where,

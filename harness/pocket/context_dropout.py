@@ -50,9 +50,7 @@ class ContextDropout:
         batch, upper = len(contexts), layers - self.lower
         at = torch.arange(length)
         inside = at < torch.tensor(contexts)[:, None]  # [batch, length]
-        rates = torch.tensor(self.rates)[
-            torch.randint(len(self.rates), (batch, upper, kv_heads), generator=generator)
-        ]
+        rates = torch.tensor(self.rates)[torch.randint(len(self.rates), (batch, upper, kv_heads), generator=generator)]
         seen = torch.rand(batch, upper, kv_heads, length, generator=generator) < rates[..., None]
         keeper = torch.randint(upper * kv_heads, (batch, length), generator=generator)
         seen |= F.one_hot(keeper, upper * kv_heads).bool().mT.unflatten(1, (upper, kv_heads))
