@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 from ..eval.matters.generate import Difficulty
 from ..eval.matters.lab_format import write_lab_tasks
@@ -34,6 +34,8 @@ from .windows import KINDS, SLOTS, streams
 
 __all__ = ["KINDS", "Oracle", "Pretended", "Row", "oracle_events", "rows_of", "synthetic_rows"]
 
+LINE = re.compile(r"^(?:\d+\. )?(.+?): (.+)$", re.MULTILINE)
+"""A party's line in a memo or a draft."""
 MISSING = "not found"
 """What a draft says of a party whose value is not in view."""
 
@@ -105,21 +107,22 @@ class Pretended(TextBackend):
     def __init__(self, config: RunConfig, policy: ScriptedPolicy):
         super().__init__(config, policy)
         self.writes_memo = config.backend == "hybrid"
-        self.ratio = config.ratio or 8.0
+        self.ratio, self.method = config.ratio or 8.0, config.method
         self.tokens = max(1, int(self.tokens * config.memo_share))
 
     def compact(self, session: ScriptedSession, base, memo: str, boundary: Boundary) -> Artifact:
         """Go on as behind slots."""
-        held = boundary.held.details["slots"] if boundary.held else 0
+        held = boundary.held.details["held"] if boundary.held else 0
         tokens = session.size().raw
-        slots = held + max(1, int(tokens / self.ratio))
-        session.pretend(slots)
+        count = max(1, int(tokens / self.ratio))
+        session.pretend(held + count)
         text = session.cut(memo, self.tokens)
-        return Artifact(self.name, text, tokens=slots + (session.count(text) if text else 0), details={"slots": slots})
+        details = {"slots": count, "held": held + count, "method": self.method, "mode": "append", "exhausted": False}
+        return Artifact(self.name, text, tokens=held + count + (session.count(text) if text else 0), details=details)
 
     def restore(self, session: ScriptedSession, base, artifact: Artifact, folder: Path) -> None:
         """The same again."""
-        session.pretend(artifact.details["slots"])
+        session.pretend(artifact.details["held"])
 
 
 class Oracle:
@@ -131,13 +134,11 @@ class Oracle:
         count: tokens of a text.
     """
 
-    line: ClassVar[str] = "{party}: {value}"
-
     def __init__(self, task: LabTask, memo_tokens: int, count: Callable[[str], int]):
         self.memo_tokens, self.count = memo_tokens, count
         self.facts = AskedFacts(task)
         self.asked = self.facts.asked
-        self.files, self.instructions = _deliverables(task), task.instructions
+        self.files = _deliverables(task)
 
     def __call__(self, seen: list[Message], limit: Limit) -> Message:
         """One turn."""
@@ -164,8 +165,7 @@ class Oracle:
         for message in seen[2:]:
             if message.role == "user" and message.content.startswith("[BRIDGE"):
                 memo, _, rest = message.content.partition("\n## Files already read")
-                for party, value in re.findall(r"^(.+?): (.+)$", memo.partition("## Memo\n")[2], re.MULTILINE):
-                    known[party] = value
+                known |= dict(LINE.findall(memo.partition("## Memo\n")[2]))
                 listed, _, files = rest.partition("\n## Working files\n")
                 for path, note in re.findall(r"^(documents/.+?) \((.*)\)$", listed, re.MULTILINE):
                     _note(read, path, re.search(r"offset (\d+)", note))
@@ -181,30 +181,26 @@ class Oracle:
 
     def _memo(self, known: dict[str, str]) -> str:
         lines: list[str] = []
-        for party, value in known.items():
-            line = self.line.format(party=party, value=value)
+        for party in self._order(known):
+            if party not in known:
+                continue
+            line = self.facts.line(party, known[party])
             if self.count("\n".join([*lines, line])) > self.memo_tokens - 1:
                 break
             lines.append(line)
         return "\n".join(lines) or "Nothing yet."
 
     def _draft(self, name: str, known: dict[str, str]) -> str:
-        """One line for each party: in the assignment's order where it names them, else in the order of the documents.
-
-        Only where the assignment names the parties does a line say that a value is not in view: elsewhere it would
-        give the rubric away.
-        """
-        told = self.instructions
-        if all(party in told for party in self.asked):
-            parties = sorted(self.asked, key=told.index)
-        else:
-            parties = [party for party in known if party in self.asked]
         lines = [
-            self.line.format(party=party, value=known.get(party, MISSING))
-            for party in parties
-            if _place(self.asked[party], self.files) == name
+            self.facts.line(party, known.get(party, MISSING))
+            for party in self._order(known)
+            if party in self.asked and _place(self.asked[party], self.files) == name
         ]
         return "\n".join(lines) or "Nothing found."
+
+    def _order(self, known: dict[str, str]) -> list[str]:
+        """Parties as the assignment numbers them, else as the documents did: more would give the rubric away."""
+        return list(self.asked if self.facts.numbered else known)
 
 
 def synthetic_rows(

@@ -56,10 +56,10 @@ def assignment_task(matter: Matter, asked: Assignment) -> LabTaskFiles:
     facts = [matter.facts[place] for place in sorted(rng.sample(range(len(matter.facts)), asked.criteria))]
     others = [fact for fact in matter.facts if fact not in facts]
     documents = in_order(matter)
-    names = "; ".join(sorted(fact.party for fact in facts))
+    names = "\n".join(f"{number}. {party}" for number, party in enumerate(sorted(fact.party for fact in facts), 1))
     instructions = (
         f"Report the one term that the documents fix for each of these parties, as it stands after all amendments, and "
-        f"for no other party: {names}. {AUTHORSHIP}\n\nOutput: `{DELIVERABLE}`."
+        f"for no other party:\n{names}\n\n{AUTHORSHIP}\n\nOutput: `{DELIVERABLE}`."
     )
     criteria = [criterion_of(f"C-{number + 1:03d}", "", fact, documents) for number, fact in enumerate(facts)]
     for fact in others[:DISTRACTORS]:

@@ -14,22 +14,35 @@ from ..run_config import RunConfig
 from ..types import Boundary, Policy, Session
 from .text import TextBackend
 
-LINE = "{party}: {value}"
-
 
 class AskedFacts:
     """The facts that a rubric asks for, found in text.
 
     Args:
         task: with its rubric; only criteria with an `expect` block count.
+
+    Attributes:
+        asked: the criterion of each party, in the assignment's order where it numbers the parties.
     """
 
     def __init__(self, task: LabTask):
+        self.numbers = {party: number for number, party in re.findall(r"^(\d+)\. (.+)$", task.instructions, re.M)}
         self.asked = {c.expect["party"]: c for c in task.criteria if c.expect and not c.expect.get("absent")}
+        if self.numbered:
+            self.asked = dict(sorted(self.asked.items(), key=lambda each: int(self.numbers[each[0]])))
         self.values = {
             party: [criterion.expect["value"], *criterion.expect.get("superseded", ())]
             for party, criterion in self.asked.items()
         }
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the assignment gives every party a number."""
+        return self.asked.keys() <= self.numbers.keys()
+
+    def line(self, party: str, value: str) -> str:
+        """How a memo or a draft states a fact."""
+        return f"{self.numbers[party]}. {party}: {value}" if self.numbered else f"{party}: {value}"
 
     def learn(self, text: str, known: dict[str, str]) -> None:
         """Take every asked party's value from a document into `known`, later sentences over earlier ones."""
@@ -64,7 +77,7 @@ class OracleMemo(TextBackend):
 
     def fitting(self, session: Session, known: Iterable[tuple[str, str]]) -> list[str]:
         """As many lines as the budget takes."""
-        lines = [LINE.format(party=party, value=value) for party, value in known]
+        lines = [self.facts.line(party, value) for party, value in known]
         kept: list[str] = []
         for line in sorted(lines, key=session.count):
             if session.count("\n".join([*kept, line])) > self.tokens:

@@ -137,7 +137,7 @@ class Clerk(Reader):
 
     def __call__(self, seen: list[Message], limit) -> Message:
         """One turn."""
-        names = seen[1].content.partition("for no other party: ")[2].partition(". Give one line")[0].split("; ")
+        names = re.findall(r"^\d+\. (.+)$", seen[1].content, re.MULTILINE)
         found = {}
         for message in seen[2:]:
             text = message.content.partition("## Memo\n")[2].partition("\n## Files")[0]

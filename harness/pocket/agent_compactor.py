@@ -1,0 +1,84 @@
+"""The recipe of the agent's compactor: from one of bare matters to the windows of episodes, by distillation.
+
+    still pocket agent-compactor --output runs/pocket-agent
+
+The teacher of `agent_rows` plays, each window is compacted behind S and U as a run does it, and the compactor learns
+the distribution that the full cache gives every later turn (`trainers.model`, compactor "distill"). The base stays as
+it is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ... import methods
+from ...compactor import StillCompactor
+from ...eval.matters.assignments import write_assignments
+from ...eval.tasks import load_task
+from ...models import LoadedModel
+from ..episodes import oracle_events
+from ..trainers.config import TrainSettings
+from ..trainers.loop import RowTrainer
+from ..trainers.model import RowModel, Share
+from ..trainers.steps import shares_of
+from ..windows import WindowRow, rows_of_events
+from .agent_rows import AgentStage, draw
+
+KV_STAGE = AgentStage((6, 20), (4, 8), (1.0, 1.0, 0.25), ("kv",))
+RATIOS = (2.0, 4.0, 8.0, 8.0, 16.0, 16.0, 32.0)
+"""Drawn for each episode."""
+
+
+@dataclass(frozen=True)
+class EpisodeSteps:
+    """A source of steps: each has fresh episodes, a function of the seed and the step alone.
+
+    Attributes:
+        tokenizer: the pocket's.
+        settings: of the training.
+        episodes: in a step.
+        seed: of the draws.
+    """
+
+    tokenizer: object
+    settings: TrainSettings
+    episodes: int = 4
+    seed: int = 0
+
+    def step(self, number: int) -> list[Share]:
+        """The rows behind slots of a step's episodes."""
+        rng = random.Random(f"agent compactor {self.seed}:{number}")
+        rows = [row for place in range(self.episodes) for row in self._episode(rng, f"{number}-{place}")]
+        return shares_of(rows, self.settings.normaliser, self.settings.constant, self.settings.memo_weight)
+
+    def _episode(self, rng: random.Random, name: str) -> Sequence[WindowRow]:
+        while True:
+            asked, config, seed = draw(KV_STAGE, rng)
+            config = replace(config, ratio=rng.choice(RATIOS))
+            with TemporaryDirectory(prefix="still-agent-row-") as folder:
+                (place,) = write_assignments(Path(folder) / "lab", asked, [seed], "train")
+                events = oracle_events(load_task(place), self.tokenizer, config, Path(folder) / "run")
+            rows = [row for row in rows_of_events(events, None, name) if row.prefix_plan]
+            if rows and len(rows[-1].prefix_ids) + len(rows[-1].input_ids) <= KV_STAGE.window:
+                return rows
+
+
+def train_agent_compactor(
+    base: LoadedModel, compactor: StillCompactor, output: Path, steps: int = 300, lr: float = 5e-4, seed: int = 0
+) -> Path:
+    """Train, or go on training; returns the folder of the compactor."""
+    settings = TrainSettings(
+        train_policy="frozen", compactor_mode="distill", lr=lr, schedule="cosine", warmup=10, save_every=50,
+        train_seed=seed,
+    )  # fmt: skip
+    base.model.requires_grad_(False)
+    module = RowModel(base.model, methods.get("still", compactor=compactor), compactor="distill")
+    source = EpisodeSteps(base.tokenizer, settings, seed=seed)
+    RowTrainer(module.eval(), settings, output, source, steps).fit()
+    place = output / "compactor"
+    module.compactor.save_pretrained(place)
+    return place
