@@ -131,6 +131,13 @@ def memo_reminder(reads: int, forced: bool) -> str:
     return f"\n\n[{due} since the last memo: write {MEMO} {when}.]"
 
 
+def reading_note(documents: Sequence[str], unread: Sequence[str], name: str) -> str:
+    """What is added to a document that was read to its end: how far the agent is, and what comes next."""
+    left = [other for other in unread if other != name]
+    following = f"; next: documents/{left[0]}" if left else ""
+    return f"\n\n[{len(documents) - len(left)} of {len(documents)} documents read{following}]"
+
+
 def memo_demand(tokens: int) -> str:
     """The note that asks for a memo as plain text, when the agent did not write it itself."""
     return f"Write the memo now: answer with the text of {MEMO} alone, at most {tokens} tokens, without a tool call."

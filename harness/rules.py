@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .bridge import reading_note
 from .state import State
 from .tools import ToolResult, Workspace, failure
 from .triggers import Decision, Thresholds, boundaries_ahead, decide
@@ -69,7 +70,7 @@ class Rules:
 
     def _read(self, call: ToolCall, room: int) -> tuple[str, ToolResult]:
         """A document whole if it fits, after a compaction if it then would, else in parts."""
-        result = self.workspace.call(call.name, call.arguments)
+        result = self._place(self.workspace.call(call.name, call.arguments))
         tokens = self.session.count(result.text)
         if tokens <= room or not result.ok:
             return "", result
@@ -79,11 +80,18 @@ class Rules:
             return "deferred", failure("", f"not read yet: its {tokens} tokens fit after a compaction")
         while tokens > room >= SMALLEST_PART and result.characters > 1:
             limit = max(1, int(result.characters * room / tokens * 0.97))
-            result = self.workspace.call("read", {**(call.parsed() or {}), "limit": limit})
+            result = self._place(self.workspace.call("read", {**(call.parsed() or {}), "limit": limit}))
             tokens = self.session.count(result.text)
         if tokens > room:
             return "overflow", failure("", "not even a part of this document fits into an empty window")
         return "", result
+
+    def _place(self, result: ToolResult) -> ToolResult:
+        """A document that was read to its end, with how far the agent is and what is next in the list."""
+        if result.document is None or not result.ok or result.truncated:
+            return result
+        ledger = self.state.ledger
+        return replace(result, text=result.text + reading_note(ledger.documents, ledger.unread, result.document))
 
     def _check_memo(self, result: ToolResult) -> tuple[str, ToolResult]:
         if not result.ok:

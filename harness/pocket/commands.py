@@ -5,6 +5,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ...models import LoadedModel
+
+
+PARTS = {
+    "base": "the model, from nothing", "compactor": "for a base", "agent": "the base goes on to play the agent's game",
+    "agent-compactor": "a compactor goes on to the agent's windows",
+}  # fmt: skip
 
 
 class Pocket:
@@ -18,17 +28,19 @@ Every call goes on where the last one stopped."""
 examples:
   still pocket base --output runs/pocket --minutes 10
   still pocket compactor --output runs/pocket --seed 0
-  still pocket compactor --output runs/uneven --seed 0 --base pocket --split split.json --uneven 0.5"""
+  still pocket compactor --output runs/uneven --seed 0 --base pocket --split split.json --uneven 0.5
+  still pocket agent --output runs/agent --minutes 10                      # teach the pocket the agent's game
+  still pocket agent-compactor --output runs/agent --start-from DIR        # and its compactor the agent's windows"""
     resume = "run the same command again to go on from the newest state"
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
-        parser.add_argument("part", choices=("base", "compactor"), help="what to train; the base comes first")
+        parser.add_argument("part", choices=tuple(PARTS), help="; ".join(f"{k}: {v}" for k, v in PARTS.items()))
         parser.add_argument("--output", type=Path, default=Path("runs/pocket"), metavar="DIR", help="folder of the run")
-        parser.add_argument("--minutes", type=float, default=120, help="stop the base's training after so long")
+        parser.add_argument("--minutes", type=float, default=120, help="stop a base's training after so long")
         parser.add_argument("--seed", type=int, default=0, help="seed of the part")
-        parser.add_argument("--base", metavar="DIR", help="base of the compactor (default: OUTPUT/base)")
-        parser.add_argument("--steps", type=int, metavar="N", help="steps of the compactor (default: the recipe's)")
+        parser.add_argument("--base", metavar="DIR", help="base of a compactor (default: OUTPUT/base)")
+        parser.add_argument("--steps", type=int, metavar="N", help="steps of the part (default: the recipe's)")
         parser.add_argument("--start-from", metavar="DIR", help="a trained compactor to go on from")
         parser.add_argument("--split", metavar="FILE", help="split of `still budgets` that the compactor is to carry")
         parser.add_argument(
@@ -38,22 +50,50 @@ examples:
 
     def run(self, args: argparse.Namespace) -> int:
         """Train the part."""
-        if args.part == "base":
-            from .base import BaseRecipe, train_base
-
-            done = train_base(args.output, BaseRecipe(seed=args.seed), args.minutes)
+        if args.part in ("base", "agent"):
+            done = self._base(args) if args.part == "base" else self._agent(args)
             print(f"finished: {args.output / 'base'}" if done else "not finished; run the same command again")
             return 0
         from ...models import load
-        from .compactors import recipe, train_compactor
 
         base = load(args.base or str(args.output / "base"), device="cpu", dtype="bfloat16")
-        folder = args.output / f"compactor-seed{args.seed}"
-        config = recipe(args.seed) if args.steps is None else recipe(args.seed, args.steps)
-        config = replace(config, start_from=args.start_from, split=args.split, uneven=args.uneven)
-        scores = train_compactor(base, folder, config)
+        folder = args.output / f"{args.part}-seed{args.seed}"
+        scores = self._compactor(args, base, folder) if args.part == "compactor" else self._windows(args, base, folder)
         print(f"finished: {folder}, {scores}")
         return 0
+
+    def _base(self, args: argparse.Namespace) -> bool:
+        from .base import BaseRecipe, train_base
+
+        recipe = BaseRecipe(seed=args.seed, **_given(steps=args.steps))
+        return train_base(args.output, recipe, args.minutes)
+
+    def _agent(self, args: argparse.Namespace) -> bool:
+        from .agent_base import AgentRecipe, train_agent
+
+        recipe = AgentRecipe(seed=args.seed, **_given(steps=args.steps, start=args.start_from))
+        return train_agent(args.output, recipe, args.minutes)
+
+    def _compactor(self, args: argparse.Namespace, base: LoadedModel, folder: Path) -> dict[str, float]:
+        from .compactors import recipe, train_compactor
+
+        config = recipe(args.seed, **_given(steps=args.steps))
+        return train_compactor(base, folder, replace(config, start_from=args.start_from, split=args.split,
+                                                     uneven=args.uneven))  # fmt: skip
+
+    def _windows(self, args: argparse.Namespace, base: LoadedModel, folder: Path) -> dict[str, float]:
+        from ...compactor import StillCompactor
+        from .agent_compactor import train_agent_compactor
+
+        if args.start_from is None:
+            raise ValueError("agent-compactor goes on from a compactor of bare matters: give --start-from DIR")
+        compactor = StillCompactor.from_pretrained(args.start_from, model=base.model)
+        return train_agent_compactor(base, compactor, folder, seed=args.seed, **_given(steps=args.steps))
+
+
+def _given(**values: object) -> dict[str, object]:
+    """What was said on the command line."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 COMMANDS = {"pocket": Pocket()}
