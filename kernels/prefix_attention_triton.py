@@ -184,13 +184,17 @@ class Tiles(NamedTuple):
 def tiles(rows: int, width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """Blocks for `rows` rows of each KV head and the wider of the two head dims, padded to a power of two."""
     roomy = capability[0] in (9, 10)  # 227 KiB of shared memory; other GPUs may have 99
+    # More keys or fewer warps than here spill, by what ptxas says (tests/kernels/test_aot.py).
+    few = capability[0] == 10 and width <= 128
     if dtype == torch.float32:
-        return Tiles(16 if rows <= 16 or width > 64 else 32, 32, 4 if width <= 64 else 8, 2)
+        return Tiles(16, 32, 4 if width <= 64 else 8, 2) if rows <= 16 or width > 64 else Tiles(32, 32, 8, 2)
     if rows <= 16:
         return Tiles(16, 64 if width <= 128 else 32, 4, 3 if roomy else 2)
-    if rows <= 64 or width > 128:
-        return Tiles(64, 64 if width <= 128 else 32, 4, 3 if roomy and width <= 128 else 2)
-    return Tiles(128, 64, 8, 3 if roomy else 2)
+    if width > 128:
+        return Tiles(64, 32, 4 if roomy else 8, 2)
+    if rows <= 64:
+        return Tiles(64, 32 if few else 64, 4, 3 if roomy else 2)
+    return Tiles(128, 32, 4, 3) if few and width <= 64 else Tiles(128, 64, 8, 3 if roomy else 2)
 
 
 def chunk_length(rows_blocks: int, batch: int, kv_heads: int, slots: int, block: int, processors: int) -> int:

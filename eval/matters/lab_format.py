@@ -244,8 +244,12 @@ def _firm_knowledge(matter: Matter) -> LabTaskFiles:
 
 
 def in_order(matter: Matter) -> tuple[Document, ...]:
-    """The documents under names that sort in reading order, since a folder has no other."""
-    return tuple(Document(f"{number + 1:02d}-{doc.name}", doc.text) for number, doc in enumerate(matter.documents))
+    """The documents under names that sort in reading order, since a folder has no other: `03-amendment.txt`."""
+    names = (re.sub(r"-\d+(?=\.)", "", doc.name) for doc in matter.documents)
+    return tuple(
+        Document(f"{number:02d}-{name}", doc.text)
+        for number, (name, doc) in enumerate(zip(names, matter.documents, strict=True), 1)
+    )
 
 
 def criterion_of(identifier: str, prefix: str, fact: Fact, documents: tuple[Document, ...]) -> dict[str, Any]:

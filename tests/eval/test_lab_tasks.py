@@ -98,7 +98,7 @@ def test_tracked_changes_are_asked_for_by_a_criterion(tasks):
 def test_documents_are_nested_in_contracts_and_shared_in_firm_knowledge(tasks):
     for task in tasks:
         if task.family == "contracts":
-            assert task.documents == ("agreement/01-document-1.txt", "amendments/02-amendment-2.txt")
+            assert task.documents == ("agreement/01-document.txt", "amendments/02-amendment.txt")
         if task.family == "firm-knowledge":
             assert task.own_id == task.id[-3:]
             assert task.docs_dir == "firm-knowledge/dms"

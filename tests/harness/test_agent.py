@@ -205,7 +205,7 @@ def test_a_read_that_would_overflow_waits_for_a_compaction_and_is_issued_again(t
                 return call("read", path="documents/03.txt")
             return message
 
-    events = play(tmp_path, task, Jumping(), backend=backend, budget="100t", window=2400, reserve=400, reads=9,
+    events = play(tmp_path, task, Jumping(), backend=backend, budget="100t", window=2500, reserve=400, reads=9,
                   reads_force=9)  # fmt: skip
     rules = [event["rule"] for event in of(events, "tool")]
     assert "deferred" in rules
