@@ -28,7 +28,7 @@ def calls():
                 yield pytest.param(call, id=f"{case.kernel}-{case.mode}-{case.x}-{shape}-{provider}")
 
 
-@pytest.mark.parametrize("call", calls())
+@pytest.mark.parametrize("call", list(calls()))
 def test_time(benchmark, call):
     def once():
         call()

@@ -187,7 +187,9 @@ def tiles(rows: int, width: int, dtype: torch.dtype, capability: tuple[int, int]
     # More keys or fewer warps than here spill, by what ptxas says (tests/kernels/test_aot.py).
     few = capability[0] == 10 and width <= 128
     if dtype == torch.float32:
-        return Tiles(16, 32, 4 if width <= 64 else 8, 2) if rows <= 16 or width > 64 else Tiles(32, 32, 8, 2)
+        if rows <= 16 or width > 64:
+            return Tiles(16, 32, 4 if width <= 64 else 8, 2)
+        return Tiles(32, 32, 4 if width == 64 else 8, 2)
     if rows <= 16:
         return Tiles(16, 64 if width <= 128 else 32, 4, 3 if roomy else 2)
     if width > 128:

@@ -50,7 +50,7 @@ class EpisodeSteps:
     seed: int = 0
 
     def step(self, number: int) -> list[Share]:
-        """The rows behind slots of a step's episodes."""
+        """The last windows of a step's episodes."""
         rng = random.Random(f"agent compactor {self.seed}:{number}")
         rows = [row for place in range(self.episodes) for row in self._episode(rng, f"{number}-{place}")]
         return shares_of(rows, self.settings.normaliser, self.settings.constant, self.settings.memo_weight)
@@ -64,7 +64,7 @@ class EpisodeSteps:
                 events = oracle_events(load_task(place), self.tokenizer, config, Path(folder) / "run")
             rows = [row for row in rows_of_events(events, None, name) if row.prefix_plan]
             if rows and len(rows[-1].prefix_ids) + len(rows[-1].input_ids) <= KV_STAGE.window:
-                return rows
+                return rows[-1:]  # where the deliverable is written; earlier windows copy file names
 
 
 def train_agent_compactor(
