@@ -27,7 +27,7 @@ class TrainSettings:
         memo_weight: of memo tokens.
         micro_tokens: tokens that one forward may hold, prefixes left out; a longer row goes alone.
         max_tokens: of a row with its prefix; more is an error, nothing is ever cut.
-        checkpointing: gradient checkpointing.
+        checkpointing: gradient checkpointing of a policy that trains; a frozen one stays in evaluation mode.
         save_every: optimizer steps between two checkpoints.
         keep: checkpoints kept.
         train_seed: of the order of trajectories and of every draw of the training.
@@ -56,6 +56,8 @@ class TrainSettings:
         _positive(self, "lora_rank", "lr", "clip", "constant", "memo_weight", "micro_tokens", "save_every")
         if self.train_policy == "frozen" and self.compactor_mode == "frozen":
             raise ValueError("train_policy and compactor_mode are both frozen: nothing would train")
+        if self.checkpointing and self.train_policy == "frozen":
+            raise ValueError("checkpointing would do nothing: a frozen policy stays in evaluation mode; leave it out")
         if self.keep < 2:
             raise ValueError(f"keep is {self.keep}; it must be 2 or more, since the newest may be half written")
 
