@@ -32,6 +32,7 @@ from .config import IsftConfig, TrainSettings
 from .evaluate import evaluate
 from .grading import Grade
 from .leaks import LeakReport, leaks_of, privilege, transcript
+from .ledgers import numbers
 from .loop import RowTrainer, world
 from .model import RowModel
 from .setup import claim_output, join_processes, make_module
@@ -209,6 +210,7 @@ def prepare(
         "leaked": len(good) - len(gate.clean), "leaks": gate.counts(), "rollouts": len(clean), "rows": len(rows),
         "tokens": sum(row.trained for row in rows), "select": config.select,
         "solved": len({a.task for a in attempts if a.kept}), "tasks": len(tasks),
+        "ledger": numbers([by_id[a.task] for a in attempts], [Path(a.folder) for a in attempts]),
     }  # fmt: skip
     write_atomically(folder / "selection.json", json.dumps(selection, indent=2).encode() + b"\n")
     return rows

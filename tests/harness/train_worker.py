@@ -22,7 +22,7 @@ def rows(folder: Path) -> None:
 
 
 def isft(folder: Path) -> None:
-    """Two rounds with a scripted teacher."""
+    """Two rounds with a scripted teacher, two steps and then four."""
     from agent_cases import tiny_agent
     from trainer_cases import RUN, exact, matters, scripted_teacher
 
@@ -30,7 +30,7 @@ def isft(folder: Path) -> None:
     from still.harness.trainers.isft import run_isft
 
     tasks = matters(folder / "lab")
-    config = IsftConfig(rounds=2, rollouts=1, keep_per_task=1, batch=1)
+    config = IsftConfig(rounds=2, rollouts=1, keep_per_task=1, batch=2, epochs=2)
     settings = TrainSettings(lr=1e-3, save_every=1, micro_tokens=4000)
     run_isft(
         tasks, (), tiny_agent(layers=1), RUN, config, settings, folder / "run", exact(), exact()[0],
@@ -54,10 +54,15 @@ def grpo(folder: Path) -> None:
     )  # fmt: skip
 
 
-if __name__ == "__main__":
+def work(kind: str, folder: str) -> None:
+    """One run to its end; each process leaves a file with its number."""
     import torch
 
     torch.set_num_threads(1)
-    {"rows": rows, "isft": isft, "grpo": grpo}[sys.argv[1]](Path(sys.argv[2]))
+    {"rows": rows, "isft": isft, "grpo": grpo}[kind](Path(folder))
     together = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    (Path(sys.argv[2]) / f"process-{os.environ.get('RANK', '0')}-of-{together}").touch()
+    (Path(folder) / f"process-{os.environ.get('RANK', '0')}-of-{together}").touch()
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2])
