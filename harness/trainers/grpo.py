@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ...provenance import provenance
+from ..backends.slots import fingerprint
 from ..play import play_tasks
 from ..policies.local import LocalPolicy
 from ..run_config import RunConfig
@@ -98,7 +99,9 @@ class Rollouts:
         runs = {name: read_run(root) for name, (_, root) in kept.items()}
         self._check(number, made, runs)
         rows = self._rows(made, kept, number)
-        check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens, number, self.config.staleness)
+        behind = self.config.staleness
+        check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens, number, behind,
+                   "" if behind else fingerprint(self.module.method))  # fmt: skip
         settings = self.settings
         advantage, foretold = self._credit(made, rewards, groups, kept, runs)
         shares = shares_of(rows, settings.normaliser, settings.constant, settings.memo_weight, advantage)
@@ -285,10 +288,10 @@ def run_grpo(
         found["after"] = evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / "after",
                                   together, lambda line: report(f"after   {line}"))  # fmt: skip
         from .report import write_grpo_report
-        from .weights import save_weights
 
-        save_weights(module, output / "trained", loaded.tokenizer)
         write_grpo_report(output)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(output / "trained")
     trainer.accelerator.wait_for_everyone()
     return found
 

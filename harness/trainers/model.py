@@ -87,6 +87,11 @@ class RowModel(nn.Module):
             self.compactor.requires_grad_(compactor != "frozen")
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the layers' classes, by which accelerate shards."""
+        return list(self.policy._no_split_modules or ())
+
+    @property
     def trains_policy(self) -> bool:
         """Whether the policy has anything to train."""
         return any(parameter.requires_grad for parameter in self.policy.parameters())

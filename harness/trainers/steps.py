@@ -111,12 +111,17 @@ class StepStream(IterableDataset):
         rank: of this process.
         world: processes.
         micro_tokens: see `own_batches`.
+        ready: called before each step is made.
     """
 
-    def __init__(self, source: StepSource, start: int, stop: int, rank: int, world: int, micro_tokens: int):
+    def __init__(
+        self, source: StepSource, start: int, stop: int, rank: int, world: int, micro_tokens: int,
+        ready: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
         self.source, self.start, self.stop = source, start, stop
-        self.rank, self.world, self.micro_tokens = rank, world, micro_tokens
+        self.rank, self.world, self.micro_tokens, self.ready = rank, world, micro_tokens, ready
 
     def __iter__(self) -> Iterator[list[list[Share]]]:
         for number in range(self.start, self.stop):
+            self.ready()
             yield own_batches(self.source.step(number), self.rank, self.world, self.micro_tokens)

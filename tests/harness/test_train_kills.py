@@ -5,11 +5,13 @@ The runs are forked from a server that has everything imported, so that a kill l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ WEIGHTS = {
     "rows": "checkpoint-10/policy/model.safetensors", "isft": "run/round-2/student/policy/model.safetensors",
     "grpo": "run/trained/policy/model.safetensors",
 }  # fmt: skip
+CHECKPOINT = "checkpoint-"
 LOGS = {
     "rows": ["metrics.jsonl"], "isft": ["run/round-1/train/metrics.jsonl", "run/round-2/train/metrics.jsonl"],
     "grpo": ["run/metrics.jsonl"],
@@ -48,12 +51,10 @@ def start(server, kind: str, folder: Path):
     return child
 
 
-def finish(server, kind: str, folder: Path) -> float:
-    began = time.perf_counter()
+def finish(server, kind: str, folder: Path) -> None:
     child = start(server, kind, folder)
     child.join()
     assert child.exitcode == 0
-    return time.perf_counter() - began
 
 
 def curve(kind: str, folder: Path) -> list[tuple[int, float]]:
@@ -84,10 +85,14 @@ def assert_alike(kind: str, one: Path, other: Path, bound: float = 1e-6) -> None
         assert path.read_text() == (other / path.relative_to(one)).read_text().replace(str(other), str(one))
 
 
+def entries(folder: Path) -> list[Path]:
+    """All that lies in a folder; what disappears meanwhile is left out."""
+    return [Path(root, name) for root, folders, files in os.walk(folder) for name in (*folders, *files)]
+
+
 def half_written(folder: Path) -> bool:
     """Whether a checkpoint lies there that is not whole."""
-    places = {path.parent for path in folder.rglob("checkpoint-*")}
-    return any(not is_complete(path) for place in places for path in checkpoints(place))
+    return any(path.is_dir() and not is_complete(path) for path in entries(folder) if CHECKPOINT in path.name)
 
 
 def stage(kind: str, folder: Path) -> str:
@@ -99,6 +104,8 @@ def stage(kind: str, folder: Path) -> str:
         if not (rounds[-1] / "selection.json").is_file():
             return "collect"
         return "train" if not (rounds[-1] / "student" / "complete.json").is_file() else "evaluate"
+    if kind == "isft" and run.exists():
+        return "evaluate"
     if kind == "grpo" and (steps := sorted(run.glob("rollouts/step-*"))):
         if not (steps[-1] / "rewards-0.json").is_file():
             return "rollouts"
@@ -106,41 +113,42 @@ def stage(kind: str, folder: Path) -> str:
     return "train" if checkpoints(folder) else "begin"
 
 
-def killed_at(server, kind: str, folder: Path, seconds: float) -> None:
-    """Kill a run after so long; where it had ended by then, another one, earlier."""
-    kept = folder.with_name(f"{folder.name}-before")
-    if folder.exists():
-        shutil.copytree(folder, kept)
-    while True:
-        child = start(server, kind, folder)
-        child.join(seconds)
-        if child.exitcode is None:
-            child.kill()
-            child.join()
-            return
-        assert child.exitcode == 0
-        seconds *= 0.7
-        shutil.rmtree(folder)
-        if kept.exists():
-            shutil.copytree(kept, folder)
+def progress(folder: Path, seen: dict[Path, int]) -> int:
+    """Files that a run has written so far, and lines of its logs; `seen` keeps those that it deleted again."""
+    for path in entries(folder):
+        with contextlib.suppress(OSError):  # a folder, or gone by now
+            seen[path] = path.read_bytes().count(b"\n") if path.suffix == ".jsonl" else 1
+    return sum(seen.values())
+
+
+def killed_at(server, kind: str, folder: Path, target: int) -> None:
+    """Kill a run when it has written so much, or at its end."""
+    child, seen = start(server, kind, folder), {}
+    while child.is_alive() and progress(folder, seen) < target:
+        child.join(0.01)
+    child.kill()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("kind", "moments"), [("isft", 10), ("grpo", 10)])
 def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_never_was(tmp_path, server, kind, moments):
-    length = finish(server, kind, tmp_path / "whole")
-    rng, hit = random.Random(f"kills {kind}"), Counter()
+    seen: dict[Path, int] = {}
+    killed_at(server, kind, tmp_path / "whole", sys.maxsize)
+    whole, rng, hit = progress(tmp_path / "whole", seen), random.Random(f"kills {kind}"), Counter()
     for number in range(moments):
         folder = tmp_path / f"killed-{number}"
         share = (number + rng.random()) / moments  # one moment in each part of the run
-        killed_at(server, kind, folder, share * length)
+        killed_at(server, kind, folder, int(share * whole))
         hit[stage(kind, folder)] += 1
         if number % 3 == 0:  # and the run that goes on is killed too
-            killed_at(server, kind, folder, rng.random() * (1 - share) * length)
+            killed_at(server, kind, folder, int((share + rng.random() * (1 - share)) * whole))
             hit[stage(kind, folder)] += 1
         finish(server, kind, folder)
         assert_alike(kind, tmp_path / "whole", folder)
-    print(f"{kind}: a run takes {length:.1f} s; {sum(hit.values())} kills hit {dict(hit)}")
+    print(f"{kind}: {sum(hit.values())} kills, by where they hit: {dict(hit)}")
+    assert len(hit) >= 2
 
 
 def killed_inside_a_checkpoint(server, kind: str, folder: Path, rng: random.Random) -> None:
@@ -149,7 +157,8 @@ def killed_inside_a_checkpoint(server, kind: str, folder: Path, rng: random.Rand
         child, skip = start(server, kind, folder), rng.randrange(2)
         seen: set[Path] = set()
         while child.is_alive():
-            writing = {path for path in folder.rglob("checkpoint-*") if not (path / MARKER).exists()}
+            found = [path for path in entries(folder) if CHECKPOINT in path.name]
+            writing = {path for path in found if path.is_dir() and not (path / MARKER).exists()}
             seen |= writing
             if writing and len(seen) > skip:
                 time.sleep(rng.uniform(0, 0.01))
@@ -175,13 +184,13 @@ def test_a_kill_inside_a_checkpoints_writing_is_mended(tmp_path, server, kind):
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["rows", "isft", "grpo"])
-def test_two_processes_give_the_curve_of_one(tmp_path, server, kind):
+def test_two_processes_give_the_curve_of_one(tmp_path, server, kind, checkout):
     finish(server, kind, tmp_path / "one")
-    options = {"num_processes": "2", "num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
-    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *flags, train_worker.__file__, kind]
+    file = checkout / "harness" / "configs" / "ddp.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([*command, str(tmp_path / "two")], env=quiet, capture_output=True, text=True)
+    done = subprocess.run([*command, train_worker.__file__, kind, str(tmp_path / "two")], env=quiet,
+                          capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "two").glob("process-*-of-2"))) == 2
     assert_alike(kind, tmp_path / "one", tmp_path / "two", bound=1e-4)
