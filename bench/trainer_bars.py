@@ -55,9 +55,15 @@ def main() -> None:
     commit = (made_by["git"] or {}).get("commit", "")[:12]
     versions = " ".join(f"{name} {version}" for name, version in made_by["versions"].items())
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    known = {row[0] for row in found}
+    kept = []
+    if args.output.is_file():  # what was not measured again stays, with the commit that it was measured at
+        with args.output.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in list(csv.reader(file))[1:] if row[0] not in known]
     with args.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["what", "case", "value", "unit", "bar", "device", "commit", "versions"])
+        writer.writerows(kept)
         writer.writerows([*row, made_by["device"]["name"], commit, versions] for row in found)
 
 
