@@ -1,8 +1,10 @@
-"""How exact the trainers' gradients and log-probabilities are, and what the loop costs besides forward and backward.
+"""How exact the trainers' gradients, log-probabilities and processes are, and what the loop costs besides the model.
 
-Tiny random models along scripts, in float32; the cost is taken on the model that `--model` names.
+Tiny random models along scripts, in float32; cost and memory are taken on the model that `--model` names. Memory is
+what autograd keeps for the backward pass, each storage once, which no other process on the machine changes.
 
     python bench/trainer_bars.py --model pocket
+    python bench/trainer_bars.py --only memory,cost
 """
 
 from __future__ import annotations
@@ -10,24 +12,30 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import os
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path[:0] = [str(TESTS / "harness"), str(TESTS / "still")]
 
 from test_kv_rows import CASES, sampled_of, setting, step  # noqa: E402
 from test_losses import LENGTHS, backward, cut_rows, whole_rows  # noqa: E402
+from test_train_kills import WEIGHTS, curve  # noqa: E402
 from trainer_cases import plain_row  # noqa: E402
 
-from still import models  # noqa: E402
+from still import methods, models  # noqa: E402
+from still.compactor import StillCompactor  # noqa: E402
+from still.harness.trainers.advantages import group_advantages  # noqa: E402
 from still.harness.trainers.config import TrainSettings  # noqa: E402
 from still.harness.trainers.loop import RowTrainer  # noqa: E402
-from still.harness.trainers.model import RowModel  # noqa: E402
+from still.harness.trainers.model import RowModel, Share  # noqa: E402
 from still.harness.trainers.steps import RowSource  # noqa: E402
 from still.provenance import provenance  # noqa: E402
 
@@ -38,15 +46,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of a row (default: 1024)")
     parser.add_argument("--steps", type=int, default=4, help="default: 4")
     parser.add_argument("--output", type=Path, default=Path("bench/rows/trainer_bars.csv"))
+    parser.add_argument("--only", metavar="LIST", help=f"of {', '.join(PARTS)} (default: all)")
     args = parser.parse_args()
-    found = [*invariance(), *log_probabilities(), *checkpointing(), *cost(args)]
+    torch.set_num_threads(1)
+    chosen = args.only.split(",") if args.only else PARTS
+    found = [row for name in chosen for row in PARTS[name](args)]
     made_by = provenance(vars(args), 0)
     commit = (made_by["git"] or {}).get("commit", "")[:12]
     versions = " ".join(f"{name} {version}" for name, version in made_by["versions"].items())
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    known = {row[0] for row in found}
+    kept = []
+    if args.output.is_file():  # what was not measured again stays, with the commit that it was measured at
+        with args.output.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in list(csv.reader(file))[1:] if row[0] not in known]
     with args.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["what", "case", "value", "unit", "bar", "device", "commit", "versions"])
+        writer.writerows(kept)
         writer.writerows([*row, made_by["device"]["name"], commit, versions] for row in found)
 
 
@@ -60,7 +77,7 @@ def difference(one: dict, other: dict) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one) / size
 
 
-def invariance():
+def invariance(args):
     from agent_cases import tiny_agent
 
     torch.manual_seed(0)
@@ -79,7 +96,7 @@ def invariance():
             yield show("gradient invariance", f"{kind}, {normaliser}", worst, "of the largest gradient", "1e-5")
 
 
-def log_probabilities():
+def log_probabilities(args):
     for case in CASES:
         backend, method, kind, settings = getattr(case, "values", case)
         with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +108,7 @@ def log_probabilities():
         yield show("log-probabilities", name, worst, "nats", "1e-4")
 
 
-def checkpointing():
+def checkpointing(args):
     for mode in ("rl", "joint"):
         with tempfile.TemporaryDirectory() as folder:
             loaded, made, rows = setting(Path(folder))
@@ -156,6 +173,82 @@ def cost(args):
     yield show("cost of the loop", f"{loaded.name}, {len(rows)} rows of {args.tokens} tokens", outside,
                "of a training step outside forward and backward", "0.1")  # fmt: skip
 
+
+def baseline(args):
+    """Two trajectories of one group with ragged numbers of windows, against the mean by hand."""
+    found = group_advantages({"four": 1.0, "one": 0.0, "two": 0.25}, dict.fromkeys(("four", "one", "two"), "g")).of
+    by_hand = {"four": 7 / 12, "one": -5 / 12, "two": -2 / 12}
+    worst = max(abs(found[name] - value) for name, value in by_hand.items())
+    yield show("group baseline", "3 trajectories of 4, 1 and 2 windows", worst, "from the hand computation", "1e-9")
+
+
+def slot_row(ids: list[int], tokens: int):
+    """A row of `tokens` behind S and U of 32 tokens and a window of 512 in 128 slots."""
+    step = {"keep": "exact", "start": 0, "end": 32, "slots": 32, "first": 0, "last": 0}
+    plan = [step, {**step, "keep": "append", "start": 32, "end": 544, "slots": 128}]
+    return plain_row(ids[:tokens], range(tokens // 2, tokens), prefix_ids=ids[-544:], prefix_plan=plan,
+                     prefix_method="still", backend="kv")  # fmt: skip
+
+
+def kept_bytes(module, row) -> int:
+    """Bytes that a forward keeps for its backward pass, weights left out."""
+    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module([Share(row, 1.0 / row.trained)])
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def memory(args):
+    """Bytes a token at one length and at eight times that."""
+    loaded = models.load(args.model, "cpu", "float32")
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, loaded.model.config.vocab_size, (5000,), generator=draw).tolist()
+    compactor = StillCompactor.for_model(loaded.model, ratio=4, chunk=512)
+    module = RowModel(loaded.model.requires_grad_(True), methods.get("still", compactor=compactor), compactor="rl")
+    module.train()
+    for kind in ("text row", "row behind slots"):
+        each = {}
+        for tokens in (256, 512, 1024, 2048):
+            row = plain_row(ids[:tokens], range(tokens // 2, tokens)) if kind == "text row" else slot_row(ids, tokens)
+            each[tokens] = kept_bytes(module, row) / tokens
+        more = (2048 * each[2048] - 1024 * each[1024]) / (512 * each[512] - 256 * each[256]) / 4
+        sizes = ", ".join(f"{tokens}: {size / 1024:.0f} KiB" for tokens, size in each.items())
+        yield show("memory", f"{loaded.name}, {kind}; a token at {sizes}", more,
+                   "bytes of a further token at 2,048 tokens over those at 512", "1.1")  # fmt: skip
+
+
+def processes(args):
+    """Two processes through `accelerate launch` against one with doubled accumulation."""
+    worker = TESTS / "harness" / "train_worker.py"
+    config = Path(__file__).resolve().parent.parent / "harness" / "configs" / "ddp.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for kind in ("rows", "isft", "grpo"):
+        with tempfile.TemporaryDirectory() as root:
+            one, two = Path(root) / "one", Path(root) / "two"
+            for command, folder in (([sys.executable], one), (launch, two)):
+                subprocess.run([*command, str(worker), kind, str(folder)], env=quiet, check=True, capture_output=True)
+            assert len(list(two.glob("process-*-of-2"))) == 2
+            ours, theirs = curve(kind, one), curve(kind, two)
+            mine, others = load_file(one / WEIGHTS[kind]), load_file(two / WEIGHTS[kind])
+        worst = max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+        yield show("two processes", f"{kind}, loss of {len(ours)} steps", worst, "largest difference", "1e-5")
+        yield show("two processes", f"{kind}, weights", max(float((mine[n] - others[n]).abs().max()) for n in mine),
+                   "largest difference", "1e-4")  # fmt: skip
+
+
+PARTS = {
+    "invariance": invariance, "baseline": baseline, "log-probabilities": log_probabilities,
+    "checkpointing": checkpointing, "processes": processes, "memory": memory, "cost": cost,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -91,6 +91,7 @@ def claim(task: LabTask, policy: Policy, config: RunConfig, root: Path, method: 
 def play_tasks(
     tasks: Iterable[LabTask], policy: Policy, config: RunConfig, output: Path, *, seeds: Iterable[int] = (0,),
     method: Any = None, sandbox: Any = None, together: int = 1, report: Callable[[Outcome], None] = lambda _: None,
+    watch: Callable[[LabTask, Path], Callable[[Episode], None]] | None = None,
 ) -> list[Outcome]:  # fmt: skip
     """Play every task with every seed, each in `output/TASK/seed-N`; runs that ended are left as they are.
 
@@ -104,6 +105,7 @@ def play_tasks(
         sandbox: for bash.
         together: runs at a time: decoded in one batch by a local model, requested in parallel of a server.
         report: called as each run ends.
+        watch: makes what looks at each boundary of a run, of its task and folder; see `Episode.watch`.
 
     Raises:
         ValueError: the backend and the policy do not go together.
@@ -124,7 +126,8 @@ def play_tasks(
                 try:
                     claim(task, policy, settings, root, method)
                     if (outcome := finished(task.id, root)) is None:
-                        yield open_episode(task, policy, settings, root, method, sandbox)
+                        eyes = None if watch is None else watch(task, root)
+                        yield open_episode(task, policy, settings, root, method, sandbox, watch=eyes)
                     else:
                         ended(outcome)
                 except Exception as problem:

@@ -1,6 +1,6 @@
 """What is left behind each boundary: for every criterion, whether the text says it and whether the model knows it.
 
-What is found goes into the run's `private.jsonl`, since it names criteria; nothing of it is ever shown to the agent.
+What is found goes into a private file of the run, since it names criteria; nothing of it is ever shown to the agent.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ class Probe:
         task: with its rubric, of which criteria with a value to state are looked for.
         root: the run's folder.
         ask: put each criterion's question to a local model too.
+        name: of the file; `private.jsonl` unless the run has other private lines.
+        gain: and log how much likelier what crossed made each right answer, nats a token.
     """
 
-    def __init__(self, task: LabTask, root: Path, ask: bool):
+    def __init__(self, task: LabTask, root: Path, ask: bool, name: str = FILE, gain: bool = False):
         self.criteria = [c for c in task.criteria if c.expect and not c.expect.get("absent")]
-        self.path, self.ask = root / FILE, ask
-        self.known = {record["window"]: record for record in read_private(root)}
+        self.path, self.ask, self.gain = root / name, ask, gain
+        self.known = {record["window"]: record for record in read_private(root, name)}
+        self._without: list[float] | None = None
 
     def __call__(self, episode: Episode) -> None:
         """Look at what crossed the boundary that the episode just crossed; once."""
@@ -45,32 +48,45 @@ class Probe:
         text = held.text if held else ""
         said = [c.id for c in self.criteria if text and exact_criterion(text, c).passed]
         asks = self.ask and hasattr(episode.session, "peek") and episode.session.policy.capabilities >= {"kv"}
-        answered = self._answered(episode) if asks else None
-        self.known[window] = {"window": window, "written": said, "answered": answered}
+        record = {"window": window, "written": said, "answered": None}
+        if asks and self.criteria:
+            record |= self._asked(episode.session)
+        elif asks:
+            record["answered"] = []
+        self.known[window] = record
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.known[window]) + "\n")
+            file.write(json.dumps(record) + "\n")
 
-    def _answered(self, episode: Episode) -> list[str]:
+    def _asked(self, session: Any) -> dict[str, Any]:
         import torch
 
-        from .ask import Prompt, ask
-
-        session = episode.session
         chat, model = session.chat, session.policy.model
         cache, waiting = session.peek()
         with torch.no_grad():
             ids = torch.tensor([waiting], device=model.device)
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        questions, answers = [], []
+        found, lengths = self._put(session, cache)
+        pairs = zip(self.criteria, found.outputs, strict=True)
+        right = [c.id for c, output in pairs if exact_judge(chat.decode(output).strip(), _question(c)).passed]
+        if not self.gain:
+            return {"answered": right}
+        if self._without is None:
+            self._without = self._put(session, session.exact_base())[0].cross_entropy
+        each = zip(self.criteria, self._without, found.cross_entropy, lengths, strict=True)
+        return {"answered": right, "gain": {c.id: (before - now) / length for c, before, now, length in each}}
+
+    def _put(self, session: Any, cache: Any) -> tuple[Any, list[int]]:
+        """Every criterion's question put to a cache, and the tokens of each right answer."""
+        from .ask import Prompt, ask
+
+        chat, questions, answers = session.chat, [], []
         for criterion in self.criteria:
             asked = Message("user", criterion.expect["question"])
             questions.append([*chat.follow([asked], "user"), *chat.opening])
             value = f"{criterion.expect['party']}: {criterion.expect['value']}"
             answers.append(chat.assistant(Message("assistant", value)))
         prompt = Prompt(questions, answers, (chat.closing[0],))
-        outputs = ask(model, cache, prompt, max_new_tokens=LONGEST).outputs
-        pairs = zip(self.criteria, outputs, strict=True)
-        return [c.id for c, output in pairs if exact_judge(chat.decode(output).strip(), _question(c)).passed]
+        return ask(session.policy.model, cache, prompt, max_new_tokens=LONGEST), list(map(len, answers))
 
 
 def _question(criterion: Criterion) -> Question:
@@ -79,13 +95,13 @@ def _question(criterion: Criterion) -> Question:
     return Question(criterion.id, expect["question"], expect["value"], wrong, {"kind": expect.get("kind", "")})
 
 
-def read_private(root: str | Path) -> list[dict[str, Any]]:
+def read_private(root: str | Path, name: str = FILE) -> list[dict[str, Any]]:
     """The lines of a run's private file; a torn last one is left out.
 
     Raises:
         RunError: another line is damaged.
     """
-    path = Path(root) / FILE
+    path = Path(root) / name
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     found = []
     for number, line in enumerate(lines):

@@ -64,6 +64,7 @@ class WindowRow:
         teacher: what helped the policy; empty without any.
         corrections: private rounds that the rollout took.
         weight: of the row in a loss.
+        prefix_compactor: digest of the weights that made the slots; empty without any.
     """
 
     input_ids: list[int]
@@ -92,6 +93,7 @@ class WindowRow:
     teacher: str = ""
     corrections: int = 0
     weight: float = 1.0
+    prefix_compactor: str = ""
 
     @property
     def trained(self) -> int:
@@ -279,6 +281,7 @@ def rows_of_events(
         "temperature": heat or 1.0, "round": 0, "attempt": 0, "template": "", **about,
     }  # fmt: skip
     rows, before, plan, method = [], list(base), [_step("exact", 0, len(base), len(base))], ""
+    compactor = ""
     for number, window in enumerate(windows):
         behind = slots and number > 0
         ids = window.ids if behind else base + window.ids
@@ -292,10 +295,12 @@ def rows_of_events(
                 logprobs=[math.nan] * shift + window.logprobs,
                 spans=[{**s, "start": s["start"] + shift, "end": s["end"] + shift} for s in window.spans],
                 prefix_ids=list(before) if behind else [], prefix_plan=list(plan) if behind else [],
-                prefix_method=method if behind else "", window=number, is_last=number == len(windows) - 1, **shared,
+                prefix_method=method if behind else "", prefix_compactor=compactor if behind else "",
+                window=number, is_last=number == len(windows) - 1, **shared,
             ))  # fmt: skip
         if slots and number < len(compacts):
-            method = compacts[number]["artifact"]["details"].get("method", "")
+            details = compacts[number]["artifact"]["details"]
+            method, compactor = details.get("method", ""), details.get("compactor", "")
             plan = [*plan, _plan_step(compacts[number], window, len(before))]
             before += window.ids + window.pending
     return rows
@@ -322,7 +327,7 @@ def template_digest(tokenizer: Any) -> str:
 
 def check_rows(
     rows: Sequence[WindowRow], tokenizer: Any = None, max_tokens: int | None = None, newest: int | None = None,
-    staleness: int = 0,
+    staleness: int = 0, compactor: str = "",
 ) -> None:  # fmt: skip
     """Refuse rows that would train nothing, or another thing than what was played, before a step is wasted.
 
@@ -332,6 +337,7 @@ def check_rows(
         max_tokens: that a row may have; nothing is ever cut.
         newest: version of the weights that train; rows that others sampled are stale.
         staleness: versions that a row may lie behind.
+        compactor: digest of the compactor that the rows' slots must be of; any unless given.
 
     Raises:
         ValueError: names the row, what is wrong and the mend.
@@ -357,6 +363,11 @@ def check_rows(
             raise ValueError(
                 f"{where} was rendered by template {row.template}, the model that trains has {digest}: build the rows "
                 f"again with its tokenizer"
+            )
+        if compactor and row.prefix_compactor and row.prefix_compactor != compactor:
+            raise ValueError(
+                f"{where} was played behind slots of compactor {row.prefix_compactor}, and {compactor} is the one at "
+                f"hand: sample again, or load the compactor that made them"
             )
         if newest is not None:
             stale = [v for v in row.versions if v is None or not newest - staleness <= v <= newest]

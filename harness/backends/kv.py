@@ -20,7 +20,7 @@ from ..policies.local import LocalPolicy, LocalSession, Window
 from ..run_config import RunConfig, budget_bytes
 from ..runs import sha256_of
 from ..types import Artifact, Boundary, Message
-from .slots import SlotMaker
+from .slots import SlotMaker, fingerprint
 from .text import DEFAULT_TOKENS
 
 
@@ -95,7 +95,7 @@ class Kv(KvBackend):
             text = policy.model.config.get_text_config(decoder=True)
             layers = len(policy.session([]).layers)
             self.bytes_per_slot += layers * text.num_key_value_heads * policy.model.dtype.itemsize
-        self.maker = SlotMaker(self.method, policy.model)
+        self.maker, self._made_by = SlotMaker(self.method, policy.model), None
 
     @property
     def slots(self) -> int:
@@ -118,8 +118,13 @@ class Kv(KvBackend):
             cache = self._append(window, count)
         return self.close(
             session, cache, memo, boundary, method=self.method.name, mode=self.config.mode, slots=count,
-            window_tokens=window.tokens, exhausted=exhausted,
+            compactor=self._fingerprint(), window_tokens=window.tokens, exhausted=exhausted,
         )  # fmt: skip
+
+    def _fingerprint(self) -> str:
+        if self._made_by is None:  # an episode has a backend of its own, and one compactor throughout
+            self._made_by = fingerprint(self.method)
+        return self._made_by
 
     def share(self, window: Window, held: int, boundary: Boundary) -> int:
         """Slots that this window gets (append), or that everything gets (recompact)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,6 +24,18 @@ def exact_cache(model, base_ids: Sequence[int]) -> StillCache:
     layers = {i: CompactKV(full.layers[i].keys, full.layers[i].values) for i in full_attention_layers(model.config)}
     where = torch.arange(len(base_ids))
     return StillCache.from_layers(model.config, layers, len(base_ids), source=full, positions=where)
+
+
+def fingerprint(method: Method | None) -> str:
+    """Sixteen hex digits of the weights that make a method's slots; empty where it has none."""
+    compactor = getattr(method, "compactor", None)
+    if compactor is None:
+        return ""
+    found = hashlib.sha256()
+    for name, tensor in sorted(compactor.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 class SlotMaker:

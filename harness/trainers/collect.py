@@ -23,6 +23,7 @@ from ..tools import Workspace
 from ..types import Policy
 from .config import IsftConfig
 from .grading import Grade, falls_short, grade_runs
+from .ledgers import watcher
 from .teacher import PRIVATE, PrivateChannel, ShapedKv, TeacherPolicy
 
 DONE = "attempt.json"
@@ -146,6 +147,7 @@ class Collector:
             Workspace(place.workspace, Documents.load(task.agent_view())), policy, backend, run, place,
             {"run_id": run_id(task, run)},
         )  # fmt: skip
+        episode.watch = watcher()(task, folder)
         end = drive(episode)
         place.write_lab_files(read_run(folder))
         return end

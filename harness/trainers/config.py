@@ -27,7 +27,7 @@ class TrainSettings:
         memo_weight: of memo tokens.
         micro_tokens: tokens that one forward may hold, prefixes left out; a longer row goes alone.
         max_tokens: of a row with its prefix; more is an error, nothing is ever cut.
-        checkpointing: gradient checkpointing.
+        checkpointing: gradient checkpointing of a policy that trains; a frozen one stays in evaluation mode.
         save_every: optimizer steps between two checkpoints.
         keep: checkpoints kept.
         train_seed: of the order of trajectories and of every draw of the training.
@@ -56,6 +56,8 @@ class TrainSettings:
         _positive(self, "lora_rank", "lr", "clip", "constant", "memo_weight", "micro_tokens", "save_every")
         if self.train_policy == "frozen" and self.compactor_mode == "frozen":
             raise ValueError("train_policy and compactor_mode are both frozen: nothing would train")
+        if self.checkpointing and self.train_policy == "frozen":
+            raise ValueError("checkpointing would do nothing: a frozen policy stays in evaluation mode; leave it out")
         if self.keep < 2:
             raise ValueError(f"keep is {self.keep}; it must be 2 or more, since the newest may be half written")
 
@@ -127,6 +129,14 @@ class GrpoConfig:
         length_cut: share of rollouts that a limit may stop before the run stops, loudly.
         staleness: versions that the weights of a rollout may lie behind.
         rollout_temperature: of the sampling; top-p is 1, always.
+        ask: log with every boundary which criteria a local policy still answers behind it; what its text says is
+            logged always.
+        credit: of windows: broadcast (the trajectory's advantage), potential (shaping by what boundaries hold) or
+            ledger (each criterion's advantage to the windows that acquired or lost it).
+        credit_share: of that credit beside the trajectory's advantage.
+        credit_decay: of later windows' steps, for the potential.
+        potential: what counts as held: written, answered, or gain (how much likelier the right answers became).
+        full_gain: nats a token at which a criterion counts as held in full, for gain.
     """
 
     steps: int = 40
@@ -144,13 +154,29 @@ class GrpoConfig:
     length_cut: float = 0.5
     staleness: int = 0
     rollout_temperature: float = 1.0
+    ask: bool = True
+    credit: Literal["broadcast", "potential", "ledger"] = "broadcast"
+    credit_share: float = 0.3
+    credit_decay: float = 1.0
+    potential: Literal["written", "answered", "gain"] = "answered"
+    full_gain: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "tasks_per_step", "rollout_temperature", "ratio_cap")
+        _positive(self, "steps", "tasks_per_step", "rollout_temperature", "ratio_cap", "full_gain")
         if self.group < 2:
             raise ValueError(f"group is {self.group}; a baseline needs 2 rollouts of a task or more")
         if not 0 <= self.all_pass_share <= 1:
             raise ValueError(f"all_pass_share is {self.all_pass_share}; it must lie between 0 and 1")
+        for name in ("credit_share", "credit_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.credit != "broadcast":
+            if self.reward == "random":
+                raise ValueError(f"credit={self.credit} knows the rubric, so that reward=random is no control with it")
+            if self.scale != "none":
+                raise ValueError(f"credit={self.credit} is in units of the reward: take scale=none")
+            if self.potential != "written" and not self.ask:
+                raise ValueError(f"potential={self.potential} needs ask")
 
 
 def _positive(config: object, *names: str) -> None:

@@ -14,6 +14,7 @@ from ..run_config import RunConfig
 from ..runs import read_run, write_atomically
 from .behaviour import mean_behaviour
 from .grading import Grade, grade_runs, rates
+from .ledgers import numbers, watcher
 from .model import RowModel
 
 DONE = "evaluation.json"
@@ -44,7 +45,7 @@ def evaluate(
         report: told a line for each backend.
 
     Returns:
-        For each backend `criteria` and `all_pass` with intervals, rollouts, unscored, failed, behaviour.
+        For each backend `criteria` and `all_pass` with intervals, rollouts, unscored, failed, behaviour, ledger.
     """
     if (output / DONE).is_file():
         return json.loads((output / DONE).read_text(encoding="utf-8"))
@@ -54,13 +55,15 @@ def evaluate(
         config = backend_config(run, backend)
         policy = LocalPolicy(loaded, run.window)
         method = module.method if backend in ("kv", "hybrid") else None
-        outcomes = play_tasks(tasks, policy, config, output / backend, method=method, together=together)
+        outcomes = play_tasks(tasks, policy, config, output / backend, method=method, together=together,
+                              watch=watcher())  # fmt: skip
         ended = {outcome.task: outcome.folder for outcome in outcomes if outcome.status != "failed"}
         graded = [(task, ended[task.id]) for task in tasks if task.id in ended]
         scored = grade_runs(grade, graded)
         found[backend] = {
             **rates([task for task, _ in graded], scored), "failed": len(tasks) - len(graded),
             "behaviour": mean_behaviour([read_run(folder) for _, folder in graded]), "config": asdict(config),
+            "ledger": numbers([task for task, _ in graded], [folder for _, folder in graded]),
         }  # fmt: skip
         rate = found[backend]["criteria"]
         report(f"{backend}: criterion pass {100 * rate['estimate']:.1f} %" if rate else f"{backend}: nothing scored")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ...provenance import provenance
+from ..backends.slots import fingerprint
 from ..play import play_tasks
 from ..policies.local import LocalPolicy
 from ..run_config import RunConfig
@@ -32,6 +33,7 @@ from .behaviour import mean_behaviour, was_cut
 from .config import GrpoConfig, TrainSettings
 from .evaluate import evaluate
 from .grading import Grade, grade_runs, random_rewards
+from .ledgers import check_credit, numbers, trajectory_of, watcher, window_advantages
 from .loop import RowTrainer, world
 from .model import RowModel, Share
 from .setup import claim_output, join_processes, make_module
@@ -97,12 +99,16 @@ class Rollouts:
         runs = {name: read_run(root) for name, (_, root) in kept.items()}
         self._check(number, made, runs)
         rows = self._rows(made, kept, number)
-        check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens, number, self.config.staleness)
+        behind = self.config.staleness
+        check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens, number, behind,
+                   "" if behind else fingerprint(self.module.method))  # fmt: skip
         settings = self.settings
-        shares = shares_of(rows, settings.normaliser, settings.constant, settings.memo_weight, made.of)
+        advantage, foretold = self._credit(made, rewards, groups, kept, runs)
+        shares = shares_of(rows, settings.normaliser, settings.constant, settings.memo_weight, advantage)
         if self.config.kl:
             self._refer(shares)
-        self._note(made, rewards, runs, rows, folder)
+        self._note(made, rewards, runs, rows)
+        self.last |= {**numbers(*zip(*kept.values(), strict=True)), **foretold}
         return shares
 
     def _claim(self, folder: Path, number: int) -> None:
@@ -135,7 +141,9 @@ class Rollouts:
         method = self.module.method if run.backend in ("kv", "hybrid") else None
         seeds = [number * self.config.group + sample for sample in range(self.config.group)]
         rank, processes = world()
-        play = {"seeds": seeds, "method": method, "together": self.together}
+        gain = self.config.credit == "potential" and self.config.potential == "gain"
+        eyes = watcher(self.config.ask, gain)
+        play = {"seeds": seeds, "method": method, "together": self.together, "watch": eyes}
         if processes > 1:
             play_tasks(tasks[rank::processes], policy, run, folder, **play)
             _barrier()
@@ -194,12 +202,23 @@ class Rollouts:
             )  # fmt: skip
         return rows
 
+    def _credit(self, made: Advantages, rewards, groups, kept, runs) -> tuple[Callable[[WindowRow], float], dict]:
+        """The advantage of a row, and numbers for the log."""
+        if self.config.credit == "broadcast":
+            return lambda row: made.of[row.trajectory_id], {}
+        known = {
+            name: trajectory_of(*kept[name], runs[name], rewards[name], self._graded[name]["labels"], self.config)
+            for name in made.of
+        }
+        found, log = window_advantages(made.of, groups, known, self.config)
+        return lambda row: found[row.trajectory_id][row.window], log
+
     @torch.no_grad()
     def _refer(self, shares: Sequence[Share]) -> None:
         for share in shares:
             share.reference = self.module.logprobs(share.row, self.reference)
 
-    def _note(self, made: Advantages, rewards, runs, rows, folder: Path) -> None:
+    def _note(self, made: Advantages, rewards, runs, rows) -> None:
         scored = [reward for reward in rewards.values() if reward is not None]
         rate = [each["rate"] for each in self._graded.values() if each["rate"] is not None]
         whole = [float(each["all_pass"]) for each in self._graded.values() if each["all_pass"] is not None]
@@ -242,11 +261,12 @@ def run_grpo(
         The evaluations, before and after.
 
     Raises:
-        ValueError: a task is in both sets, or the folder holds another run.
+        ValueError: a task is in both sets, the folder holds another run, or there is no ledger for the credit.
     """
     shared = {task.id for task in tasks} & {task.id for task in held_out}
     if shared:
         raise ValueError(f"{sorted(shared)[0]} is trained on and held out; keep the two apart")
+    check_credit(config, tasks, run.backend)
     made_by = {"run": asdict(run), "grpo": asdict(config), "train": asdict(settings)}
     claim_output(output, "grpo.json", made_by, loaded.name, provenance(config, settings.train_seed))
     clip = {"low": config.clip_low, "high": config.clip_high, "cap": config.ratio_cap, "kl": config.kl}
@@ -268,10 +288,10 @@ def run_grpo(
         found["after"] = evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / "after",
                                   together, lambda line: report(f"after   {line}"))  # fmt: skip
         from .report import write_grpo_report
-        from .weights import save_weights
 
-        save_weights(module, output / "trained", loaded.tokenizer)
         write_grpo_report(output)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(output / "trained")
     trainer.accelerator.wait_for_everyone()
     return found
 

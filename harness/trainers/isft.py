@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ...provenance import provenance
+from ..backends.slots import fingerprint
 from ..policies.local import LocalPolicy
 from ..row_files import read_rows, write_rows
 from ..run_config import RunConfig
@@ -32,12 +33,14 @@ from .config import IsftConfig, TrainSettings
 from .evaluate import evaluate
 from .grading import Grade
 from .leaks import LeakReport, leaks_of, privilege, transcript
+from .ledgers import numbers
 from .loop import RowTrainer, world
 from .model import RowModel
 from .setup import claim_output, join_processes, make_module
+from .sharding import assign, gather
 from .steps import RowSource
 from .teacher import PrivateChannel
-from .weights import load_weights, save_weights, trained
+from .weights import load_weights, trained
 
 TeacherOf = Callable[[int, Any], Any]
 """The round and the student in, the policy that teaches out; None for the student with the rubric."""
@@ -136,13 +139,13 @@ class Student:
         """Train on a round's rows, from the base or from where the last round ended."""
         if (folder / "student" / "complete.json").is_file():
             load_weights(self.module, folder / "student")
+            gather(self.module)
             return
         if config.start == "base":
-            with torch.no_grad():
-                for name, parameter in self.module.named_parameters():
-                    if name in self.base:
-                        parameter.copy_(self.base[name])
-        check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens)
+            assign(self.module, self.base)
+        frozen = self.settings.compactor_mode == "frozen"
+        check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens,
+                   compactor=fingerprint(self.module.method) if frozen else "")  # fmt: skip
         source = RowSource(rows, config.batch, self.settings, self.settings.train_seed)
         trainer = RowTrainer(
             self.module, self.settings, folder / "train", source, source.steps(config.epochs), self.loaded.tokenizer,
@@ -150,8 +153,9 @@ class Student:
         )  # fmt: skip
         trainer.fit()
         self.module.eval()
+        trainer.save_model(folder / "student")
+        gather(self.module)
         if world()[0] == 0:
-            save_weights(self.module, folder / "student", self.loaded.tokenizer)
             write_atomically(folder / "student" / "complete.json", b"{}\n")
         _barrier()
 
@@ -209,6 +213,7 @@ def prepare(
         "leaked": len(good) - len(gate.clean), "leaks": gate.counts(), "rollouts": len(clean), "rows": len(rows),
         "tokens": sum(row.trained for row in rows), "select": config.select,
         "solved": len({a.task for a in attempts if a.kept}), "tasks": len(tasks),
+        "ledger": numbers([by_id[a.task] for a in attempts], [Path(a.folder) for a in attempts]),
     }  # fmt: skip
     write_atomically(folder / "selection.json", json.dumps(selection, indent=2).encode() + b"\n")
     return rows

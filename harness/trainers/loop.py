@@ -18,6 +18,7 @@ from ...distill.checkpoints import MARKER, is_complete, mark_complete, step_of, 
 from ...distill.progress import MetricsFile
 from .config import TrainSettings
 from .model import RowModel
+from .sharding import NOTHING, gather, hold_gradients, parts, prepare, scatter, whole_state
 from .steps import StepSource, StepStream
 from .weights import load_weights, save_weights
 
@@ -82,13 +83,26 @@ class RowTrainer(Trainer):
         cpu = next(module.policy.parameters()).device.type == "cpu"
         args = training_arguments(settings, output, steps, options or {}, cpu)
         self.settings, self.source, self.tokenizer, self.extra = settings, source, tokenizer, extra
-        self.first_step, self._sums = 0, {}
+        self.first_step, self._sums, self._settled = 0, {}, False
         super().__init__(model=module, args=args)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                "rows train with plain or DDP processes, since each makes its slots with the whole model: turn FSDP "
-                "and DeepSpeed off"
+                "DeepSpeed's engine counts micro-batches itself, and those of rows are as many as a step needs: take "
+                "DDP, or FSDP for shards of gradients and optimizer states (harness/configs/fsdp.yaml)"
             )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError("rows train with FSDP2, whose weights can be held whole: set fsdp_version: 2")
+        asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+        if asked and not self.is_fsdp_enabled:
+            raise ValueError(f"accelerate has no {asked[0]} on CPUs: take harness/configs/ddp.yaml")
+        if self.is_fsdp_enabled:
+            if hasattr(module.policy, "peft_config") or module.mode != "frozen":
+                raise ValueError(
+                    "adapters are small and compactors have scalars, which FSDP does not shard: train them with DDP "
+                    "(harness/configs/ddp.yaml)"
+                )
+            if module.compactor is not None:
+                self.accelerator.state.fsdp_plugin.ignored_modules = [module.compactor]
         self.metrics_file = MetricsFile(Path(output) / "metrics.jsonl")
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":
@@ -106,24 +120,33 @@ class RowTrainer(Trainer):
         if self.first_step < self.args.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         elif checkpoint:
-            self._load_from_checkpoint(str(checkpoint))
+            load_weights(self.module, checkpoint)
+        gather(self.model)
 
     def get_train_dataloader(self) -> DataLoader:
         """Steps from the first one on; none is fetched ahead, since it may need the weights that the last one left."""
         stream = StepStream(
             self.source, self.first_step, self.args.max_steps, self.args.process_index, self.args.world_size,
-            self.settings.micro_tokens,
+            self.settings.micro_tokens, self._ready,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(self.settings.train_seed)
         return DataLoader(stream, batch_size=None, generator=generator)
 
+    def _ready(self) -> None:
+        """Before a step: rollouts and rows find whole weights."""
+        if not self._settled:
+            self._settled = True
+            prepare(self.model)
+        gather(self.model)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward over the step's micro-batches; only the last one synchronises."""
         model.train()
-        total = torch.zeros((), device=self.args.device)
+        total, sharded = torch.zeros((), device=self.args.device), bool(parts(model))
+        hold_gradients(model, True)
         for place, batch in enumerate(inputs):
             last = place == len(inputs) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if last or sharded else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     out = model(batch)
                 if not math.isfinite(out.loss.item()):
@@ -133,6 +156,10 @@ class RowTrainer(Trainer):
             total += out.loss.detach()
             for name, value in out.sums.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
+        if sharded:
+            hold_gradients(model, False)
+            self.accelerator.backward(model([NOTHING]).loss)
+            scatter(model)
         return self.accelerator.reduce(total, "sum")
 
     def floating_point_ops(self, inputs) -> int:
@@ -171,11 +198,11 @@ class RowTrainer(Trainer):
         if self.args.should_save:
             mark_complete(folder, self.state.global_step)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains; every process calls this."""
+        state = whole_state(self.module)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_weights(self.module, folder, self.tokenizer)
+            save_weights(self.module, Path(output_dir or self.args.output_dir), self.tokenizer, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_weights(self.module, resume_from_checkpoint)

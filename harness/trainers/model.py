@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from ...distill.objective import top_k_kl
 from ...methods.base import Method
 from ..windows import IGNORE, KINDS, WindowRow
 from .losses import policy_loss, sft_loss, token_weights
-from .prefix import check_method, let_checkpoint_read, read_only, rebuild
+from .prefix import check_method, let_checkpoint_read, read_only, rebuild, to_slots_alone
 
 COMPACTOR_MODES = ("frozen", "distill", "rl", "joint")
 
@@ -86,6 +85,11 @@ class RowModel(nn.Module):
             raise ValueError(f"compactor={compactor!r}, but {name} has no compactor that could train")
         if self.compactor is not None:
             self.compactor.requires_grad_(compactor != "frozen")
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the layers' classes, by which accelerate shards."""
+        return list(self.policy._no_split_modules or ())
 
     @property
     def trains_policy(self) -> bool:
@@ -164,7 +168,7 @@ class RowModel(nn.Module):
                 logprobs = self._picked(self._logits(row, self.policy, self._prefix(row, known, False)), row)
             self._count(out, share, logprobs)
         if self.mode in ("distill", "joint"):
-            divergence = self._distill(row, self._prefix(row, known, True)).sum()
+            divergence = self._distill(row, self._prefix(row, known, True))
             out.loss = out.loss + self.distill_weight * abs(share.scale) * divergence
             out.add(distill=float(divergence.detach()) if share.scale else 0.0)
 
@@ -213,18 +217,15 @@ class RowModel(nn.Module):
             out.loss = out.loss + share.scale * (weights * losses).sum()
 
     def _distill(self, row: WindowRow, cache) -> torch.Tensor:
-        """KL from the full cache to the slots at every trained token; the policy gets no gradient of it."""
+        """KL from the full cache to the slots, summed over trained tokens; the policy gets no gradient of it."""
         with torch.no_grad():
             training = self.policy.training
             self.policy.eval()
             full = WholeRow(row.prefix_ids + row.input_ids, [IGNORE] * len(row.prefix_ids) + row.labels)
             taught = self._logits(full, self.policy, None)
             self.policy.train(training)
-        frozen = {name: value.detach() for name, value in self.policy.named_parameters()}
-        learnt = functional_call(_Logits(self.policy, self._logits), {f"policy.{k}": v for k, v in frozen.items()},
-                                 (row, cache))  # fmt: skip
-        gold = torch.tensor([token for token in row.labels if token != IGNORE], device=learnt.device)
-        return top_k_kl(taught, learnt, gold)
+        gold = torch.tensor([token for token in row.labels if token != IGNORE], device=taught.device)
+        return to_slots_alone(cache, lambda cut: top_k_kl(taught, self._logits(row, self.policy, cut), gold).sum())
 
 
 @dataclass
@@ -233,15 +234,6 @@ class WholeRow:
 
     input_ids: list[int]
     labels: list[int]
-
-
-class _Logits(nn.Module):
-    def __init__(self, policy, logits):
-        super().__init__()
-        self.policy, self.logits = policy, logits
-
-    def forward(self, row: Any, cache: Any) -> torch.Tensor:
-        return self.logits(row, self.policy, cache)
 
 
 def _places(row: Any) -> list[int]:

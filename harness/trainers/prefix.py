@@ -7,7 +7,7 @@ makes of them are not, so the loss of a later window reaches the compactor throu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,34 @@ def _shared(layer: CompactLayer) -> ReadOnlyLayer:
     for name in ("keys", "values", "beta", "slot_positions", "logical", "is_initialized", "dtype", "device"):
         setattr(other, name, getattr(layer, name))
     return other
+
+
+def to_slots_alone(cache: StillCache, loss_of: Callable[[StillCache], torch.Tensor]) -> torch.Tensor:
+    """A loss whose gradient reaches the slots of a cache, and no weight that the forward between them uses.
+
+    The forward is gone through backward at once, so its activations are free when this returns; what is left of it is
+    the gradient at the slots. Weights that are detached for the forward alone would not do: gradient checkpointing
+    replays it when they are attached again.
+
+    Args:
+        cache: with slots that a compactor made.
+        loss_of: gives a scalar for a cache with the same slots.
+    """
+    if not torch.is_grad_enabled():
+        return loss_of(cache)
+    cut, pairs = read_only(cache), []
+    for layer, own in zip(cache.layers, cut.layers, strict=True):
+        for name in ("keys", "values", "beta") if isinstance(own, ReadOnlyLayer) else ():
+            slots = getattr(layer, name)
+            if slots is not None and slots.requires_grad:
+                setattr(own, name, slots.detach().requires_grad_())
+                pairs.append((slots, getattr(own, name)))
+    loss = loss_of(cut)
+    if not pairs:  # slots that no compactor made
+        return loss.detach()
+    slopes = torch.autograd.grad(loss, [leaf for _, leaf in pairs])
+    reach = sum((slots * slope).sum() for (slots, _), slope in zip(pairs, slopes, strict=True))
+    return loss.detach() + (reach - reach.detach())
 
 
 def let_checkpoint_read(model) -> None:

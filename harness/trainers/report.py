@@ -64,7 +64,8 @@ def write_grpo_report(output: str | Path) -> Path:
     if states:
         shown.append(_figure(output, "held_out", lambda: _bars(states), "Hold-out before and after"))
     last = lines[-1] if lines else {}
-    names = ("reward", "criterion_rate", "all_pass", "groups_dropped", "unscored", "cut_by_length", "gap", "tokens")
+    names = ("reward", "criterion_rate", "all_pass", "groups_dropped", "unscored", "cut_by_length", "gap", "tokens",
+             *(name for name in last if name.startswith(("ledger_", "credit_"))))  # fmt: skip
     body = [
         header("GRPO" + (", control: random reward" if control else ""), made_by["settings"]["model"],
                _conditions(made_by)),

@@ -34,7 +34,7 @@ def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) 
     """
     model = loaded.model
     if settings.train_policy == "lora":
-        model = add_adapter(model, settings.lora_rank)
+        model = add_adapter(model, settings.lora_rank, settings.train_seed)
         loaded = replace(loaded, model=model)
     else:
         model.requires_grad_(settings.train_policy == "full")

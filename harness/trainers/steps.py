@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from torch.utils.data import IterableDataset
@@ -22,13 +22,13 @@ class StepSource(Protocol):
 
 def shares_of(
     rows: Sequence[WindowRow], normaliser: str, constant: float, memo_weight: float,
-    advantages: dict[str, float] | None = None,
+    advantage: Callable[[WindowRow], float] | None = None,
 ) -> list[Share]:  # fmt: skip
-    """Rows with their scales, and the advantages of their trajectories where there are any."""
+    """Rows with their scales, and their advantages where there are any."""
     counted = [Counted(row.trajectory_id, _weighed(row, memo_weight)) for row in rows]
     scales = row_scales(counted, normaliser, constant)
     return [
-        Share(row, scale, None if advantages is None else advantages[row.trajectory_id])
+        Share(row, scale, None if advantage is None else advantage(row))
         for row, scale in zip(rows, scales, strict=True)
     ]
 
@@ -111,12 +111,17 @@ class StepStream(IterableDataset):
         rank: of this process.
         world: processes.
         micro_tokens: see `own_batches`.
+        ready: called before each step is made.
     """
 
-    def __init__(self, source: StepSource, start: int, stop: int, rank: int, world: int, micro_tokens: int):
+    def __init__(
+        self, source: StepSource, start: int, stop: int, rank: int, world: int, micro_tokens: int,
+        ready: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
         self.source, self.start, self.stop = source, start, stop
-        self.rank, self.world, self.micro_tokens = rank, world, micro_tokens
+        self.rank, self.world, self.micro_tokens, self.ready = rank, world, micro_tokens, ready
 
     def __iter__(self) -> Iterator[list[list[Share]]]:
         for number in range(self.start, self.stop):
+            self.ready()
             yield own_batches(self.source.step(number), self.rank, self.world, self.micro_tokens)

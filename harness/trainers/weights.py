@@ -10,12 +10,18 @@ from safetensors.torch import load_file, save_file
 
 from ...compactor import WEIGHTS
 from .model import RowModel
+from .sharding import assign
 
 POLICY, COMPACTOR, ADAPTER = "policy", "compactor", "adapter.safetensors"
 
 
-def add_adapter(model, rank: int):
+def add_adapter(model, rank: int, seed: int = 0):
     """The model with a LoRA adapter on its linear layers, which alone trains.
+
+    Args:
+        model: a causal language model.
+        rank: of the adapter.
+        seed: of its first weights, so that every process and every start of a run has the same.
 
     Raises:
         ModuleNotFoundError: peft is not installed.
@@ -24,7 +30,9 @@ def add_adapter(model, rank: int):
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as problem:
         raise ModuleNotFoundError("train_policy=lora needs peft: pip install peft") from problem
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
 def trained(module: RowModel) -> dict[str, torch.Tensor]:
@@ -37,12 +45,20 @@ def digest(module: RowModel) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(trained(module).items()):
         found.update(name.encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+        copied = tensor.flatten().to("cpu", copy=True)  # what numpy has seen, no wrapper can free any more
+        found.update(copied.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 
-def save_weights(module: RowModel, folder: str | Path, tokenizer=None) -> None:
-    """Write what trains into `folder/policy` (a whole model, or an adapter) and `folder/compactor`."""
+def save_weights(module: RowModel, folder: str | Path, tokenizer=None, state: dict | None = None) -> None:
+    """Write what trains into `folder/policy` (a whole model, or an adapter) and `folder/compactor`.
+
+    Args:
+        module: policy and compactor.
+        folder: made if it is not there.
+        tokenizer: saved beside the policy.
+        state: the whole weights, where the module holds shards.
+    """
     folder = Path(folder)
     if module.trains_policy:
         place = folder / POLICY
@@ -53,7 +69,9 @@ def save_weights(module: RowModel, folder: str | Path, tokenizer=None) -> None:
                      if k.startswith("policy.")}  # fmt: skip
             save_file(state, place / ADAPTER)
         else:
-            module.policy.save_pretrained(place, max_shard_size="1000GB")
+            start = f"{POLICY}."
+            whole = state and {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+            module.policy.save_pretrained(place, state_dict=whole, max_shard_size="1000GB")
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
     if module.mode != "frozen":
@@ -70,11 +88,16 @@ def load_weights(module: RowModel, folder: str | Path) -> None:
     folder = Path(folder)
     if module.trains_policy:
         file = folder / POLICY / (ADAPTER if hasattr(module.policy, "peft_config") else "model.safetensors")
-        missing, unknown = module.policy.load_state_dict(load_file(file), strict=False)
-        tied = set(getattr(module.policy, "all_tied_weights_keys", None) or ())
-        lost = [name for name in missing if name not in tied and name in dict(module.policy.named_parameters())]
-        lost = [name for name in lost if dict(module.policy.named_parameters())[name].requires_grad]
-        if unknown or lost:
-            raise ValueError(f"{file} is of another model: {[*unknown, *lost][:3]} do not fit; give another folder")
+        _put(module, POLICY, file)
     if module.mode != "frozen":
-        module.compactor.load_state_dict(load_file(folder / COMPACTOR / WEIGHTS))
+        _put(module, COMPACTOR, folder / COMPACTOR / WEIGHTS)
+
+
+def _put(module: RowModel, part: str, file: Path) -> None:
+    saved, owner = load_file(file), getattr(module, part)
+    known = {name for name, _ in owner.named_parameters(remove_duplicate=False)} | dict(owner.named_buffers()).keys()
+    unknown = [name for name in saved if name not in known]
+    lost = [name for name, p in owner.named_parameters() if p.requires_grad and name not in saved]
+    if unknown or lost:
+        raise ValueError(f"{file} is of another model: {[*unknown, *lost][:3]} do not fit; give another folder")
+    assign(module, {f"{part}.{name}": tensor for name, tensor in saved.items()})

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from agent_cases import Reader, of, tiny_agent
@@ -26,10 +27,10 @@ SHORT = replace(RUN, max_new_tokens=12)
 CONFIG = GrpoConfig(steps=3, tasks_per_step=1, group=2, reward="random", length_cut=1.0)
 
 
-def grpo(root, tasks, config=CONFIG, run=SHORT, settings=SETTINGS, loaded=None, **more):
+def grpo(root, tasks, config=CONFIG, run=SHORT, settings=SETTINGS, loaded=None, grade=None, **more):
     """Run it with a model that is the same each time."""
     loaded = loaded or tiny_agent(layers=1)
-    graders = exact()
+    graders = [grade or exact()[0], exact()[1]]
     return run_grpo(tasks, (), loaded, run, config, settings, root, *graders, report=lambda _: None, **more)
 
 
@@ -102,10 +103,18 @@ def test_the_compactor_trains_in_the_loop_behind_a_frozen_base(tmp_path, mode):
     assert not (tmp_path / "run" / "trained" / "policy").exists()
 
 
+def broken(rollouts):
+    """A grader whose rate is no number."""
+    return [SimpleNamespace(pass_rate=float("nan"), all_pass=False, verdicts=[]) for _ in rollouts]
+
+
 def test_what_would_silently_learn_nothing_stops(tmp_path):
     tasks = matters(tmp_path / "lab", (1,))
     with pytest.raises(ValueError, match="no group of step 0 has any variance"):
         grpo(tmp_path / "same", tasks, replace(CONFIG, reward="rubric"))
+    (tmp_path / "same" / "rollouts" / "step-0000" / "rewards-0.json").unlink()
+    with pytest.raises(ValueError, match=r"the reward of step-0/.* is nan"):
+        grpo(tmp_path / "same", tasks, replace(CONFIG, reward="rubric"), grade=broken)
     with pytest.raises(ValueError, match="2 of 2 rollouts of step 0 were stopped by a limit on length"):
         grpo(tmp_path / "long", tasks, replace(CONFIG, length_cut=0.5))
     with pytest.raises(ValueError, match="2 rollouts unscored"):

@@ -12,10 +12,11 @@ from trainer_cases import assert_close, gradients, rollout
 
 from still import methods
 from still.compactor import StillCompactor
+from still.harness.backends.slots import fingerprint
 from still.harness.trainers.losses import Counted, row_scales
 from still.harness.trainers.model import RowModel, Share
 from still.harness.trainers.prefix import let_checkpoint_read, rebuild
-from still.harness.windows import IGNORE
+from still.harness.windows import IGNORE, check_rows
 
 
 def still(model, seed: int = 0):
@@ -154,6 +155,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         RowModel(loaded.model, methods.get("knorm"), compactor="rl")
     with pytest.raises(ValueError, match="slots of still, and none was given"):
         RowModel(loaded.model).logprobs(rows[1])
+    check_rows(rows, compactor=fingerprint(made))
+    other = fingerprint(still(loaded.model, seed=1))
+    with pytest.raises(ValueError, match=f"behind slots of compactor {fingerprint(made)}, and {other} is the one"):
+        check_rows(rows, compactor=other)
     with pytest.raises(ValueError, match="does not cover"):
         rebuild(loaded.model, made, rows[1].prefix_ids[:-1], rows[1].prefix_plan)
     with pytest.raises(ValueError, match="the first token of a row is trained"):

@@ -1,45 +1,74 @@
-"""Both trainers killed at random moments, and launched as two processes: the same rows, curves and weights."""
+"""Both trainers killed at random moments and inside a checkpoint's writing: rows and weights as if they never were.
+
+The runs are forked from a server that has everything imported, so that a kill lands in the run and not in its imports.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import train_worker
 from safetensors.torch import load_file
 
-WORKER = Path(__file__).with_name("train_worker.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+from still.distill.checkpoints import MARKER, checkpoints, is_complete
+from still.harness.runs import read_run
+
 WEIGHTS = {
     "rows": "checkpoint-10/policy/model.safetensors", "isft": "run/round-2/student/policy/model.safetensors",
     "grpo": "run/trained/policy/model.safetensors",
 }  # fmt: skip
-LOGS = {"rows": "metrics.jsonl", "isft": "run/round-2/train/metrics.jsonl", "grpo": "run/metrics.jsonl"}
+CHECKPOINT = "checkpoint-"
+LOGS = {
+    "rows": ["metrics.jsonl"], "isft": ["run/round-1/train/metrics.jsonl", "run/round-2/train/metrics.jsonl"],
+    "grpo": ["run/metrics.jsonl"],
+}  # fmt: skip
 
 
-def start(kind: str, folder: Path, launcher=()) -> subprocess.Popen:
-    command = [*(launcher or [sys.executable]), str(WORKER), kind, str(folder)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture(scope="module")
+def server():
+    """A context whose processes begin with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["still.harness.trainers.grpo", "still.harness.trainers.isft"])
+    return context
 
 
-def finish(kind: str, folder: Path, launcher=()) -> float:
-    began = time.perf_counter()
-    child = start(kind, folder, launcher)
-    said, _ = child.communicate()
-    assert child.returncode == 0, said[-3000:]
-    return time.perf_counter() - began
+def start(server, kind: str, folder: Path):
+    child = server.Process(target=train_worker.work, args=(kind, str(folder)))
+    child.start()
+    return child
+
+
+def finish(server, kind: str, folder: Path) -> None:
+    child = start(server, kind, folder)
+    child.join()
+    assert child.exitcode == 0
 
 
 def curve(kind: str, folder: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (folder / LOGS[kind]).read_text().splitlines()]
+    lines = [json.loads(line) for log in LOGS[kind] for line in (folder / log).read_text().splitlines()]
     return [(line["step"], line["loss"]) for line in lines]
+
+
+def played(folder: Path) -> dict[str, list]:
+    """What was sampled in every rollout that is trained on."""
+    found = {}
+    for path in sorted(folder.glob("run/rollouts/**/events.jsonl")):
+        turns = [event for event in read_run(path.parent) if event["event"] == "turn"]
+        found[str(path.relative_to(folder))] = [(turn["append_ids"], turn["output_ids"]) for turn in turns]
+    return found
 
 
 def assert_alike(kind: str, one: Path, other: Path, bound: float = 1e-6) -> None:
@@ -49,35 +78,119 @@ def assert_alike(kind: str, one: Path, other: Path, bound: float = 1e-6) -> None
     ours, others = curve(kind, one), curve(kind, other)
     assert [step for step, _ in ours] == [step for step, _ in others]
     assert torch.allclose(torch.tensor([x for _, x in ours]), torch.tensor([x for _, x in others]), atol=1e-5)
-    for rows in one.rglob("rows.jsonl"):
-        assert rows.read_text() == (other / rows.relative_to(one)).read_text().replace(str(other), str(one))
+    assert played(one) == played(other)
+    rows = sorted(one.rglob("rows.jsonl"))
+    assert len(rows) == {"isft": 2}.get(kind, 0)
+    for path in rows:
+        assert path.read_text() == (other / path.relative_to(one)).read_text().replace(str(other), str(one))
+
+
+def entries(folder: Path) -> list[Path]:
+    """All that lies in a folder; what disappears meanwhile is left out."""
+    return [Path(root, name) for root, folders, files in os.walk(folder) for name in (*folders, *files)]
+
+
+def half_written(folder: Path) -> bool:
+    """Whether a checkpoint lies there that is not whole."""
+    return any(path.is_dir() and not is_complete(path) for path in entries(folder) if CHECKPOINT in path.name)
+
+
+def stage(kind: str, folder: Path) -> str:
+    """Where a run that was killed had got to."""
+    if half_written(folder):
+        return "checkpoint"
+    run = folder / "run"
+    if kind == "isft" and (rounds := sorted(run.glob("round-*"))):
+        if not (rounds[-1] / "selection.json").is_file():
+            return "collect"
+        return "train" if not (rounds[-1] / "student" / "complete.json").is_file() else "evaluate"
+    if kind == "isft" and run.exists():
+        return "evaluate"
+    if kind == "grpo" and (steps := sorted(run.glob("rollouts/step-*"))):
+        if not (steps[-1] / "rewards-0.json").is_file():
+            return "rollouts"
+        return "train" if not (run / "trained").exists() else "evaluate"
+    return "train" if checkpoints(folder) else "begin"
+
+
+def progress(folder: Path, seen: dict[Path, int]) -> int:
+    """Files that a run has written so far, and lines of its logs; `seen` keeps those that it deleted again."""
+    for path in entries(folder):
+        with contextlib.suppress(OSError):  # a folder, or gone by now
+            seen[path] = path.read_bytes().count(b"\n") if path.suffix == ".jsonl" else 1
+    return sum(seen.values())
+
+
+def killed_at(server, kind: str, folder: Path, target: int) -> None:
+    """Kill a run when it has written so much, or at its end."""
+    child, seen = start(server, kind, folder), {}
+    while child.is_alive() and progress(folder, seen) < target:
+        child.join(0.01)
+    child.kill()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("kind", "moments"), [("rows", 6), ("isft", 7), ("grpo", 7)])
-def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_never_was(tmp_path, kind, moments):
-    length = finish(kind, tmp_path / "whole")
-    rng, hits = random.Random(f"kills {kind}"), 0
+@pytest.mark.parametrize(("kind", "moments"), [("isft", 10), ("grpo", 10)])
+def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_never_was(tmp_path, server, kind, moments):
+    seen: dict[Path, int] = {}
+    killed_at(server, kind, tmp_path / "whole", sys.maxsize)
+    whole, rng, hit = progress(tmp_path / "whole", seen), random.Random(f"kills {kind}"), Counter()
     for number in range(moments):
         folder = tmp_path / f"killed-{number}"
-        for _ in range(2):  # twice, so that a resumed run is killed as well
-            child = start(kind, folder)
-            time.sleep(rng.uniform(0.3, 1.0) * length)
-            hits += child.poll() is None
-            child.send_signal(signal.SIGKILL)
-            child.communicate()
-        finish(kind, folder)
+        share = (number + rng.random()) / moments  # one moment in each part of the run
+        killed_at(server, kind, folder, int(share * whole))
+        hit[stage(kind, folder)] += 1
+        if number % 3 == 0:  # and the run that goes on is killed too
+            killed_at(server, kind, folder, int((share + rng.random() * (1 - share)) * whole))
+            hit[stage(kind, folder)] += 1
+        finish(server, kind, folder)
         assert_alike(kind, tmp_path / "whole", folder)
-    assert hits >= moments / 2
+    print(f"{kind}: {sum(hit.values())} kills, by where they hit: {dict(hit)}")
+    assert len(hit) >= 2
+
+
+def killed_inside_a_checkpoint(server, kind: str, folder: Path, rng: random.Random) -> None:
+    """Kill a run that is writing a checkpoint, at a random moment of the writing."""
+    while True:
+        child, skip = start(server, kind, folder), rng.randrange(2)
+        seen: set[Path] = set()
+        while child.is_alive():
+            found = [path for path in entries(folder) if CHECKPOINT in path.name]
+            writing = {path for path in found if path.is_dir() and not (path / MARKER).exists()}
+            seen |= writing
+            if writing and len(seen) > skip:
+                time.sleep(rng.uniform(0, 0.01))
+                child.kill()
+        child.join()
+        if child.exitcode != 0 and half_written(folder):
+            return
+        shutil.rmtree(folder)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["rows", "grpo"])
-def test_two_processes_give_the_curve_of_one(tmp_path, kind):
-    finish(kind, tmp_path / "one")
-    options = {"num_processes": "2", "num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
-    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *flags]
-    finish(kind, tmp_path / "two", launcher)
+@pytest.mark.parametrize("kind", ["rows", "isft", "grpo"])
+def test_a_kill_inside_a_checkpoints_writing_is_mended(tmp_path, server, kind):
+    finish(server, kind, tmp_path / "whole")
+    rng = random.Random(f"writing {kind}")
+    for number in range(3):
+        folder = tmp_path / f"killed-{number}"
+        killed_inside_a_checkpoint(server, kind, folder, rng)
+        finish(server, kind, folder)
+        assert not half_written(folder)
+        assert_alike(kind, tmp_path / "whole", folder)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["rows", "isft", "grpo"])
+def test_two_processes_give_the_curve_of_one(tmp_path, server, kind, checkout):
+    finish(server, kind, tmp_path / "one")
+    file = checkout / "harness" / "configs" / "ddp.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([*command, train_worker.__file__, kind, str(tmp_path / "two")], env=quiet,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "two").glob("process-*-of-2"))) == 2
     assert_alike(kind, tmp_path / "one", tmp_path / "two", bound=1e-4)

@@ -21,19 +21,29 @@ def rows(folder: Path) -> None:
     trainer(folder, steps=10, save_every=1).fit()
 
 
+def small(folder: Path) -> list:
+    """Two matters of two documents each."""
+    from trainer_cases import matters
+
+    from still.eval.matters.generate import Difficulty
+
+    return matters(folder / "lab", difficulty=Difficulty("small", facts=2, documents=2, amended=0.0))
+
+
 def isft(folder: Path) -> None:
-    """Two rounds with a scripted teacher."""
+    """Two rounds with a scripted teacher, a step and then two."""
     from agent_cases import tiny_agent
-    from trainer_cases import RUN, exact, matters, scripted_teacher
+    from trainer_cases import RUN, exact, scripted_teacher
 
     from still.harness.trainers.config import IsftConfig, TrainSettings
     from still.harness.trainers.isft import run_isft
 
-    tasks = matters(folder / "lab")
-    config = IsftConfig(rounds=2, rollouts=1, keep_per_task=1, batch=1)
+    tasks = small(folder)
+    run = replace(RUN, reads=1, reads_force=2)
+    config = IsftConfig(rounds=2, rollouts=1, keep_per_task=1, batch=2)
     settings = TrainSettings(lr=1e-3, save_every=1, micro_tokens=4000)
     run_isft(
-        tasks, (), tiny_agent(layers=1), RUN, config, settings, folder / "run", exact(), exact()[0],
+        tasks, (), tiny_agent(layers=1), run, config, settings, folder / "run", exact(), exact()[0],
         teacher_of=lambda round, student: scripted_teacher(tasks), report=lambda line: None,
     )  # fmt: skip
 
@@ -41,23 +51,29 @@ def isft(folder: Path) -> None:
 def grpo(folder: Path) -> None:
     """Three steps of a random model with random rewards."""
     from agent_cases import tiny_agent
-    from trainer_cases import RUN, exact, matters
+    from trainer_cases import RUN, exact
 
     from still.harness.trainers.config import GrpoConfig, TrainSettings
     from still.harness.trainers.grpo import run_grpo
 
+    run = replace(RUN, reads=1, reads_force=2, max_new_tokens=12)
     config = GrpoConfig(steps=3, tasks_per_step=2, group=2, reward="random", length_cut=1.0)
     settings = TrainSettings(lr=1e-3, save_every=1, micro_tokens=4000)
     run_grpo(
-        matters(folder / "lab"), (), tiny_agent(layers=1), replace(RUN, max_new_tokens=12), config, settings,
-        folder / "run", exact()[0], exact()[1], report=lambda line: None,
+        small(folder), (), tiny_agent(layers=1), run, config, settings, folder / "run", *exact(),
+        report=lambda line: None,
     )  # fmt: skip
 
 
-if __name__ == "__main__":
+def work(kind: str, folder: str) -> None:
+    """One run to its end; each process leaves a file with its number."""
     import torch
 
     torch.set_num_threads(1)
-    {"rows": rows, "isft": isft, "grpo": grpo}[sys.argv[1]](Path(sys.argv[2]))
+    {"rows": rows, "isft": isft, "grpo": grpo}[kind](Path(folder))
     together = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    (Path(sys.argv[2]) / f"process-{os.environ.get('RANK', '0')}-of-{together}").touch()
+    (Path(folder) / f"process-{os.environ.get('RANK', '0')}-of-{together}").touch()
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2])
