@@ -22,7 +22,7 @@ from .bridge import Counters, Ledger, base_messages, memo_demand, memo_reminder,
 from .rules import MISTAKES, Rules
 from .run_config import RunConfig
 from .runs import EventLog, RunError, RunFolder
-from .state import State, kind_of, sampled_from, tool_fields
+from .state import State, kind_of, sampled_fields, sampled_from, tool_fields
 from .tools import Workspace
 from .triggers import Decision, Thresholds
 from .types import MEMO, Artifact, Backend, Boundary, ContextSize, Limit, Message, Policy, Sampled, Session, ToolCall
@@ -261,7 +261,7 @@ class Episode:
     def turn_fields(self, sampled: Sampled, demanded: bool = False, repaired: bool = False) -> dict[str, Any]:
         """What an event says of a turn."""
         where = {"turn": self.state.turns, "window": self.state.window, "forced": demanded, "repaired": repaired}
-        return {} if self.log.recorded else {**where, **asdict(sampled)}
+        return {} if self.log.recorded else {**where, **sampled_fields(sampled)}
 
     def spent(self) -> str:
         """Why the run must stop now, or an empty string."""

@@ -8,12 +8,16 @@ from typing import Any
 from .agent_cells import SLOTS, UNSIZED
 from .agent_table import NAMES, Row, conditions, held, label
 from .cells import CEILING, FLOOR
-from .figures import GRID, INK, RC, Style, _bytes_axis, _level, _note, style_of
+from .figures import FAINT, GRID, INK, RC, Style, _bytes_axis, _level, _note, style_of
 
 LOOK = {
-    "memo": Style("#0072b2", "s", NAMES["memo"]), "memo_oracle": Style("#0072b2", "*", NAMES["memo_oracle"]),
+    "memo": Style("#0072b2", "s", NAMES["memo"]), "memo_oracle": Style("#332288", "*", NAMES["memo_oracle"]),
     "memo_kv": Style("#56b4e9", "P", NAMES["memo_kv"]), "trim": Style("#999933", ">", NAMES["trim"]),
 }  # fmt: skip
+DODGE = 0.025
+"""By which share of their bytes neighbouring conditions stand apart, so that equal ones do not cover each other."""
+WITHOUT_TEXT = ("kv", "memo_kv")
+"""Backends of which keys and values alone cross."""
 LEVELS = {CEILING: 1, FLOOR: -1, "plain": 1}
 
 
@@ -28,7 +32,7 @@ def look(row: Row) -> Style:
 
 
 def draw_agent(rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures by name: `pass_rate`, `cost` and, where boundaries were probed, `ledger`.
+    """The figures by name: `pass_rate` and, where boundaries were crossed, `cost`, and probed, `ledger`.
 
     Args:
         rows: of `agent_rows`.
@@ -49,11 +53,12 @@ def draw_agent(rows: Sequence[Row]) -> dict[str, Any]:
                 ("pass_rate", 100, "criterion pass rate (%)", ("pass_low", "pass_high")),
                 ("all_pass", 100, "all-pass rate (%)", ("all_pass_low", "all_pass_high")),
             ]),
-            "cost": _grid(groups, [
+        }  # fmt: skip
+        if any(row["held_bytes"] for row in rows):
+            figures["cost"] = _grid(groups, [
                 ("boundary_seconds", 1, "seconds a boundary", None),
                 ("boundary_decoded_tokens", 1, "tokens decoded a boundary", None),
-            ]),
-        }  # fmt: skip
+            ])  # fmt: skip
         if any(row["acquired_answered"] or row["acquired_written"] for row in rows):
             figures["ledger"] = _ledger(groups)
     return figures
@@ -74,11 +79,16 @@ def _grid(groups: dict[str, list[Row]], measures: Sequence[tuple]):
     for column, (task, rows) in enumerate(groups.items()):
         for line, (name, scale, words, ends) in enumerate(measures):
             axis = axes[line][column]
-            for condition in dict.fromkeys(row["condition"] for row in rows):
-                points = [r for r in rows if r["condition"] == condition and r[name] is not None]
-                if points and points[0]["backend"] not in UNSIZED:
-                    _line(axis, points, name, scale, ends, handles)
-            _bytes_axis(axis, rows)
+            sized = list(dict.fromkeys(row["condition"] for row in rows if row["budget"]))
+            for place, condition in enumerate(sized):
+                points = [r for r in rows if r["condition"] == condition and r[name] is not None and r["held_bytes"]]
+                if points:
+                    _line(axis, points, name, scale, ends, handles, 1 + DODGE * (place - (len(sized) - 1) / 2))
+            if axis.lines:
+                _bytes_axis(axis, rows)
+            else:
+                axis.set_xticks([])
+                axis.text(0.5, 0.5, "no run crossed a boundary", transform=axis.transAxes, ha="center", color=FAINT)
             axis.set_xlabel("bytes held (log scale)" if line == len(measures) - 1 else "")
             axis.grid(axis="y", color=GRID, linewidth=0.8)
             axis.set_axisbelow(True)
@@ -94,49 +104,61 @@ def _grid(groups: dict[str, list[Row]], measures: Sequence[tuple]):
                 axis.set_ylabel(words)
             if line == 0:
                 axis.set_title(task)
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8.5)
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8.5)
     _note(figure, _conditions(groups))
     return figure
 
 
-def _line(axis, points: list[Row], name: str, scale: float, ends: tuple[str, str] | None, handles: dict) -> None:
-    points = sorted((p for p in points if p["held_bytes"]), key=lambda p: p["held_bytes"])
-    if not points:
-        return
-    style, bound = look(points[0]), points[0]["backend"] == "memo_oracle"
-    xs, ys = [p["held_bytes"] for p in points], [scale * p[name] for p in points]
+def _line(
+    axis, points: list[Row], name: str, scale: float, ends: tuple[str, str] | None, handles: dict, dodge: float
+) -> None:
+    points = sorted(points, key=lambda p: (p["held_bytes"], len(p["budget"]), p["budget"]))
+    style = look(points[0])
+    xs, ys = [p["held_bytes"] * dodge for p in points], [scale * p[name] for p in points]
     if ends:
         axis.vlines(xs, [scale * p[ends[0]] for p in points], [scale * p[ends[1]] for p in points],
-                    color=style.colour, alpha=0.4, linewidth=0.9)  # fmt: skip
-    (handle,) = axis.plot(
-        xs, ys, color=style.colour, marker=style.marker, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6,
-        linewidth=2.2 if points[0]["backend"] in SLOTS and points[0]["method"] == "still" else 1.3,
-        linestyle=":" if bound else "-",
-    )  # fmt: skip
+                    color=style.colour, alpha=0.35, linewidth=0.9)  # fmt: skip
+    (handle,) = axis.plot(xs, ys, **_stroke(points[0], style))
     handles.setdefault(style.label, handle)
 
 
+def _stroke(row: Row, style: Style) -> dict[str, Any]:
+    """How a condition's line is drawn: thick for STILL, hollow and dashed where it recompacts, dotted for a bound."""
+    again, bound = row["mode"] == "recompact", row["backend"] == "memo_oracle"
+    return {
+        "color": style.colour, "marker": style.marker, "markersize": 9 if bound else 5.5,
+        "markeredgecolor": style.colour if again else "white", "markeredgewidth": 1.2 if again else 0.6,
+        "markerfacecolor": "white" if again else style.colour,
+        "linewidth": 2.2 if row["backend"] in SLOTS and row["method"] == "still" and not again else 1.3,
+        "linestyle": ":" if bound else (0, (4, 2)) if again else "-",
+    }  # fmt: skip
+
+
 def _ledger(groups: dict[str, list[Row]]):
-    """Criteria held behind each boundary at the largest budget: answered by the model, and written in the text."""
-    figure, axes = _figure(len(groups), 1)
+    """Criteria held behind each boundary at the largest budget: what the model answers, what the text says."""
+    kinds = {"answered": "the model answers", "written": "the text says"}
+    figure, axes = _figure(len(groups), len(kinds))
     handles: dict[str, Any] = {}
-    for axis, (task, rows) in zip(axes[0], groups.items(), strict=True):
+    for column, (task, rows) in enumerate(groups.items()):
         largest = {row["condition"]: row for row in rows}  # rows come by rising budget
-        for row in largest.values():
-            for kind, line in (("answered", "-"), ("written", ":")):
+        for line, (kind, words) in enumerate(kinds.items()):
+            axis = axes[line][column]
+            for row in largest.values():
                 values = held(row, kind)
-                if values and row["backend"] != FLOOR:
+                if values and row["backend"] != FLOOR and (kind == "answered" or row["backend"] not in WITHOUT_TEXT):
                     style = look(row)
-                    (drawn,) = axis.plot(range(1, len(values) + 1), values, color=style.colour, linestyle=line,
-                                         marker=style.marker, markersize=5, markeredgecolor="white")  # fmt: skip
-                    handles.setdefault(f"{style.label}, {kind}", drawn)
-        axis.set_title(task)
-        axis.set_xlabel("boundary")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_ylim(bottom=0)
-        axis.grid(axis="y", color=GRID, linewidth=0.8)
-        axis.spines["bottom"].set_color(INK)
-    axes[0][0].set_ylabel("criteria held, mean of the runs")
+                    (drawn,) = axis.plot(range(1, len(values) + 1), values, **_stroke(row, style))
+                    handles.setdefault(style.label, drawn)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set_ylim(bottom=0)
+            axis.grid(axis="y", color=GRID, linewidth=0.8)
+            axis.spines["bottom"].set_color(INK)
+            if line == 0:
+                axis.set_title(task)
+            if column == 0:
+                axis.set_ylabel(f"criteria that\n{words}")
+        axes[-1][column].set_xlabel("boundary")
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8.5)
     _note(figure, _conditions(groups))

@@ -18,7 +18,8 @@ from .report import to_csv
 ABOUT = """\
 Every condition plays the same matters with the same model and the same rules; only what crosses a boundary differs.
 <b>Held</b> is the peak of attended compacted context (slots or memo tokens), in measured bytes; the system prompt, the
-assignment, the bookkeeping and the open window are apart. <b>Criterion pass</b> and <b>all-pass</b> are the exact
+assignment, the bookkeeping and the open window are apart. A boundary's <b>seconds</b> are those of its memo's turns and
+of the backend's own work; what is read again counts in tokens. <b>Criterion pass</b> and <b>all-pass</b> are the exact
 judge's. The <b>oracle memo</b> is written from the rubric: an upper bound for memos of that size, and no method.
 <b>Acquired</b> and <b>lost</b> are means over runs, boundary by boundary: of criteria that the text says, and of
 criteria that the model answers when it is asked right behind the boundary, which the agent never sees. <b>Read</b> is

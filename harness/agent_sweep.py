@@ -240,6 +240,7 @@ def _result(cell: AgentCell, task: LabTask, root: Path, judge: RubricReward, ben
                     "window", "trigger", "forced", "degraded", "attempts", "seconds", "decoded_tokens",
                     "prefill_tokens", "before", "after",
                 )},
+                "memo_seconds": _memo_seconds(events, event["window"]),
                 "artifact": {name: event["artifact"][name] for name in ("kind", "tokens", "nbytes")},
             }
             for event in compacts
@@ -247,3 +248,9 @@ def _result(cell: AgentCell, task: LabTask, root: Path, judge: RubricReward, ben
         "written": ledger(private, "written"),
         "answered": ledger(private, "answered"),
     }  # fmt: skip
+
+
+def _memo_seconds(events: list[dict[str, Any]], window: int) -> float:
+    """Seconds that a window's memos took to be sampled, rejected ones too."""
+    memos = (e for e in events if e["event"] == "reject" or (e["event"] == "turn" and e["kind"] == "memo"))
+    return sum(event["seconds"] for event in memos if event["window"] == window)

@@ -17,6 +17,8 @@ NAMES = {
     "full": "full context", "none": "no context", "plain": "plain loop", "trim": "last tokens", "memo": "memo",
     "memo_oracle": "oracle memo (upper bound)", "memo_kv": "memo, with its KV",
 }  # fmt: skip
+CELL = 20
+"""Characters of a budget's column."""
 
 
 def agent_rows(results: Sequence[Result], header: dict) -> list[Row]:
@@ -74,7 +76,7 @@ def _row(task: str, condition: Any, group: list[Result], full: float | None, hea
         "characters_read": sum(o["characters_read"] for o in ours),
         "characters_available": sum(o["characters_available"] for o in ours),
         "boundaries": _mean(len(r["boundaries"]) for r in group),
-        "boundary_seconds": _short(median(b["seconds"] for b in boundaries)) if boundaries else None,
+        "boundary_seconds": _short(median(map(_seconds, boundaries))) if boundaries else None,
         "boundary_decoded_tokens": _mean(b["decoded_tokens"] for b in boundaries),
         "boundary_prefill_tokens": _mean(b["prefill_tokens"] for b in boundaries),
         "acquired_written": _moves(group, "written", 0), "lost_written": _moves(group, "written", 1),
@@ -99,6 +101,11 @@ def _row(task: str, condition: Any, group: list[Result], full: float | None, hea
 def _rate(group: list[Result]) -> float:
     labels = [each["label"] for r in group for each in r["criteria"] if each["label"] != "unscored"]
     return labels.count("pass") / len(labels) if labels else 0.0
+
+
+def _seconds(boundary: Result) -> float:
+    """A boundary's wall time: the turns that wrote its memo, rejected ones too, and the backend's own work."""
+    return boundary["seconds"] + boundary["memo_seconds"]
 
 
 def _moves(group: list[Result], kind: str, side: int) -> str:
@@ -153,14 +160,15 @@ def agent_table(rows: Sequence[Row], task: str) -> str:
     at = {(row["condition"], row["budget"]): row for row in rows}
     sized = list(dict.fromkeys(row["condition"] for row in rows if row["backend"] not in UNSIZED))
     names = {row["condition"]: label(row) for row in rows}
-    width = max(map(len, [*names.values(), "criterion pass % / all-pass %"]))
-    lines = [conditions(rows), "", f"{'criterion pass % / all-pass %':<{width}}" + "".join(f"{b:>16}" for b in budgets)]
-    lines.append("-" * (width + 16 * len(budgets)))
+    title = "criterion pass % / all-pass %"
+    width = max(map(len, [*names.values(), title]))
+    lines = [conditions(rows), "", f"{title:<{width}}" + "".join(f"{b:>{CELL}}" for b in budgets)]
+    lines.append("-" * (width + CELL * len(budgets)))
     for name in sized:
-        lines.append(f"{names[name]:<{width}}" + "".join(f"{_cell(at.get((name, b))):>16}" for b in budgets))
+        lines.append(f"{names[name]:<{width}}" + "".join(f"{_cell(at.get((name, b))):>{CELL}}" for b in budgets))
     for row in rows:
         if row["backend"] in UNSIZED:
-            lines.append(f"{names[row['condition']]:<{width}}{_cell(row):>16}")
+            lines.append(f"{names[row['condition']]:<{width}}{_cell(row):>{CELL}}")
     return "\n".join([*lines, *notes(rows)])
 
 
@@ -168,7 +176,7 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
     half = 50 * (row["pass_high"] - row["pass_low"])
-    return f"{100 * row['pass_rate']:.1f}+-{half:.1f} /{100 * row['all_pass']:.0f}"
+    return f"{100 * row['pass_rate']:.1f}+-{half:.1f} / {100 * row['all_pass']:.0f}"
 
 
 def conditions(rows: Sequence[Row]) -> str:
@@ -176,20 +184,27 @@ def conditions(rows: Sequence[Row]) -> str:
     row = rows[0]
     opened = sum(r["documents_opened"] for r in rows) / max(1, sum(r["documents_total"] for r in rows))
     read = sum(r["characters_read"] for r in rows) / max(1, sum(r["characters_available"] for r in rows))
+    counts = sorted({r["criteria"] for r in rows})
+    criteria = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return (
-        f"{row['model']}, {row['task']}: {row['matters']} matters, {row['criteria']:,} criteria a condition; "
+        f"{row['model']}, {row['task']}: {row['matters']} matters, {criteria} criteria a condition; "
         f"{100 * opened:.0f} % of documents opened, {100 * read:.0f} % of characters read; 95 % intervals clustered by "
         f"matter"
     )
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader must know besides."""
+    """What a reader must know besides; conditions of which the same is true share a line."""
     found = ["+- is half of the 95 % interval; a budget in t is as many bytes as that many raw tokens take."]
+    said: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         where = f"{label(row)} {row['budget']}".strip()
         if row["stopped"]:
-            found.append(f"{where}: runs that stopped short: {row['stopped']}.")
+            said[f"runs that stopped short, of {row['runs']}: {row['stopped']}"].append(where)
         if row["unscored"]:
-            found.append(f"{where}: {row['unscored']} criteria unscored.")
+            said[f"{row['unscored']} criteria unscored"].append(where)
+        if row["budget"] and not row["held_bytes"]:
+            said["no run crossed a boundary, so nothing was held and there is no point in the figures"].append(where)
+    for what, places in said.items():
+        found.append(f"{'all conditions' if len(places) == len(rows) else ', '.join(places)}: {what}.")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .bridge import Ledger
@@ -129,6 +129,12 @@ def sampled_from(event: Mapping[str, Any]) -> Sampled:
     known = {each.name: event[each.name] for each in fields(Sampled) if each.name in event}
     known["calls"] = tuple(ToolCall(**call) for call in event["calls"])
     return Sampled(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+
+def sampled_fields(sampled: Sampled) -> dict[str, Any]:
+    """What an event records of a turn. Ids are not copied one by one: that would take longer than all the rest."""
+    every = {each.name: getattr(sampled, each.name) for each in fields(Sampled)}
+    return every | {"calls": tuple(asdict(call) for call in sampled.calls)}
 
 
 def tool_fields(call: ToolCall, rule: str, result: ToolResult) -> dict[str, Any]:

@@ -25,8 +25,11 @@ nav a { margin-right: .9rem; } .window { border-left: 3px solid var(--line); pad
   border: 1px solid #f0c4b0; margin: 1.2rem 0; } .bar { display: flex; height: 14px; max-width: 46rem;
   background: var(--soft); margin: .2rem 0; } .bar i { display: block; height: 14px; } .b1 { background: #8a8f98; }
 .b2 { background: #d1410c; } .b3 { background: #9ec5e8; } details { margin: .25rem 0; } summary { cursor: pointer; }
-td.why { white-space: normal; text-align: left; max-width: 28rem; }
+td.why { white-space: normal; max-width: 28rem; } .why { text-align: left; }
+.key { display: inline-block; width: 9px; height: 9px; margin-right: .3rem; }
 """
+PARTS = ("base", "compacted", "raw")
+"""Of a window's size, as the bars stack them."""
 
 
 def trace_page(root: str | Path) -> str:
@@ -74,7 +77,7 @@ def find_runs(path: str | Path) -> list[Path]:
 def _summary(events: Sequence[dict], facts: dict, scores: dict | None) -> Iterator[str]:
     run, ours = events[0], facts["still"]
     end = events[-1] if events[-1]["event"] == "end" else None
-    state = f"{end['status']} ({end['stop']})" if end else "not finished"
+    state = "not finished" if end is None else end["stop"] if end["stop"] == "done" else f"stopped ({end['stop']})"
     read = f"{ours['characters_read']:,} of {ours['characters_available']:,} characters"
     yield (
         f'<p class="lead">{escape(run["policy"])}: {escape(state)}; {facts["documents_read"]} of '
@@ -158,11 +161,13 @@ def _boundary(folder: RunFolder, event: dict, found: dict | None, before: dict) 
     tags += ["forced"] * event["forced"] + [event["degraded"]] * bool(event["degraded"])
     shown = "".join(f'<span class="tag">{escape(tag)}</span>' for tag in tags)
     lines = [f'<div class="boundary"><h3>boundary {event["window"] + 1}: {escape(artifact["kind"])}</h3>{shown}']
+    most = max(1, *(sum(event[when][part] for part in PARTS) for when in ("before", "after")))
     for words, place in (("before", event["before"]), ("after", event["after"])):
-        total = sum(place[name] for name in ("base", "compacted", "raw"))
+        total = sum(place[name] for name in PARTS)
         lines.append(
-            f"<div>{words}: {total:,} entries: {place['base']:,} base, {place['compacted']:,} compacted "
-            f"({escape(size(place['compacted_bytes']))}), {place['raw']:,} raw</div>{_bar(place, event['before'])}"
+            f"<div>{words}: {total:,} entries: <i class='key b1'></i>{place['base']:,} base, "
+            f"<i class='key b2'></i>{place['compacted']:,} compacted ({escape(size(place['compacted_bytes']))}), "
+            f"<i class='key b3'></i>{place['raw']:,} raw</div>{_bar(place, most)}"
         )
     lines.append(
         f'<p class="faint">{event["seconds"]:.3f} s, {event["decoded_tokens"]:,} tokens decoded for the memo, '
@@ -177,10 +182,8 @@ def _boundary(folder: RunFolder, event: dict, found: dict | None, before: dict) 
     return "".join([*lines, "</div>"])
 
 
-def _bar(place: dict, whole: dict) -> str:
-    most = max(1, sum(whole[name] for name in ("base", "compacted", "raw")))
-    parts = [f'<i class="b{n}" style="width:{min(100, 100 * place[name] / most):.2f}%"></i>'
-             for n, name in enumerate(("base", "compacted", "raw"), 1)]  # fmt: skip
+def _bar(place: dict, most: int) -> str:
+    parts = [f'<i class="b{n}" style="width:{100 * place[name] / most:.2f}%"></i>' for n, name in enumerate(PARTS, 1)]
     return f'<div class="bar">{"".join(parts)}</div>'
 
 
@@ -229,7 +232,8 @@ def _verdicts(scores: dict | None) -> Iterator[str]:
         f"<td class='why'>{escape(str(each.get('reasoning') or ''))}</td></tr>"
         for each in scores.get("criteria_results", ())
     )
-    yield f"<table><thead><tr><th>id<th>verdict<th>criterion<th>reason</tr></thead><tbody>{rows}</tbody></table>"
+    head = "<th>id<th>verdict<th class='why'>criterion<th class='why'>reason"
+    yield f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points, version
 from typing import Protocol
 
@@ -134,7 +134,9 @@ def _run(command: Command, args: argparse.Namespace) -> int:
     show = getattr(args, "traceback", False) or os.environ.get("STILL_TRACEBACK", "") not in ("", "0")
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _warn
+            warnings.showwarning = _warner()
+            # transformers 5.17 knows the cache by no other name, and no user of a command can mend it
+            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
             code = command.run(args)
         sys.stdout.flush()
         return int(code or 0)
@@ -169,9 +171,20 @@ def _message(problem: BaseException) -> str:
     return str(problem) or type(problem).__name__
 
 
-def _warn(message: Warning | str, category: type[Warning], *where: object, **_: object) -> None:
-    """One line, without the place in the code: what still warns of lies in the caller's data."""
-    print(f"still: {'' if category is UserWarning else category.__name__ + ' '}warning: {message}", file=sys.stderr)
+def _warner() -> Callable[..., None]:
+    """Shows each warning once, in a line without the place in the code: what still warns of lies in the caller's data.
+
+    Python's own "once a place" does not hold here: libraries that touch the filters make it forget.
+    """
+    shown: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *where: object, **_: object) -> None:
+        line = f"still: {'' if category is UserWarning else category.__name__ + ' '}warning: {message}"
+        if line not in shown:
+            shown.add(line)
+            print(line, file=sys.stderr)
+
+    return show
 
 
 def _complain(message: str) -> int:

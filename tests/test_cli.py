@@ -41,7 +41,11 @@ class Show:
             time.sleep(60)
         if args.what == "warn":
             import warnings
-            warnings.warn("a ratio of 99x lies outside the trained 2x to 64x")
+            for _ in range(3):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("always")
+                warnings.warn("a ratio of 99x lies outside the trained 2x to 64x")
+            warnings.warn("`past_key_values` is deprecated and will be removed. Use `cache`.", FutureWarning)
         return 3 if args.what == "three" else None
 COMMANDS = {"show": Show()}
 '''
@@ -117,11 +121,11 @@ def test_a_defect_keeps_its_traceback(plugins):
     assert "KeyError: 'defect'" in done.stderr
 
 
-def test_a_warning_is_one_line(plugins):
+def test_a_warning_is_one_line_and_comes_once(plugins):
     done = still("show", "warn", env=plugins)
     assert done.returncode == 0
-    assert "still: warning: a ratio of 99x lies outside the trained 2x to 64x" in done.stderr.splitlines()
-    assert "showroom.py" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "ruin_of_a_module" not in line]
+    assert lines == ["still: warning: a ratio of 99x lies outside the trained 2x to 64x"]
 
 
 def test_an_interrupt_says_how_to_go_on(plugins):

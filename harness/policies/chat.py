@@ -47,6 +47,7 @@ class ChatFormat:
         self.opening = self.encode(self._opening)
         if not self.closing or not self.opening:
             raise ValueError("this chat template does not mark where an assistant's turn begins and ends")
+        self._shut: dict[str, str] = {}
         self._stand_ins: dict[str, list[dict[str, Any]]] = {
             "user": asked,
             "assistant": told,
@@ -71,7 +72,9 @@ class ChatFormat:
         """
         stand_in = "call" if before == "assistant" and messages[0].role == "tool" else before
         start = self._stand_ins[stand_in]
-        whole, shut = self._tail([*start, *map(self._plain, messages)]), self._tail(start)
+        whole, shut = self._tail([*start, *map(self._plain, messages)]), self._shut.get(stand_in)
+        if shut is None:
+            shut = self._shut[stand_in] = self._tail(start)
         if not whole.startswith(shut):
             raise ValueError(f"this chat template rewords a {before} turn when a {messages[0].role} message follows")
         return self.encode(whole[len(shut) :])

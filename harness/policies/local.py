@@ -168,6 +168,7 @@ class LocalSession:
     def __init__(self, policy: LocalPolicy, chat: ChatFormat, queries: bool):
         self.policy, self.chat, self.keep_queries = policy, chat, queries
         self.base_ids: list[int] = []
+        self._base: tuple[Message, ...] = ()
         self.pending_ids: list[int] = []
         self._counts: dict[str, int] = {}
         self._exact: StillCache | None = None  # S and U, read once
@@ -180,9 +181,8 @@ class LocalSession:
 
     def start(self, base: Sequence[Message]) -> None:
         """Begin a window afresh; S and U are read once for all windows."""
-        ids = self.chat.base(base)
-        if ids != self.base_ids:
-            self.base_ids, self._exact = ids, None
+        if tuple(base) != self._base:
+            self._base, self.base_ids, self._exact = tuple(base), self.chat.base(base), None
         self._begin(self._read_base)
 
     def append(self, messages: Sequence[Message]) -> None:
