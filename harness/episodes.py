@@ -28,7 +28,7 @@ from .documents import Documents
 from .policies.scripted import ScriptedPolicy, ScriptedSession
 from .run_config import RunConfig
 from .runs import RunFolder, read_run
-from .tools import Workspace
+from .tools import NEXT, Workspace
 from .types import MEMO, Artifact, Boundary, Limit, Message, ToolCall
 from .windows import KINDS, SLOTS, streams
 
@@ -148,10 +148,8 @@ class Oracle:
             return Message("assistant", self._memo(known))
         if f"write {MEMO}" in last and seen[-1].role == "tool":
             return _call("write", path=MEMO, content=self._memo(known))
-        for path in re.findall(r"^documents/.+$", seen[1].content, re.MULTILINE):
-            if path not in read:
-                offset = read.get(f"{path} part", 0)
-                return _call("read", path=path, **({"offset": offset} if offset else {}))
+        if any(path not in read for path in _listed(seen)):
+            return _call("read", path=NEXT)
         for name in self.files:
             if f"output/{name}" not in written:
                 return _call("write", path=f"output/{name}", content=self._draft(name, known))
@@ -172,6 +170,8 @@ class Oracle:
                 written |= set(re.findall(r"^(output/.+?) \(\d+ bytes\)$", files, re.MULTILINE))
             if message.role == "tool" and message.call is not None and not message.content.startswith("Error"):
                 path = (message.call.parsed() or {}).get("path", "")
+                if path == NEXT:
+                    path = next(name for name in _listed(seen) if name not in read)
                 if message.call.name == "read":
                     _note(read, path, re.search(r"go on with offset (\d+)\]", message.content))
                     self.facts.learn(message.content, known)
@@ -259,6 +259,11 @@ def _place(criterion: Criterion, files: list[str]) -> str:
     bound = [name for name in files if name in criterion.deliverables] or files
     first = criterion.expect.get("kind") in ("sum", "reference")
     return sorted(bound, key=lambda name: name.startswith("memo") == first)[0]
+
+
+def _listed(seen: Sequence[Message]) -> list[str]:
+    """The documents that U lists."""
+    return re.findall(r"^documents/.+$", seen[1].content, re.MULTILINE)
 
 
 def _note(read: dict[str, int], path: str, part: re.Match[str] | None) -> None:

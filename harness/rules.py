@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from .bridge import reading_note
 from .state import State
-from .tools import ToolResult, Workspace, failure
+from .tools import NEXT, ToolResult, Workspace, failure
 from .triggers import Decision, Thresholds, boundaries_ahead, decide
 from .types import MEMO, Backend, Sampled, Session, ToolCall
 
@@ -54,6 +55,7 @@ class Rules:
             return "syntax", failure("bad_arguments", cut if sampled.finish == "length" else sampled.problem)
         if call.name not in self.names:
             return "", failure("unknown_tool", f"there is no tool {call.name!r}; there are {', '.join(self.names)}")
+        call = self._named(call)
         path = str((call.parsed() or {}).get("path", ""))
         room = self.window - self.session.size().total - waiting - MARGIN
         if self.one_read and call.name == "read" and "documents/" in path:
@@ -85,6 +87,15 @@ class Rules:
         if tokens > room:
             return "overflow", failure("", "not even a part of this document fits into an empty window")
         return "", result
+
+    def _named(self, call: ToolCall) -> ToolCall:
+        """A read of "next" as one of the first document that was not read to its end, from where reading stopped."""
+        given, unread = call.parsed() or {}, self.state.ledger.unread
+        if call.name != "read" or given.get("path") != NEXT or not unread:
+            return call
+        part = self.state.ledger.read.get(unread[0])
+        given = {**({"offset": part.characters} if part else {}), **given, "path": f"documents/{unread[0]}"}
+        return replace(call, arguments=json.dumps(given))
 
     def _place(self, result: ToolResult) -> ToolResult:
         """A document that was read to its end, with how far the agent is and what is next in the list."""

@@ -92,13 +92,15 @@ def _tool(name: str, description: str, required: str, **properties: tuple[str, s
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
+NEXT = "next"
+"""A path that `read` takes: the harness knows what was read."""
 TOOLS = (
     _tool(
         "read",
         "Read a file as text: documents/NAME, output/NAME or a file of your own. Word, Excel, PowerPoint, PDF and mail "
         "are converted. Without a limit the whole file is read. One document a turn.",
         "path",
-        path=("string", "for example documents/lease.docx"),
+        path=("string", f"for example documents/lease.docx; {NEXT}: the next document that was not read to its end"),
         offset=("integer", "first character to read (default: 0)"),
         limit=("integer", "most characters to read (default: all)"),
     ),
@@ -233,6 +235,8 @@ class Workspace:
     def _read(self, path: str, offset: int = 0, limit: int | None = None) -> ToolResult:
         if offset < 0 or (limit is not None and limit < 1):
             raise ToolError("bad_arguments", f"offset {offset} and limit {limit}: from 0 on, and 1 or more")
+        if path == NEXT:
+            raise ToolError("missing", "every document is read; give a path to read one again")
         text, document = self._text(parse(path))
         if offset and offset >= len(text):
             raise ToolError("bad_arguments", f"offset {offset} is past the end; {path} has {len(text):,} characters")

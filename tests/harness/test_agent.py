@@ -68,6 +68,35 @@ def test_the_base_is_never_rewritten_and_the_bridge_stands_where_the_reads_were(
         assert [memo in bridge for memo in memos] == [k == number - 1 for k in range(len(memos))]
 
 
+def test_next_reads_the_documents_in_order_and_goes_on_where_a_part_ended(tmp_path):
+    sizes = {"01.txt": 300, "02.txt": 2500, "03.txt": 100}
+    task = make_task(tmp_path, {name: texts(1, size)["01.txt"] for name, size in sizes.items()}, ["schedule.md"])
+
+    def following(seen, limit):
+        """Never names a document."""
+        if seen[-1].role == "tool" and seen[-1].call.name == "write":
+            return Message("assistant", "Done.")
+        if seen[-1].content.endswith("[3 of 3 documents read]"):
+            return call("write", path="output/schedule.md", content="All read.")
+        return call("read", path="next")
+
+    run = episode(tmp_path, task, following, backend="none", window=2600, reserve=300)
+    drive(run)
+    tools = [event for event in of(read_run(run.folder.root), "tool") if event["name"] == "read" and event["ok"]]
+    shown = {}
+    for event in tools:
+        assert event["arguments"] == '{"path": "next"}'
+        assert event["start"] == shown.get(event["document"], 0)
+        shown[event["document"]] = event["start"] + event["document_characters"]
+    assert [event["document"] for event in tools] == sorted(event["document"] for event in tools)
+    assert shown == {name: run.workspace.documents.characters(name) for name in sizes}
+    assert len(tools) > 3  # the second came in parts
+    last = run.folder.text(tools[-1]["result"])
+    assert last.endswith("[3 of 3 documents read]")
+    assert run.folder.text(tools[0]["result"]).endswith("[1 of 3 documents read; next: documents/02.txt]")
+    assert run.workspace.call("read", {"path": "next"}).problem == "missing"
+
+
 def test_every_prompt_extends_the_one_before_and_equals_the_whole_rendered_at_once(tmp_path, task):
     run = episode(tmp_path, task, Reader(), backend="full")
     drive(run)
