@@ -94,7 +94,9 @@ def train_agent(output: Path, recipe: AgentRecipe, minutes: float, report=print)
     output.mkdir(parents=True, exist_ok=True)
     start = load(recipe.start, device="cpu", dtype="float32")
     model, tokenizer = start.model.train().requires_grad_(True), start.tokenizer
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    for layer in model.model.layers:  # vLLM's Qwen3 has no such bias, and drops it without a word
+        layer.self_attn.o_proj.bias.requires_grad_(False).zero_()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.0)
     questions, step = Rows(tokenizer, recipe.seed), 0
     if (output / STATE).exists():
         state = torch.load(output / STATE, weights_only=True)
