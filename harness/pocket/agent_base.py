@@ -96,7 +96,8 @@ def train_agent(output: Path, recipe: AgentRecipe, minutes: float, report=print)
     model, tokenizer = start.model.train().requires_grad_(True), start.tokenizer
     for layer in model.model.layers:  # vLLM's Qwen3 has no such bias, and drops it without a word
         layer.self_attn.o_proj.bias.requires_grad_(False).zero_()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.0)
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, betas=(0.9, 0.98), weight_decay=0.0)
     questions, step = Rows(tokenizer, recipe.seed), 0
     if (output / STATE).exists():
         state = torch.load(output / STATE, weights_only=True)
