@@ -175,7 +175,7 @@ def test_nothing_that_a_command_leaves_behind_breaks_the_run(tmp_path, command):
     task = make_task(tmp_path, texts(5), deliverables=())
 
     def run():
-        return episode(tmp_path, task, Vandal(command), backend="memo", budget="200t", sandbox=SANDBOX,
+        return episode(tmp_path, task, Vandal(command), backend="memo", budget="200t", window=5000, sandbox=SANDBOX,
                        tools=("bash", "read", "write"))  # fmt: skip
 
     whole = run()
