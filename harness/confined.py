@@ -68,6 +68,8 @@ class Confined:
     def write(self, parts: Parts, data: bytes) -> None:
         """Write a file, making its folders; what was there is replaced only when everything is on disk.
 
+        An empty folder of that name makes way: a run that is taken up again does not have it either.
+
         Raises:
             OutsideError: a link is on the way.
             OSError: the disk is full, or the name is a folder or too long.
@@ -80,6 +82,8 @@ class Confined:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
+                with suppress(OSError):
+                    os.rmdir(parts[-1], dir_fd=folder)
                 os.replace(part, parts[-1], src_dir_fd=folder, dst_dir_fd=folder)
             except BaseException:
                 os.unlink(part, dir_fd=folder)

@@ -120,7 +120,7 @@ class Rules:
         """The memo as it lies in the workspace; empty where a command made it a link, or took it away."""
         try:
             return self.workspace.files.read((MEMO,), 1 << 24).decode(errors="replace")
-        except (ValueError, FileNotFoundError):
+        except (ValueError, FileNotFoundError, IsADirectoryError):
             return ""
 
     def memo_is_due(self) -> bool:
@@ -157,8 +157,9 @@ class Rules:
         return decide(self.state.stats(tokens, upcoming, self.reserve, self.window), self.thresholds)
 
     def must_demand(self, due: Decision, tokens: int) -> bool:
-        """Whether the harness must ask for the memo itself: the agent would not write it, or has no room to dawdle."""
-        return due.level == "force" and (self.state.blocks >= 2 or tokens + self.reserve // 2 > self.window)
+        """Whether the harness must ask for the memo itself: the agent would or could not write it, or has no room."""
+        stuck = bool(due) and self.state.blocks >= 2
+        return stuck or (due.level == "force" and tokens + self.reserve // 2 > self.window)
 
     def room(self) -> int:
         """Tokens of documents that fit into a window that has just begun."""

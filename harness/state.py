@@ -79,7 +79,8 @@ class State:
 
     def saw(self, event: Mapping[str, Any], sampled: Sampled) -> None:
         """A call was answered."""
-        self.blocks += event["rule"] == "memo_due"
+        failed = event["name"] == "write" and not event["ok"] and not event["rule"] and MEMO in event["arguments"]
+        self.blocks += event["rule"] == "memo_due" or failed
         self.over += event["rule"] == "memo_over"
         if event["rule"] == "deferred":
             self.must_compact = True

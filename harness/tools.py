@@ -358,7 +358,7 @@ class Workspace:
 
     def _writable(self, path: str) -> Parts:
         parts = parse(path)
-        if not parts or path.endswith("/"):
+        if not parts or path.endswith("/") or parts == ("output",):
             raise ToolError("bad_arguments", f"{path!r} names no file")
         if parts[0] == "documents":
             raise ToolError("read_only", f"{path} cannot be written; deliverables go to output/")
