@@ -17,7 +17,7 @@ from still.harness.documents import Documents
 from still.harness.runs import read_run
 
 WORDS = "The rent of Ashgate Mining is $123,456."
-REAL = sorted(Path("/work/shared/lab/runs").rglob("*.docx"))
+REAL = sorted((Path(__file__).resolve().parents[3] / "shared" / "lab" / "runs").rglob("*.docx"))
 
 
 def docx() -> bytes:
