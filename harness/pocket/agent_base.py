@@ -22,7 +22,7 @@ from ...models import load
 from ..episodes import KINDS
 from ..episodes import Row as AgentRow
 from .agent_rows import AGENT_STAGES, agent_rows
-from .base import STATE, pad_rows, save_state, whole_answers
+from .base import load_state, pad_rows, save_state, whole_answers
 from .context_dropout import ContextDropout
 from .curriculum import IGNORE, STAGES, Row, Rows
 
@@ -98,15 +98,8 @@ def train_agent(output: Path, recipe: AgentRecipe, minutes: float, report=print)
         layer.self_attn.o_proj.bias.requires_grad_(False).zero_()
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learnt, betas=(0.9, 0.98), weight_decay=0.0)
-    questions, step = Rows(tokenizer, recipe.seed), 0
-    if (output / STATE).exists():
-        state = torch.load(output / STATE, weights_only=True)
-        if state["recipe"] != asdict(recipe):
-            raise ValueError(f"{output} holds a run of {state['recipe']}, not of {asdict(recipe)}; take another folder")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        questions.rng.setstate(state["rng"])
-        step = state["where"]
+    questions = Rows(tokenizer, recipe.seed)
+    step = load_state(output, model, optimizer, questions, recipe, 0)
     dropout = ContextDropout()
     dropout.attach(model)
     begun, means = time.monotonic(), {}

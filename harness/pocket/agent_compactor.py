@@ -1,6 +1,6 @@
 """The recipe of the agent's compactor: from one of bare matters to the windows of episodes, by distillation.
 
-    still pocket agent-compactor --output runs/pocket-agent
+    still pocket agent-compactor --output runs/pocket-agent --start-from COMPACTOR
 
 The teacher of `agent_rows` plays, each window is compacted behind S and U as a run does it, and the compactor learns
 the distribution that the full cache gives every later turn (`trainers.model`, compactor "distill"). The base stays as

@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,15 +77,7 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
     rest = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW([{"params": decays}, {"params": rest}], betas=(0.9, 0.98), weight_decay=0.0)
     rows = Rows(tokenizer, recipe.seed)
-    step, stage, mean, in_stage = 0, 0, 0.0, 0
-    if (output / STATE).exists():
-        state = torch.load(output / STATE, weights_only=True)
-        if state["recipe"] != asdict(recipe):
-            raise ValueError(f"{output} holds a run of {state['recipe']}, not of {asdict(recipe)}; take another folder")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        rows.rng.setstate(state["rng"])
-        step, stage, mean, in_stage = state["where"]
+    step, stage, mean, in_stage = load_state(output, model, optimizer, rows, recipe, (0, 0, 0.0, 0))
     dropout = ContextDropout()
     dropout.attach(model)
     start = time.monotonic()
@@ -140,6 +133,23 @@ def pad_rows(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
         labels[index, : len(row.labels)] = torch.tensor(row.labels)
     return ids, labels
+
+
+def load_state(output: Path, model, optimizer, rows, recipe, start: Any) -> Any:
+    """Go on from what `save_state` wrote; returns where the run stands, `start` where there is none.
+
+    Raises:
+        ValueError: `output` holds a run of another recipe.
+    """
+    if not (output / STATE).exists():
+        return start
+    state = torch.load(output / STATE, weights_only=True)
+    if state["recipe"] != asdict(recipe):
+        raise ValueError(f"{output} holds a run of {state['recipe']}, not of {asdict(recipe)}; take another folder")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    rows.rng.setstate(state["rng"])
+    return state["where"]
 
 
 def save_state(output: Path, model, optimizer, rows, recipe, where) -> None:

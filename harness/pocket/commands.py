@@ -58,8 +58,8 @@ examples:
 
         base = load(args.base or str(args.output / "base"), device="cpu", dtype="bfloat16")
         folder = args.output / f"{args.part}-seed{args.seed}"
-        scores = self._compactor(args, base, folder) if args.part == "compactor" else self._windows(args, base, folder)
-        print(f"finished: {folder}, {scores}")
+        made = self._compactor(args, base, folder) if args.part == "compactor" else self._windows(args, base, folder)
+        print(f"finished: {folder}, {made}")
         return 0
 
     def _base(self, args: argparse.Namespace) -> bool:
@@ -81,7 +81,7 @@ examples:
         return train_compactor(base, folder, replace(config, start_from=args.start_from, split=args.split,
                                                      uneven=args.uneven))  # fmt: skip
 
-    def _windows(self, args: argparse.Namespace, base: LoadedModel, folder: Path) -> dict[str, float]:
+    def _windows(self, args: argparse.Namespace, base: LoadedModel, folder: Path) -> Path:
         from ...compactor import StillCompactor
         from .agent_compactor import train_agent_compactor
 

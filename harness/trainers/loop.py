@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from ...distill.checkpoints import MARKER, is_complete, mark_complete, step_of, take_up
 from ...distill.progress import MetricsFile
+from ...distill.trainer import check_options
 from .config import TrainSettings
 from .model import RowModel
 from .sharding import NOTHING, gather, hold_gradients, parts, prepare, scatter, whole_state
@@ -43,13 +43,7 @@ def training_arguments(
     Raises:
         ValueError: an option does not exist, or is set by a flag of ours.
     """
-    known = {item.name for item in dataclasses.fields(TrainingArguments)}
-    for name in options:
-        if name in OWN:
-            mend = f"use {OWN[name]}" if OWN[name] else "this loop depends on its value"
-            raise ValueError(f"--trainer.{name} cannot be set: {mend}")
-        if name not in known:
-            raise ValueError(f"--trainer.{name}: transformers.TrainingArguments has no such field")
+    check_options(options, OWN)
     ours = {
         "output_dir": str(output), "max_steps": steps, "per_device_train_batch_size": 1, "learning_rate": settings.lr,
         "lr_scheduler_type": SCHEDULES[settings.schedule], "warmup_steps": settings.warmup,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,25 @@ OWN = {
 """Arguments of the library trainer that have a flag here, or that would break this loop (no flag)."""
 
 
+def check_options(options: Iterable[str], own: Mapping[str, str]) -> None:
+    """Refuse arguments of the library trainer that are not to be had.
+
+    Args:
+        options: their names.
+        own: the flag that sets one instead; empty where a loop depends on its value.
+
+    Raises:
+        ValueError: an option does not exist, or is set by a flag of ours.
+    """
+    known = {item.name for item in dataclasses.fields(TrainingArguments)}
+    for name in options:
+        if name in own:
+            mend = f"use {own[name]}" if own[name] else "this loop depends on its value"
+            raise ValueError(f"--trainer.{name} cannot be set: {mend}")
+        if name not in known:
+            raise ValueError(f"--trainer.{name}: transformers.TrainingArguments has no such field")
+
+
 def training_arguments(
     config: TrainConfig, output: str | Path, options: dict[str, Any], world: int, cpu: bool
 ) -> TrainingArguments:
@@ -53,13 +72,7 @@ def training_arguments(
     Raises:
         ValueError: an option does not exist, or is set by a flag of ours.
     """
-    known = {item.name for item in dataclasses.fields(TrainingArguments)}
-    for name in options:
-        if name in OWN:
-            mend = f"use {OWN[name]}" if OWN[name] else "this loop depends on its value"
-            raise ValueError(f"--trainer.{name} cannot be set: {mend}")
-        if name not in known:
-            raise ValueError(f"--trainer.{name}: transformers.TrainingArguments has no such field")
+    check_options(options, OWN)
     if config.batch % (config.micro_batch * world):
         raise ValueError(
             f"batch is {config.batch}; it must be a multiple of micro_batch {config.micro_batch} times {world} process"
