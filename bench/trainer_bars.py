@@ -33,6 +33,7 @@ from trainer_cases import plain_row  # noqa: E402
 from still import methods, models  # noqa: E402
 from still.compactor import StillCompactor  # noqa: E402
 from still.harness.trainers.advantages import group_advantages  # noqa: E402
+from still.harness.trainers.attention import attending_rows  # noqa: E402
 from still.harness.trainers.config import TrainSettings  # noqa: E402
 from still.harness.trainers.loop import RowTrainer  # noqa: E402
 from still.harness.trainers.model import RowModel, Share  # noqa: E402
@@ -201,7 +202,8 @@ def kept_bytes(module, row) -> int:
             kept[storage.data_ptr()] = storage  # held, so that no address comes twice
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with attending_rows(module.policy), hooks:
         module([Share(row, 1.0 / row.trained)])
     return sum(storage.nbytes() for storage in kept.values())
 

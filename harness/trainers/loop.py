@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from ...distill.checkpoints import MARKER, is_complete, mark_complete, step_of, take_up
 from ...distill.progress import MetricsFile
 from ...distill.trainer import check_options
+from .attention import attending_rows
 from .config import TrainSettings
 from .model import RowModel
 from .sharding import NOTHING, gather, hold_gradients, parts, prepare, scatter, whole_state
@@ -135,6 +136,10 @@ class RowTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward over the step's micro-batches; only the last one synchronises."""
+        with attending_rows(self.module.policy):
+            return self._micro_batches(model, inputs)
+
+    def _micro_batches(self, model, inputs) -> torch.Tensor:
         model.train()
         total, sharded = torch.zeros((), device=self.args.device), bool(parts(model))
         hold_gradients(model, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from trainer_cases import assert_close, gradients, rollout
 from still import methods
 from still.compactor import StillCompactor
 from still.harness.backends.slots import fingerprint
+from still.harness.trainers.attention import NAME, attending_rows, row_attention
 from still.harness.trainers.losses import Counted, row_scales
 from still.harness.trainers.model import RowModel, Share
 from still.harness.trainers.prefix import let_checkpoint_read, rebuild
@@ -165,3 +167,60 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         RowModel(loaded.model).logprobs(replace(rows[0], labels=list(rows[0].input_ids)))
     with pytest.raises(ValueError, match="sliding_attention layers keep a state"):
         let_checkpoint_read(tiny_agent("gemma3").model)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", pytest.param("gemma3", marks=full), pytest.param("qwen3_next", marks=full)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_without_a_mask_gives_the_same_gradients(tmp_path, kind, checkpointing):
+    if checkpointing and kind != "qwen3":
+        pytest.skip("layers with a state of their own are not replayed")
+    loaded, method, rows = setting(tmp_path, kind=kind)
+    module = RowModel(loaded.model.requires_grad_(True), method, compactor="joint")
+    if checkpointing:
+        module.checkpoint_activations()
+    shares = [Share(row, 1.0 / row.trained) for row in rows]
+    module.train()
+    module(shares).loss.backward()
+    stock = gradients(module)
+    module.zero_grad()
+    with attending_rows(loaded.model):
+        assert loaded.model.config._attn_implementation == NAME
+        module(shares).loss.backward()
+    assert loaded.model.config._attn_implementation == "sdpa"
+    assert any(row.prefix_plan for row in rows)
+    assert_close(gradients(module), stock)
+
+
+@pytest.mark.parametrize(("queries", "before"), [(1, 9), (7, 3), (7, 7), (7, 8), (7, 0)])
+def test_row_attention_is_the_end_of_a_causal_square(queries, before):
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, length, 8, generator=draw)
+        for heads, length in ((4, queries), (2, before + queries), (2, before + queries))
+    )
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+    out, _ = row_attention(module, query, key, value, None)
+    mask = torch.ones(queries, before + queries, dtype=torch.bool).tril(before)
+    scores = query @ key.repeat_interleave(2, 1).mT / 8**0.5
+    wanted = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value.repeat_interleave(2, 1)
+    assert_close({"out": out.transpose(1, 2)}, {"out": wanted})
+
+
+def test_a_row_behind_slots_keeps_no_more_for_a_further_token(tmp_path):
+    loaded, method, rows = setting(tmp_path)
+    row = next(row for row in rows if row.prefix_plan)
+    module = RowModel(loaded.model.requires_grad_(True), method, compactor="frozen").train()
+    sizes = []
+    for times in (1, 2, 3):
+        longer = replace(row, input_ids=row.input_ids * times, labels=row.labels * times,
+                         token_kind=row.token_kind * times, logprobs=row.logprobs * times)  # fmt: skip
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with attending_rows(loaded.model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            module([Share(longer, 1.0)])
+        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    assert sizes[2] - sizes[1] < 1.02 * (sizes[1] - sizes[0])
