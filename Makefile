@@ -1,6 +1,6 @@
 # Every target makes the environment that it needs; only python3 (3.11 or newer) has to be there.
 #
-#   make quickstart                     the sweep on the pocket model: a table, a figure and a report in minutes
+#   make quickstart                     the sweeps on the pocket model: tables, figures and reports in minutes
 #   make test                           samples of every grid (a few minutes on two cores)
 #   make test-all                       every bar in full
 #   make lint                           ruff (make fix mends what it can)
@@ -30,6 +30,7 @@ help:
 
 quickstart: $(VENV)/.installed-plot
 	$(VENV)/bin/still sweep --preset quickstart --output $(RESULTS)
+	$(VENV)/bin/still sweep --agent --preset quickstart --output $(RESULTS)-agent
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not full" $(ARGS)

@@ -22,7 +22,7 @@ class AgentSweepConfig:
     """What an agent's sweep computes. Every field enters the digest that its results folder is bound to.
 
     Attributes:
-        model: `pocket`, a folder or a Hub id, run here; or server:NAME, a model of an OpenAI-compatible server
+        model: `pocket-agent`, a folder or a Hub id, run here; or server:NAME, a model of an OpenAI-compatible server
         compactor: trained STILL compactors: the name of a model that brings its own, folders (a folder of folders is
             one compactor per seed), or Hub ids
         tasks: `matters`, `matters-unseen` (templates that training never shows), or folders of LAB tasks whose criteria
@@ -56,8 +56,8 @@ class AgentSweepConfig:
         bytes_per_token: of the served model's KV cache
     """
 
-    model: str = "pocket"
-    compactor: tuple[str, ...] = ("pocket",)
+    model: str = "pocket-agent"
+    compactor: tuple[str, ...] = ("pocket-agent",)
     tasks: tuple[str, ...] = ("matters",)
     relevance: tuple[float, ...] = (1.0, 0.25, 0.05)
     criteria: int = 20
@@ -217,3 +217,11 @@ def agent_cells(
         for identifier in ids:
             for seed in seeds:
                 yield AgentCell(group, identifier, **asdict(condition), seed=seed)
+
+
+AGENT_PRESETS = {
+    "quickstart": AgentSweepConfig(
+        model="pocket-agent", compactor=("pocket-agent",), backends=("memo", "memo_oracle", "kv", "hybrid", "trim"),
+        budgets=("128t",), count=2, together=6, probe=False,
+    )
+}  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..flags import add_flags
-from .agent_cells import AgentSweepConfig
+from .agent_cells import AGENT_PRESETS, AgentSweepConfig
 from .budgets_command import Budgets
 from .cells import PRESETS, SweepConfig, read_json
 from .rows_command import Rows
@@ -33,7 +33,7 @@ With --agent, each cell is an episode: an agent reads a matter document by docum
 a memo, by slots or by both within --budgets, and writes a deliverable that the exact judge grades."""
     examples = """\
 examples:
-  still sweep --agent --budgets 128t,256t --output results/agent     whole episodes: read, compact, write, be judged
+  still sweep --agent --preset quickstart                            whole episodes: read, compact, write, be judged
   still sweep --preset quickstart                                    the model that comes with still, in minutes
   still sweep --ratios 4,8,16 --methods still,snapkv,h2o --count 40 --output results/three
   still sweep --model Qwen/Qwen3-0.6B --compactor ./compactor --tasks ruler --tokens 8192 --count 25
@@ -68,10 +68,12 @@ examples:
         return 0
 
     def _agent(self, args: argparse.Namespace) -> int:
-        if args.preset:
-            raise ValueError(f"preset is {args.preset!r}, which is for sweeps of questions; leave it out with --agent")
-        config = given_to(args, AgentSweepConfig(), SweepConfig)
-        output = args.output or Path("results/agent")
+        if args.preset and args.preset not in AGENT_PRESETS:
+            known = ", ".join(AGENT_PRESETS)
+            raise ValueError(f"preset is {args.preset!r}, which is for sweeps of questions; with --agent: {known}")
+        start = AGENT_PRESETS[args.preset] if args.preset else AgentSweepConfig()
+        config = given_to(args, start, SweepConfig)
+        output = args.output or Path("results") / (f"{args.preset}-agent" if args.preset else "agent")
         from .agent_report import write_agent_report
         from .agent_sweep import AgentBench, run_agent_sweep
 

@@ -37,7 +37,9 @@ __all__ = ["KINDS", "Oracle", "Pretended", "Row", "oracle_events", "rows_of", "s
 LINE = re.compile(r"^(?:\d+\. )?(.+?): (.+)$", re.MULTILINE)
 """A party's line in a memo or a draft."""
 MISSING = "not found"
-"""What a draft says of a party whose value is not in view."""
+"""What a memo or a draft says of a party whose value is not in view."""
+LINE_TOKENS = 12
+"""Of a long line of the pocket's; a memo has as many lines as surely fit, which a small model can learn by heart."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +182,11 @@ class Oracle:
         return known, read, written
 
     def _memo(self, known: dict[str, str]) -> str:
-        lines: list[str] = []
-        for party in self._order(known):
-            if party not in known:
-                continue
-            line = self.facts.line(party, known[party])
-            if self.count("\n".join([*lines, line])) > self.memo_tokens - 1:
-                break
-            lines.append(line)
+        """A list of what is asked, as far as the budget goes, open questions included; to leave lines out is harder."""
+        parties = self._order(known)[: max(1, self.memo_tokens // LINE_TOKENS)]
+        lines = [self.facts.line(party, known.get(party, MISSING)) for party in parties]
+        while len(lines) > 1 and self.count("\n".join(lines)) >= self.memo_tokens:
+            lines.pop()
         return "\n".join(lines) or "Nothing yet."
 
     def _draft(self, name: str, known: dict[str, str]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-VERSION = "pocket-2"
+VERSION, AGENT = "pocket-2", "pocket-agent-1"
 SEEDS = (0, 1, 2)
 
 
 def resolve(name: str):
-    """The `NamedModel` behind `pocket` and `pocket-2`, for the entry-point group `still.models`."""
+    """The `NamedModel` behind `pocket` and `pocket-agent`, for the entry-point group `still.models`."""
     from ...models import NamedModel
 
-    folders = (WEIGHTS / f"still-{VERSION}-seed{seed}" for seed in SEEDS)
-    return NamedModel(VERSION, WEIGHTS / VERSION, tuple(folder for folder in folders if folder.is_dir()))
+    version = AGENT if name.startswith("pocket-agent") else VERSION
+    folders = (WEIGHTS / f"still-{version}-seed{seed}" for seed in SEEDS)
+    return NamedModel(version, WEIGHTS / version, tuple(folder for folder in folders if folder.is_dir()))

@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import random
 import time
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from .agent_rows import AGENT_STAGES, agent_rows
 from .base import load_state, pad_rows, save_state, whole_answers
 from .context_dropout import ContextDropout
 from .curriculum import IGNORE, STAGES, Row, Rows
+from .tokenizer import CHAT_TEMPLATE
 
 DRAWN = 16
 """Rows that are drawn for a step; neighbours in length are taken, so that little of a batch is padding."""
@@ -38,7 +41,8 @@ class AgentRecipe:
 
     Attributes:
         steps: optimizer steps in all.
-        shares: of the steps that each stage of `AGENT_STAGES` takes.
+        schedule: stages of `AGENT_STAGES` and the part of all steps that each takes, one after another. The short look
+            at the second stage before the first is learnt is how the weights that ship came to be; nothing rests on it.
         tokens: of the game in a step, padding included, about.
         questions: tokens of bare questions and their matters in a step, about.
         learning_rate: peak rate of AdamW.
@@ -48,8 +52,8 @@ class AgentRecipe:
         start: model that is trained on.
     """
 
-    steps: int = 600
-    shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
+    steps: int = 700
+    schedule: tuple[tuple[int, int], ...] = ((0, 7), (1, 3), (0, 11), (1, 14), (2, 14), (3, 21))
     tokens: int = 8_000
     questions: int = 4_000
     learning_rate: float = 1e-3
@@ -65,8 +69,9 @@ class AgentRecipe:
 
     def stage(self, step: int) -> int:
         """Stage of a step."""
-        ends = [sum(self.shares[: n + 1]) * self.steps for n in range(len(self.shares))]
-        return next((n for n, end in enumerate(ends) if step < end), len(ends) - 1)
+        parts = [part for _, part in self.schedule]
+        ends = [self.steps * end / sum(parts) for end in accumulate(parts)]
+        return self.schedule[min(bisect_right(ends, step), len(parts) - 1)][0]
 
 
 def game_rows(tokenizer, recipe: AgentRecipe, step: int) -> list[AgentRow]:
@@ -94,6 +99,7 @@ def train_agent(output: Path, recipe: AgentRecipe, minutes: float, report=print)
     output.mkdir(parents=True, exist_ok=True)
     start = load(recipe.start, device="cpu", dtype="float32")
     model, tokenizer = start.model.train().requires_grad_(True), start.tokenizer
+    tokenizer.chat_template = CHAT_TEMPLATE  # the start's may be an older one
     for layer in model.model.layers:  # vLLM's Qwen3 has no such bias, and drops it without a word
         layer.self_attn.o_proj.bias.requires_grad_(False).zero_()
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -79,6 +79,8 @@ def train_agent_compactor(
     module = RowModel(base.model, methods.get("still", compactor=compactor), compactor="distill")
     source = EpisodeSteps(base.tokenizer, settings, seed=seed)
     RowTrainer(module.eval(), settings, output, source, steps).fit()
-    place = output / "compactor"
+    place, config = output / "compactor", module.compactor.config
+    config.base_model, config.seed, config.steps = base.name, seed, steps
+    config.trained_ratios = sorted({*config.trained_ratios, *RATIOS})
     module.compactor.save_pretrained(place)
     return place

@@ -15,9 +15,12 @@ INSTRUCTION = "Read the matter and answer from it."
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>", "<|memo|>")
 
 # One role token, a space (so that a word is the same token here as inside a sentence), the text, one end token.
-# A call's arguments follow <|call|> as JSON.
+# A call's arguments follow <|call|> as JSON. Of tools it shows names and arguments: their descriptions would take most
+# of a small window, and training teaches what they do.
 CHAT_TEMPLATE = """\
-{%- if tools %}<|system|> Tools: {{ tools | tojson }}<|end|>{% endif %}
+{%- if tools %}<|system|> Tools:
+{%- for tool in tools %} {{ tool.function.name }}({{ tool.function.parameters.properties | join(", ") }})
+{%- endfor %}<|end|>{% endif %}
 {%- for message in messages %}<|{{ message.role }}|>{% if message.content %} {{ message.content }}{% endif %}
 {%- for call in message.tool_calls or [] %}<|call|>{{ call.function.name }} {{ call.function.arguments | tojson }}
 {%- endfor %}<|end|>{% endfor %}

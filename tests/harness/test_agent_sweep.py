@@ -158,7 +158,7 @@ def test_the_report_shows_all_shares_and_conditions(swept, capsys):
 
 @pytest.mark.parametrize(("flags", "complaint"), [
     (["--agent", "--ratios", "2,4"], "--ratios means nothing"), (["--budgets", "64t"], "--budgets means nothing"),
-    (["--agent", "--preset", "quickstart"], "leave it out"), (["--agent", "--backends", "telepathy"], "telepathy"),
+    (["--agent", "--preset", "uneven"], "sweeps of questions"), (["--agent", "--backends", "telepathy"], "telepathy"),
     (["--agent", "--budgets", "lots"], "budget is 'lots'"), (["--agent", "--relevance", "0"], "relevance is 0"),
 ])  # fmt: skip
 def test_refusals(tmp_path, capsys, flags, complaint):

@@ -14,8 +14,11 @@ from still.distill.objective import IGNORE
 from still.eval.judge import exact_judge
 from still.eval.matters import generate_matter, question_set
 from still.eval.matters.words import TRADES
+from still.harness.agent_cells import AgentSweepConfig
+from still.harness.agent_sweep import AgentBench, run_agent_sweep
+from still.harness.agent_table import agent_rows
 from still.harness.ask import Prompt, ask
-from still.harness.pocket import SEEDS, VERSION, WEIGHTS, resolve
+from still.harness.pocket import AGENT, SEEDS, VERSION, WEIGHTS, resolve
 from still.harness.pocket.base import STATE, BaseRecipe, train_base, whole_answers
 from still.harness.pocket.compactors import LENGTHS, MatterRows, recipe
 from still.harness.pocket.context_dropout import HIDDEN, ContextDropout
@@ -23,6 +26,7 @@ from still.harness.pocket.curriculum import STAGES, Rows
 from still.harness.pocket.dialogue import context_messages
 from still.harness.pocket.induction import induction_start, pocket_config
 from still.harness.pocket.tokenizer import SPECIALS, train_tokenizer
+from still.harness.runs import read_run
 from still.prompts import PromptFormat, render, render_answer
 from still.reading import read
 
@@ -206,4 +210,19 @@ def test_the_name_pocket_brings_its_compactors():
     assert len(named.compactors) <= len(SEEDS)
     sizes = [file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()]
     assert max(sizes) < 16 << 20
-    assert sum(sizes) < 40 << 20
+    assert sum(sizes) < 64 << 20
+
+
+@pytest.mark.skipif(not (WEIGHTS / AGENT).is_dir(), reason="the agent's weights are not here")
+def test_the_agents_pocket_plays_whole_matters_by_itself(tmp_path):
+    config = AgentSweepConfig(
+        relevance=(0.5,), criteria=12, documents=6, count=2, first=900, backends=("memo", "kv"), budgets=("256t",),
+        together=2, probe=False,
+    )  # fmt: skip
+    store = run_agent_sweep(config, tmp_path, AgentBench.load(config, "cpu"), progress=False)
+    passed = {row["backend"]: row["pass_rate"] for row in agent_rows(store.results(), store.header)}
+    assert passed["full"] >= 0.8
+    assert passed["memo"] >= passed["none"]
+    assert passed["kv"] >= passed["none"]
+    turns = [turn for log in tmp_path.rglob("events.jsonl") for turn in read_run(log.parent) if turn["event"] == "turn"]
+    assert sum(turn["forced"] or turn["repaired"] for turn in turns) <= 0.02 * len(turns)
