@@ -221,7 +221,7 @@ def agent_cells(
 
 AGENT_PRESETS = {
     "quickstart": AgentSweepConfig(
-        model="pocket-agent", compactor=("pocket-agent",), backends=("memo", "memo_oracle", "kv", "hybrid", "trim"),
-        budgets=("128t",), count=2, together=6, probe=False,
+        relevance=(1.0, 0.25), backends=("memo", "memo_oracle", "kv", "trim"), budgets=("128t",), count=2, together=6,
+        probe=False,
     )
-}  # fmt: skip
+}
