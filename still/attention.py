@@ -49,16 +49,16 @@ def register() -> None:
 
 
 @contextmanager
-def attending(model) -> Iterator[None]:
-    """Run a model with this attention while the block lasts, and then with its own again."""
+def attending(model, name: str = NAME) -> Iterator[None]:
+    """Run a model with this attention, or one by another name, while the block lasts, and then with its own again."""
     before = model.config._attn_implementation
     register()
-    if before != NAME:
-        model.set_attn_implementation(NAME)
+    if before != name:
+        model.set_attn_implementation(name)
     try:
         yield
     finally:
-        if before != NAME:
+        if before != name:
             model.set_attn_implementation(before)
 
 

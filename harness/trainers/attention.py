@@ -7,8 +7,7 @@ are slots, sdpa's causal path serves it, and needs no mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +15,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ...attention import attending
+
 NAME = "still_rows"
 
 
-@contextmanager
-def attending_rows(model) -> Iterator[None]:
+def attending_rows(model) -> AbstractContextManager[None]:
     """Train a model that uses sdpa on rows; others are left as they are. Both passes belong into the block."""
     if model.config._attn_implementation != "sdpa":
-        yield
-        return
+        return nullcontext()
     AttentionInterface.register(NAME, row_attention)
     AttentionMaskInterface.register(NAME, row_mask)
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("sdpa")
+    return attending(model, NAME)
 
 
 def row_mask(*args, attention_mask=None, local_size=None, allow_is_causal_skip: bool = True, **kwargs):
