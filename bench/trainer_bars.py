@@ -28,15 +28,14 @@ sys.path[:0] = [str(TESTS / "harness"), str(TESTS / "still")]
 from test_kv_rows import CASES, sampled_of, setting, step  # noqa: E402
 from test_losses import LENGTHS, backward, cut_rows, whole_rows  # noqa: E402
 from test_train_kills import WEIGHTS, curve  # noqa: E402
-from trainer_cases import plain_row  # noqa: E402
+from trainer_cases import kept_bytes, plain_row  # noqa: E402
 
 from still import methods, models  # noqa: E402
 from still.compactor import StillCompactor  # noqa: E402
 from still.harness.trainers.advantages import group_advantages  # noqa: E402
-from still.harness.trainers.attention import attending_rows  # noqa: E402
 from still.harness.trainers.config import TrainSettings  # noqa: E402
 from still.harness.trainers.loop import RowTrainer  # noqa: E402
-from still.harness.trainers.model import RowModel, Share  # noqa: E402
+from still.harness.trainers.model import RowModel  # noqa: E402
 from still.harness.trainers.steps import RowSource  # noqa: E402
 from still.provenance import provenance  # noqa: E402
 
@@ -189,23 +188,6 @@ def slot_row(ids: list[int], tokens: int):
     plan = [step, {**step, "keep": "append", "start": 32, "end": 544, "slots": 128}]
     return plain_row(ids[:tokens], range(tokens // 2, tokens), prefix_ids=ids[-544:], prefix_plan=plan,
                      prefix_method="still", backend="kv")  # fmt: skip
-
-
-def kept_bytes(module, row) -> int:
-    """Bytes that a forward keeps for its backward pass, weights left out."""
-    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with attending_rows(module.policy), hooks:
-        module([Share(row, 1.0 / row.trained)])
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def memory(args):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from agent_cases import tiny_agent
-from trainer_cases import assert_close, gradients, rollout
+from trainer_cases import assert_close, gradients, kept_bytes, rollout
 
 from still import methods
 from still.compactor import StillCompactor
@@ -214,13 +214,5 @@ def test_a_row_behind_slots_keeps_no_more_for_a_further_token(tmp_path):
     for times in (1, 2, 3):
         longer = replace(row, input_ids=row.input_ids * times, labels=row.labels * times,
                          token_kind=row.token_kind * times, logprobs=row.logprobs * times)  # fmt: skip
-        kept: dict[int, torch.Tensor] = {}
-
-        def keep(tensor, kept=kept):
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with attending_rows(loaded.model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            module([Share(longer, 1.0)])
-        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+        sizes.append(kept_bytes(module, longer))
     assert sizes[2] - sizes[1] < 1.02 * (sizes[1] - sizes[0])

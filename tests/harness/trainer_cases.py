@@ -30,6 +30,8 @@ from still.harness.episodes import Oracle
 from still.harness.policies.chat import ChatFormat
 from still.harness.policies.scripted import ScriptedPolicy
 from still.harness.run_config import RunConfig
+from still.harness.trainers.attention import attending_rows
+from still.harness.trainers.model import Share
 from still.harness.types import Message, ToolCall
 from still.harness.windows import IGNORE, WindowRow, rows_of_run
 
@@ -87,6 +89,23 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], b
     worst = max(float((one[name] - other[name]).abs().max()) for name in one) / size
     assert worst < bound, worst
     return worst
+
+
+def kept_bytes(module, row) -> int:
+    """Bytes that a forward keeps for its backward pass, weights left out."""
+    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with attending_rows(module.policy), hooks:
+        module([Share(row, 1.0 / row.trained)])
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 TINY = Difficulty("tiny", facts=4, documents=4, amended=0.0)
