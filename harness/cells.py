@@ -21,8 +21,11 @@ CONTROLS = ("still-untrained", "still-wrong-matter")
 UNEVEN = "-uneven"
 """Ending of a method whose slots are divided over the heads by a split: `still-uneven`, `snapkv-uneven`."""
 
-LEARNED = ("still", f"still{UNEVEN}", *CONTROLS)
-"""Rows made by a STILL compactor: trained, with a split, untrained, and asked about a matter that it did not read."""
+PLACED = "still-placed"
+"""A compactor that stands where the trained one stands, and copies: what its placement brings without its training."""
+
+LEARNED = ("still", f"still{UNEVEN}", PLACED, *CONTROLS)
+"""Rows made by a STILL compactor: trained, with a split, placed, untrained, and asked about another matter."""
 
 WITHOUT_RATIO = (FLOOR, CEILING, *QUANTISED)
 """Methods whose size no ratio sets."""
@@ -115,7 +118,11 @@ class SweepConfig:
 
 PRESETS = {
     "quickstart": SweepConfig(
-        tasks=("matters", "matters-unseen:still+still-untrained"), count=12, questions=32, max_new_tokens=16
+        tasks=("matters", f"matters-unseen:still+still{UNEVEN}+still-untrained"),
+        methods=(
+            *METHODS, f"still{UNEVEN}", PLACED, f"random{UNEVEN}", f"keydiff{UNEVEN}", f"attention_matching{UNEVEN}",
+        ),
+        count=12, questions=32, max_new_tokens=16,
     ),
     "uneven": SweepConfig(
         methods=(

@@ -29,6 +29,7 @@ class Style:
 STYLES = {
     "still": Style(ACCENT, "o", "STILL"),
     "still-uneven": Style("#7a1fa2", "o", "STILL, uneven heads"),
+    "still-placed": Style("#b08968", "o", "STILL, placed but untrained"),
     "still-untrained": Style("#8a8f98", "o", "STILL, untrained"),
     "still-wrong-matter": Style("#8a8f98", "x", "STILL, wrong matter"),
     "attention_matching": Style("#0072b2", "s", "Attention Matching"),

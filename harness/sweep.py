@@ -31,7 +31,7 @@ from ..provenance import provenance
 from ..reading import read
 from ..types import Reading
 from .ask import Asked, Prompt, ask
-from .cells import CEILING, FLOOR, UNEVEN, Cell, CellStore, SweepConfig, cells_of, digest
+from .cells import CEILING, CONTROLS, FLOOR, PLACED, UNEVEN, Cell, CellStore, SweepConfig, cells_of, digest
 from .question_sets import question_sets
 
 COMPACTOR_FILE = "compactor.json"
@@ -88,7 +88,7 @@ def run_sweep(
 
 def check_methods(names: tuple[str, ...]) -> None:
     """Refuse a method that nobody knows, before anything is loaded."""
-    known = [*methods.NAMES, "still-untrained", "still-wrong-matter"]
+    known = [*methods.NAMES, PLACED, *CONTROLS]
     known += [name + UNEVEN for name in methods.SPLIT_NAMES]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no method {unknown[0]!r}; choose from {', '.join(known)}")
@@ -112,11 +112,11 @@ class Bench:
         plain = [name.removesuffix(UNEVEN) for name in names]
         self.needs_queries = any(methods.METHODS[name].needs_queries for name in plain if name in methods.METHODS)
         uneven = any(name.endswith(UNEVEN) for name in names)
-        if {"still", "still-wrong-matter"} & set(plain) or (uneven and not config.split):
+        if {"still", "still-wrong-matter", PLACED} & set(plain) or (uneven and not config.split):
             for seed, (name, compactor) in load_compactors(config.compactor, config.seeds, loaded).items():
                 self.compactors[seed], self.compactor_names[seed] = compactor, name
         trained = tuple(self.compactors)
-        self.seeds = {"still": trained, "still-wrong-matter": trained, "random": config.seeds}
+        self.seeds = {"still": trained, "still-wrong-matter": trained, PLACED: trained, "random": config.seeds}
         self.seeds |= {f"{name}{UNEVEN}": self.seeds[name] for name in ("still", "random")}
         if uneven:
             self.split_of(None)  # refuses a missing one before hours of work
@@ -125,6 +125,8 @@ class Bench:
         """The method of a cell, ready to compact."""
         if cell.method == "still-untrained":
             return methods.get("still", compactor=self.untrained, label="untrained")
+        if cell.method == PLACED:
+            return methods.get("still", compactor=self.placed(cell.seed), label="placed")
         name = cell.method.removesuffix(UNEVEN)
         options = {"split": self.split_of(cell.seed)} if cell.method.endswith(UNEVEN) else {}
         if name in ("still", "still-wrong-matter"):
@@ -152,6 +154,21 @@ class Bench:
                      "fractional_positions", "learned_scale", "rms_eps", "rope_base")  # fmt: skip
             options = {name: known[name] for name in shape}
         return StillCompactor.for_model(self.model, **options).eval().requires_grad_(False)
+
+    def placed(self, seed: int) -> StillCompactor:
+        """A compactor that stands where the trained one of this seed stands, and copies what it finds there.
+
+        Raises:
+            ValueError: that one spreads its latents evenly.
+        """
+        trained = self.compactors[seed]
+        if not trained.config.placement:
+            name = self.compactor_names[seed]
+            raise ValueError(f"{name} spreads its latents evenly: {PLACED} is for one with a placement")
+        fresh = StillCompactor.for_model(self.model, bank=1, placement=trained.config.placement)
+        for name, part in fresh.layers.items():
+            part.placement.load_state_dict(trained.layers[name].placement.state_dict())
+        return fresh.eval().trains(False)
 
     def read(self, ids: list[int], queries: bool = False) -> Reading:
         """One forward over a context."""

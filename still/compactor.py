@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from .cache import StillCache
 from .cache_compaction import MODES
 from .config import StillConfig
 from .perceiver import LayerPerceiver
+from .placement import contributions, phases
 from .reading import check_mask, read
 from .rope import Rotary, full_attention_layers, rotate
 from .rows import join_rows
@@ -233,9 +234,45 @@ class StillCompactor(nn.Module, ModelHubMixin):
     def _mix(self, layer, keys, values, slots: int, tables: Tables, heads: list[int] | None = None) -> CompactKV:
         dtype = keys.dtype
         with torch.autocast(keys.device.type, enabled=False):
-            small, mixed, beta = self.layers[str(layer)](keys, values, slots, tables.turns, tables.tokens, heads)
+            phase = self._phase(layer, heads)
+            small, mixed, beta = self.layers[str(layer)](keys, values, slots, tables.turns, tables.tokens, heads, phase)
             small = rotate(small, *tables.slots)
         return CompactKV(small.to(dtype), mixed.to(dtype), None if beta is None else beta.to(dtype))
+
+    def trains(self, on: bool = True) -> StillCompactor:
+        """Let the weights be trained, or not; scales that are fixed and scorers of a placement stay as they are."""
+        for part in self.layers.values():
+            for name, weight in part.named_parameters():
+                fixed = name.startswith("placement.") or (name.endswith("log_scale") and not self.config.learned_scale)
+                weight.requires_grad_(on and not fixed)
+        return self
+
+    def plain(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Un-rotated keys and values side by side, `[batch, kv_heads, tokens, 2 * head_dim]`; see `compact_layer`."""
+        return LayerPerceiver.plain(keys, values, self.rotary.cos_sin(layer, positions))
+
+    def note_mass(self, mass: Mapping[int, torch.Tensor]) -> None:
+        """Set what each head is known to contribute, and divide slots by it in the split that the checkpoint carries.
+
+        Args:
+            mass: `[kv_heads]` by layer, see `still.placement.contributions`.
+        """
+        for layer, own in mass.items():
+            self.layers[str(layer)].placement.mass.copy_(own)
+        shares = contributions([part.placement.mass for part in self.layers.values()])
+        weights = {int(name): tuple(own.tolist()) for name, own in zip(self.layers, shares, strict=True)}
+        split = Split(weights, fingerprint=self.config.base_fingerprint, source="attention")
+        self.config.split = split.to_dict()
+
+    def _phase(self, layer: int, heads: Sequence[int] | None) -> torch.Tensor | None:
+        """Where the numbers of some heads begin by which tokens are shared out; None where latents stand evenly."""
+        if not self.config.placement:
+            return None
+        every = phases([part.placement.mass for part in self.layers.values()])
+        own = every[list(self.layers).index(str(layer))]
+        return own if heads is None else own[list(heads)]
 
     def slot_positions(self, positions: torch.Tensor, slots: int) -> torch.Tensor:
         """Logical positions `[batch or 1, slots]` at which `compact_layer` rotates its slots."""

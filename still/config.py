@@ -28,6 +28,9 @@ class StillConfig:
         first_scale: attention scale at which the first cross-attention starts; None is the canonical `latent_width`. A
             lower one mixes neighbouring tokens at first, so that gradients tell which of them to keep; the fresh
             compactor is then no exact copy.
+        placement: hidden width of a scorer that chooses the tokens at which latents stand (`still.placement`), so that
+            heads share the tokens worth keeping among them; 0 spreads latents evenly, alike in all heads, as published.
+            Slots are rotated at even positions either way.
         rms_eps: added to the mean square of a latent before its root.
         rope_base: base of the compactor's own rotary embedding.
         split: how slots are divided over layers and KV heads, as `still.budgets.Split.to_dict` has it, that the
@@ -50,6 +53,7 @@ class StillConfig:
     learned_scale: bool = False
     open_start: bool = False
     first_scale: float | None = None
+    placement: int = 0
     rms_eps: float = 1e-3
     rope_base: float = 10.0
     split: dict | None = None
@@ -65,8 +69,9 @@ class StillConfig:
         for name in ("bank", "chunk", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.feed_forward < 0:
-            raise ValueError(f"feed_forward is {self.feed_forward}; it must be a width, or 0 for none")
+        for name in ("feed_forward", "placement"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a width, or 0 for none")
         if self.first_scale is not None and self.first_scale <= 0:
             raise ValueError(f"first_scale is {self.first_scale}; it must be above 0, or None for the latent width")
         if self.rms_eps <= 0 or self.rope_base <= 1:

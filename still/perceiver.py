@@ -17,6 +17,7 @@ from torch import nn
 from .config import StillConfig
 from .kernels import latent_attention
 from .kernels.rope import strip_rope
+from .placement import Placement
 
 SCALE_GAIN = 10.0  # a scale is learned in its logarithm, at ten times the rate of the weights: it has far to go
 OPEN_SCALE = 8.0
@@ -72,16 +73,24 @@ class Attention(nn.Module):
         `source` is `[batch, heads, T, 2 * head_dim]`, or `Raw` for the kernels.
         """
         if isinstance(source, Raw):
-            mixed = latent_attention.latent_attention(
-                F.normalize(self.query(latents), dim=-1), source.keys, source.values, self.key.weight, self.key.bias,
-                turns, strip=source.strip, scale=(SCALE_GAIN * self.log_scale).exp(),
-            )  # fmt: skip
-            return self.output(self.value(mixed))
+            return self.output(self.value(self._fused(F.normalize(self.query(latents), dim=-1), source, turns)))
         query, key = self._direction(self.query, latents, turns, 0), self._direction(self.key, source, turns, 1)
         # The scale goes into the queries: it may be learned, and sdpa takes a float.
         query = (query * (SCALE_GAIN * self.log_scale).exp()).expand(len(source), -1, -1, -1)
         mixed = F.scaled_dot_product_attention(query, key, source, scale=1.0)
         return self.output(self.value(mixed))  # W_v is linear, so it may follow the weighted sum
+
+    def _fused(self, query: torch.Tensor, source: Raw, turns) -> torch.Tensor:
+        """The weighted sums of the source's tokens by the kernels."""
+        heads, latents, counts = *query.shape[1:3], None
+        if turns is not None and turns[0].shape[1] > 1:  # each head's latents stand elsewhere: one head after the other
+            query = query.expand(len(turns[0]), -1, -1, -1).flatten(1, 2)
+            turns, counts = (turns[0].flatten(1, 2), turns[1]), (latents,) * heads
+        mixed = latent_attention.latent_attention(
+            query, source.keys, source.values, self.key.weight, self.key.bias, turns, strip=source.strip,
+            scale=(SCALE_GAIN * self.log_scale).exp(), counts=counts,
+        )  # fmt: skip
+        return mixed if counts is None else mixed.unflatten(1, (heads, latents))
 
     def _direction(self, linear: nn.Linear, x: torch.Tensor, turns, which: int) -> torch.Tensor:
         if turns is None:
@@ -146,6 +155,7 @@ class LayerPerceiver(nn.Module):
         self.fractional = config.fractional_positions
         self.rope_base = config.rope_base
         self.kv_heads = kv_heads
+        self.placement = Placement(source, kv_heads, config.placement) if config.placement else None
         self.open_start, self.first_scale = config.open_start, config.first_scale
         self.identity_start()
 
@@ -207,7 +217,13 @@ class LayerPerceiver(nn.Module):
         start, width = positions[:, :1], self.bank.shape[-1]  # small angles keep fp32 exact far into a context
         return own_turns(where - start, width, self.rope_base), own_turns(positions - start, width, self.rope_base)
 
-    def forward(self, keys, values, slots, turns, strip=None, heads=None):
+    @staticmethod
+    def plain(keys, values, strip=None) -> torch.Tensor:
+        """Un-rotated keys and values side by side, `[batch, heads, T, 2 * head_dim]` in fp32; see `forward`."""
+        keys = keys.float() if strip is None else strip_rope(keys.float(), *strip)
+        return torch.cat((keys, values.float()), dim=-1)
+
+    def forward(self, keys, values, slots, turns, strip=None, heads=None, phase=None):
         """Compact some heads of one layer.
 
         The Triton kernels read keys and values as they are cached, in their dtype; where those do not run, PyTorch
@@ -220,16 +236,20 @@ class LayerPerceiver(nn.Module):
             turns: what `turns` gives for the tokens' positions and the latents'.
             strip: the model's cos and sin at the tokens `[batch or 1, T, rotary_dim]`; None where keys are un-rotated.
             heads: indices of these KV heads; None for all of them.
+            phase: of these heads, as `still.placement.phases` gives it; needed where latents are placed by worth.
 
         Returns:
             Un-rotated compact keys and values `[batch, heads, slots, head_dim]`, and beta `[batch, heads, slots]` or
             None.
         """
-        if latent_attention.takes(keys, values, self.bank.shape[-1]):
+        fused = latent_attention.takes(keys, values, self.bank.shape[-1])
+        source = None if fused and self.placement is None else self.plain(keys, values, strip)
+        if self.placement is not None:
+            at = self.placement(source, slots, phase, heads)[..., None]
+            own = turns[1].expand(len(keys), keys.shape[1], -1, -1)
+            turns = own.gather(2, at.expand(-1, -1, -1, own.shape[-1])), turns[1]  # a latent turns as its token does
+        if fused:
             source = Raw(keys, values, strip)
-        else:
-            plain = keys.float() if strip is None else strip_rope(keys.float(), *strip)
-            source = torch.cat((plain, values.float()), dim=-1)
         z = self.latents(slots, heads)[None]
         for block in self.blocks:
             z = block(z, source, turns)

@@ -10,13 +10,14 @@ it is.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ... import methods
 from ...compactor import StillCompactor
+from ...distill.placing import Asked, fit_placement
 from ...eval.matters.assignments import write_assignments
 from ...eval.tasks import load_task
 from ...models import LoadedModel
@@ -25,12 +26,15 @@ from ..trainers.config import TrainSettings
 from ..trainers.loop import RowTrainer
 from ..trainers.model import RowModel, Share
 from ..trainers.steps import shares_of
-from ..windows import WindowRow, rows_of_events
+from ..windows import IGNORE, WindowRow, rows_of_events
 from .agent_rows import AgentStage, draw
 
-KV_STAGE = AgentStage((6, 20), (4, 8), (1.0, 1.0, 0.25), ("kv",))
+KV_STAGE = AgentStage((6, 20), (4, 8), (1.0, 1.0, 0.25, 0.05), ("kv", "kv", "hybrid"), window=6144)
 RATIOS = (2.0, 4.0, 8.0, 8.0, 16.0, 16.0, 32.0)
-"""Drawn for each episode."""
+"""Drawn for each episode of slots alone; a hybrid's slots share the budget that its memo leaves."""
+
+PLACED = 48
+"""Windows from which the placement is learnt before the first step."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,30 @@ class EpisodeSteps:
     def _episode(self, rng: random.Random, name: str) -> Sequence[WindowRow]:
         while True:
             asked, config, seed = draw(KV_STAGE, rng)
-            config = replace(config, ratio=rng.choice(RATIOS))
+            if config.backend == "kv":
+                config = replace(config, ratio=rng.choice(RATIOS))
             with TemporaryDirectory(prefix="still-agent-row-") as folder:
                 (place,) = write_assignments(Path(folder) / "lab", asked, [seed], "train")
                 events = oracle_events(load_task(place), self.tokenizer, config, Path(folder) / "run")
             rows = [row for row in rows_of_events(events, None, name) if row.prefix_plan]
             if rows and len(rows[-1].prefix_ids) + len(rows[-1].input_ids) <= KV_STAGE.window:
                 return rows[-1:]  # where the deliverable is written; earlier windows copy file names
+
+
+    def texts(self, count: int) -> Iterator[Asked]:
+        """Windows of episodes of their own, with all that the agent does after them."""
+        for number in range(count):
+            rng = random.Random(f"agent placement {self.seed}:{number}")
+            yield rng.choice([text for row in self._episode(rng, f"placement-{number}") for text in asked_of(row)])
+
+
+def asked_of(row: WindowRow) -> Iterator[Asked]:
+    """Each window before a row that becomes slots, with the row's sampled tokens as what is asked of it."""
+    before = len(row.prefix_ids)
+    asked = [before + place - 1 for place, label in enumerate(row.labels) if label != IGNORE]
+    for step in row.prefix_plan:
+        if step["keep"] in ("append", "recompact"):
+            yield Asked([*row.prefix_ids, *row.input_ids], (step["start"], step["end"]), asked)
 
 
 def train_agent_compactor(
@@ -76,8 +97,10 @@ def train_agent_compactor(
         train_seed=seed,
     )  # fmt: skip
     base.model.requires_grad_(False)
-    module = RowModel(base.model, methods.get("still", compactor=compactor), compactor="distill")
     source = EpisodeSteps(base.tokenizer, settings, seed=seed)
+    if compactor.config.placement:
+        fit_placement(compactor, base.model, source.texts(PLACED), seed)
+    module = RowModel(base.model, methods.get("still", compactor=compactor), compactor="distill")
     RowTrainer(module.eval(), settings, output, source, steps).fit()
     place, config = output / "compactor", module.compactor.config
     config.base_model, config.seed, config.steps = base.name, seed, steps

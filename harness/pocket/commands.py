@@ -44,8 +44,8 @@ examples:
         parser.add_argument("--start-from", metavar="DIR", help="a trained compactor to go on from")
         parser.add_argument("--split", metavar="FILE", help="split of `still budgets` that the compactor is to carry")
         parser.add_argument(
-            "--uneven", type=float, default=0.0, metavar="SHARE",
-            help="share of the steps whose slots are divided unevenly, around the split (default: 0)",
+            "--uneven", type=float, metavar="SHARE",
+            help="share of the steps whose slots are divided unevenly, around the split (default: the recipe's)",
         )  # fmt: skip
 
     def run(self, args: argparse.Namespace) -> int:
@@ -78,8 +78,8 @@ examples:
         from .compactors import recipe, train_compactor
 
         config = recipe(args.seed, **_given(steps=args.steps))
-        return train_compactor(base, folder, replace(config, start_from=args.start_from, split=args.split,
-                                                     uneven=args.uneven))  # fmt: skip
+        given = _given(start_from=args.start_from, split=args.split, uneven=args.uneven)
+        return train_compactor(base, folder, replace(config, **given))
 
     def _windows(self, args: argparse.Namespace, base: LoadedModel, folder: Path) -> Path:
         from ...compactor import StillCompactor

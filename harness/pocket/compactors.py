@@ -22,7 +22,7 @@ LENGTHS = {336: 16, 608: 32, 1152: 64}
 OFTEN = (4.0, 8.0, 8.0, 16.0, 16.0)
 """Ratios that are drawn more often than once: these come on top."""
 
-OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True, "open_start": True, "first_scale": 16.0}
+OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True, "open_start": True, "placement": 64}
 
 SHORT = 0.75
 """Share of the steps, at the beginning, that draw the shortest length alone: what is learnt there carries over."""
@@ -44,18 +44,20 @@ class Curriculum(Draws):
         return replace(draw, length=min(LENGTHS)) if step < self.short else draw
 
 
-def recipe(seed: int, steps: int = 1000) -> TrainConfig:
+def recipe(seed: int, steps: int = 600) -> TrainConfig:
     """How a compactor of the pocket is trained; only the seed differs between the three that ship."""
     return TrainConfig(
         ratios=[2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
         lengths=list(LENGTHS),
         steps=steps,
-        lr=1e-3,
+        lr=1e-4,
         schedule="cosine",
         warmup=20,
         batch=4,
         micro_batch=4,
         questions=32,
+        uneven=0.5,
+        place=128,
         match=0.5,
         eval_contexts=8,
         eval_every=0,

@@ -84,7 +84,7 @@ class RowModel(nn.Module):
             name = "no method" if method is None else f"the method {method.name}"
             raise ValueError(f"compactor={compactor!r}, but {name} has no compactor that could train")
         if self.compactor is not None:
-            self.compactor.requires_grad_(compactor != "frozen")
+            self.compactor.trains(compactor != "frozen")
 
     @property
     def _no_split_modules(self) -> list[str]:

@@ -79,6 +79,7 @@ class TrainConfig:
         uneven: share of the steps that divide their slots unevenly over the heads, each in a way of its own around
             `split`: between it and equal numbers, jittered. Such runs use the attention "still".
         split: JSON file of `still budgets`, stored in the checkpoint; equal numbers unless given.
+        place: contexts from which the compactor's placement (`--compactor.placement`) is learnt before the first step.
         top_k: teacher tokens, beside the right one, over which the loss is taken.
         match: weight, at the first step, of the hidden states' relative squared error beside the KL; it falls linearly
             to zero over the first two thirds of the run. The paper has none; it speeds the start up.
@@ -108,6 +109,7 @@ class TrainConfig:
     questions: int = 0
     uneven: float = 0.0
     split: str | None = None
+    place: int = 64
     top_k: int = 200
     match: float = 0.0
     weight_decay: float = 0.01
@@ -125,7 +127,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "steps", "batch", "micro_batch", "save_every", "log_every", "top_k", "eval_contexts")
+        _at_least_one(self, "steps", "batch", "micro_batch", "save_every", "log_every", "top_k", "eval_contexts", "place")
         _share(self, "held_out")
         if not self.ratios or min(self.ratios) < 1:
             raise ValueError(f"ratios is {self.ratios}; give one or more, each at least 1 (tokens per slot)")

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .data import Row, load_rows, split_rows
 from .journal import write_atomically
 from .objective import Distiller
+from .placing import Asked, fit_placement
 from .rendering import Renderer
 from .trainer import DistillTrainer
 
@@ -86,10 +87,16 @@ def train(
     _check_run(output, record)
     if compactor is None:
         compactor = _compactor(base, config, source.draws.lengths, compactor_options or {})
-    split = Split.uniform(map(int, compactor.layers), compactor.kv_heads)
+        if compactor.config.placement and not config.start_from:
+            if (checkpoint := newest_complete(output)) is None:
+                place_latents(base, compactor, source, config, progress)
+            else:
+                compactor = StillCompactor.from_pretrained(checkpoint, model=base.model)
     if config.split:
-        split = compactor.with_split(config.split).split
-        compactor.config.split = split.to_dict()
+        compactor.config.split = compactor.with_split(config.split).split.to_dict()
+    split = Split.uniform(map(int, compactor.layers), compactor.kv_heads)
+    if compactor.config.split:
+        split = compactor.with_split().split
     distiller = Distiller(base.model, compactor, config.top_k)
     trainer = DistillTrainer(
         distiller, config, output, source, held_out, trainer_options, renderer.pad_id, progress=progress, split=split
@@ -108,6 +115,22 @@ def train(
     return scores
 
 
+def place_latents(
+    base: Any, compactor: StillCompactor, source: RowSource, config: TrainConfig, progress: bool = True
+) -> float:
+    """Fit the placement to the contexts of the first steps, the longest lengths among them, and leave it as it is then.
+
+    Every process does it alike. See `placing.fit_placement`.
+    """
+    draws, rows = source.draws, []
+    while len(rows) < config.place:
+        number = len(rows) // config.batch
+        length = draws.lengths[-1 - number % len(draws.lengths)]
+        rows += source.rows(replace(draws.at(number), length=length), config.batch, range(config.batch))
+    texts = [Asked.of(row) for row in rows[: config.place]]
+    return fit_placement(compactor, base.model, texts, config.seed, progress=progress)
+
+
 def place(device: str | None, dtype: str) -> tuple[str, str]:
     """Where the base goes and in what dtype: this process's GPU in bfloat16, else the CPU in float32."""
     if device is None:
@@ -123,15 +146,16 @@ def card(model: str, compactor: StillCompactor, config: TrainConfig, scores: dic
     ratios = ", ".join(f"{ratio:g}x" for ratio in trained.trained_ratios)
     lengths = " to ".join(str(length) for length in trained.trained_lengths) or "unknown"
     size = sum(p.numel() for p in compactor.parameters())
+    own = any(name.startswith("uneven_") for name in scores)
     rows = [
         f"| {ratio:g}x | {scores[f'kl_{ratio:g}x']:.3f} | {scores[f'accuracy_{ratio:g}x']:.1%} | "
         + (f"{scores[f'share_{ratio:g}x']:.1%} |" if f"share_{ratio:g}x" in scores else "none right |")
+        + (f" {scores.get(f'uneven_share_{ratio:g}x', 0):.1%} |" if own else "")
         for ratio in sorted(config.ratios)
         if f"accuracy_{ratio:g}x" in scores
     ]
-    table = "\n".join(
-        ["| ratio | KL, nats per answer token | answers right | share of full |", "|---|---|---|---|", *rows]
-    )
+    head = "| ratio | KL, nats per answer token | answers right | share of full |" + own * " with its own split |"
+    table = "\n".join([head, "|---|---|---|---|" + own * "---|", *rows])
     scored = (
         f"On held-out contexts, teacher-forced (every token of an answer is the likeliest one after the right tokens "
         f"before it); with the full cache {scores['full']:.1%} of the answers are right.\n\n{table}\n"

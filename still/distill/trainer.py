@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from ..attention import attending
 from ..budgets import Split
 from ..compactor import WEIGHTS, StillCompactor
 from .batches import BatchStream, RowSource
@@ -236,9 +237,10 @@ class DistillTrainer(Trainer):
         ranks = (self.args.process_index, self.args.world_size)
         sums = score(distiller, self.held_out[: self.config.eval_contexts], self.config.ratios, *ranks, self.pad_id)
         self.scores = sums.reduced(self.accelerator).metrics()
-        if self.config.split:
-            sums = score(distiller, self.held_out[: self.config.eval_contexts], self.config.ratios, *ranks, self.pad_id,
-                         split=self.split)  # fmt: skip
+        if self.compactor.config.split:
+            with attending(distiller.model):
+                sums = score(distiller, self.held_out[: self.config.eval_contexts], self.config.ratios, *ranks,
+                             self.pad_id, split=self.split)  # fmt: skip
             uneven = sums.reduced(self.accelerator).metrics()
             self.scores |= {f"uneven_{name}": value for name, value in uneven.items() if name != "full"}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.scores.items()}

@@ -226,6 +226,27 @@ def test_both_equal_the_perceivers_own_attention(mode, device):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_latents_of_each_head_may_stand_elsewhere(dtype, device):
+    """A whole layer with a placement: packed latents in the kernel give what PyTorch gives."""
+    torch.manual_seed(0)
+    layer = LayerPerceiver(64, 2, StillConfig(bank=20, learned_scale=True, placement=8)).to(device)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    keys, values = (torch.randn(2, 2, 111, 64, device=device, dtype=dtype) for _ in range(2))
+    positions = torch.arange(5, 116, device=device)[None]
+    turns = layer.turns(positions, layer.latent_positions(positions, 20))
+    phase = torch.tensor([0.25, 0.75], device=device)
+    found = {}
+    for mode in ("reference", "triton"):
+        with dispatch.use(mode):
+            found[mode] = layer(keys, values, 20, turns, phase=phase)[:2]
+    slack = 1e-5 if dtype == torch.float32 else 2e-3
+    for ours, theirs in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=slack, atol=slack * theirs.abs().max().item())
+
+
+@needs_triton
 @pytest.mark.parametrize("latents", [20, 66])
 def test_a_row_and_a_head_alone_give_what_they_give_together(latents, device):
     case = Case(latents=latents, batch=2, heads=3, tokens=63, lengths=(63, 40), own_latents=True)

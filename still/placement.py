@@ -1,0 +1,127 @@
+"""Where latents stand: at tokens worth keeping, and in each head at others.
+
+A small scorer per KV head says how much of some answer's attention a token may get. These worths become inclusion
+probabilities that sum up to the slots, and a fixed sequence, shifted from head to head, turns them into a choice:
+*coordinated sampling* with permanent random numbers (Brewer, Early and Joyce 1972; order sampling: Rosén 1997). A token
+of inclusion 0.3 is kept by about three heads of ten, never by all or none by chance, so that heads which can stand in
+for one another share the context among them. Each head's choice needs nothing of the other heads' but the shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread as evenly as any sequence's
+LEAST_WORTH = 0.01  # of a token that nobody seems to need: slots that are left over go to such tokens evenly
+GAIN = 10.0  # of the last layer: it is learned at ten times the rate of other weights, since all else waits for it
+SHARPNESS = 2.0  # power of the worths; above 1 since an unsure scorer's worths are flatter than the truth
+
+
+def inclusion(worth: torch.Tensor, slots: int) -> torch.Tensor:
+    """Probabilities `min(1, c * worth)` that sum up to `slots`.
+
+    Args:
+        worth: `[..., tokens]`, all above 0.
+        slots: at most the number of tokens.
+    """
+    tokens = worth.shape[-1]
+    worth = worth.double()
+    order = worth.sort(dim=-1, descending=True).values
+    rest = order.flip(-1).cumsum(-1).flip(-1)  # the worth of a token and of all that are worth less
+    left = slots - torch.arange(tokens, device=worth.device)  # slots if all that are worth more are kept for sure
+    scale = left / rest
+    # The first token in this order that need not be kept for sure settles the scale.
+    sure = (scale * order >= 1).long().cumprod(-1).sum(-1, keepdim=True)
+    scale = scale.gather(-1, sure.clamp(max=tokens - 1))
+    return torch.where(sure >= tokens, 1.0, (scale * worth).clamp(0, 1))
+
+
+def choose(worth: torch.Tensor, slots: int, phase: torch.Tensor) -> torch.Tensor:
+    """Tokens `[batch, heads, slots]`, ascending, that each head keeps.
+
+    Args:
+        worth: `[batch, heads, tokens]`, all above 0.
+        slots: of each head, at most the number of tokens.
+        phase: where each head's numbers begin, `[heads]`, in 0..1.
+    """
+    tokens = torch.arange(worth.shape[-1], device=worth.device, dtype=torch.float64)
+    number = ((tokens * GOLDEN + phase.double()[:, None]) % 1).clamp(1e-9, 1 - 1e-9)
+    share = inclusion(worth, slots).clamp(1e-9, 1 - 1e-9)
+    rank = number.logit() - share.logit()
+    return rank.topk(slots, dim=-1, largest=False).indices.sort(dim=-1).values
+
+
+def contributions(mass: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What each head of each layer contributes, `[kv_heads]` a layer, summing up to 1 over all of them.
+
+    Args:
+        mass: of each layer `[kv_heads]`, the attention that answers give the context through a head. Its square is
+            taken: a head that sends a fifth of the others' attention into the context matters less than a fifth, since
+            what it reads is drowned by what it takes from elsewhere.
+    """
+    share = torch.cat(list(mass)).double().square()
+    return list((share / share.sum()).split([len(layer) for layer in mass]))
+
+
+def phases(mass: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Where the numbers of each layer's heads begin: on a circle, as far apart as the heads' `contributions` are large.
+
+    Args:
+        mass: see `contributions`.
+    """
+    parts = contributions(mass)
+    share = torch.cat(parts)
+    return list((share.cumsum(0) - share / 2).split([len(part) for part in parts]))
+
+
+class Placement(nn.Module):
+    """Scores the tokens of one layer, each KV head by weights of its own.
+
+    Attributes:
+        mass: `[kv_heads]`, how much attention answers gave the context through each head, summed over the training.
+
+    Args:
+        source: width of a token, twice the head dim.
+        kv_heads: of the layer.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, source: int, kv_heads: int, hidden: int):
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(kv_heads, source, hidden) * source**-0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(kv_heads, 1, hidden))
+        self.outer = nn.Parameter(torch.zeros(kv_heads, hidden, 1))  # a fresh scorer finds all tokens alike
+        self.outer_bias = nn.Parameter(torch.zeros(kv_heads, 1, 1))
+        self.register_buffer("mass", torch.ones(kv_heads))
+        self.requires_grad_(False)  # it is fitted by itself (`still.distill.placing`): a choice passes no gradient on
+
+    def logits(self, source: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits of the worths `[batch, heads, tokens]`.
+
+        Args:
+            source: un-rotated keys and values `[batch, heads, tokens, 2 * head_dim]`, fp32.
+            heads: which heads these are; None for all of them.
+        """
+        inner, bias, outer, last = (
+            x if heads is None else x[list(heads)] for x in (self.inner, self.inner_bias, self.outer, self.outer_bias)
+        )
+        halves = source.unflatten(-1, (2, -1))
+        plain = F.rms_norm(halves, halves.shape[-1:]).flatten(-2)  # keys and values differ in size, layers too
+        return GAIN * (F.silu(plain @ inner + bias) @ outer + last).squeeze(-1)
+
+    @torch.no_grad()
+    def forward(
+        self, source: torch.Tensor, slots: int, phase: torch.Tensor, heads: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """The tokens at which latents stand, `[batch, heads, slots]`, ascending; for `source` see `logits`.
+
+        Args:
+            slots: of each head.
+            phase: of these heads, see `phases`.
+        """
+        worth = (self.logits(source, heads).sigmoid() + LEAST_WORTH) ** SHARPNESS
+        return choose(worth, slots, phase)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from test_compactor import answer, stirred
+from tiny_models import left_padded, random_ids, tiny_model
+
+from still import StillCompactor, StillConfig, read
+from still.attention import attending
+from still.placement import Placement, choose, inclusion, phases
+
+
+@pytest.mark.parametrize("slots", [1, 4, 25, 49, 50])
+def test_inclusion_sums_up_to_the_slots_and_keeps_the_proportions(slots):
+    torch.manual_seed(0)
+    worth = torch.rand(2, 3, 50) + 0.01
+    worth[..., 7] = 1000
+    share = inclusion(worth, slots)
+    torch.testing.assert_close(share.sum(-1), torch.full((2, 3), float(slots), dtype=torch.float64))
+    assert share.max() <= 1 + 1e-12
+    assert (share[..., 7] > 0.99).all() or slots == 1
+    unsure = share[0, 0] < 1 - 1e-9
+    if unsure.sum() > 1:
+        scale = share[0, 0][unsure] / worth[0, 0][unsure]
+        torch.testing.assert_close(scale, scale[:1].expand_as(scale))
+
+
+def test_heads_share_the_tokens_evenly():
+    """A token of inclusion p is kept by the whole number of heads next to p times their number, never by chance."""
+    heads = 8
+    (phase,) = phases([torch.ones(heads)])
+    torch.manual_seed(0)
+    worth = torch.rand(1, 1, 400).expand(1, heads, -1) + 0.05
+    kept = choose(worth, 100, phase)
+    share = inclusion(worth, 100)[0, 0] * heads
+    times = torch.bincount(kept.flatten(), minlength=400)
+    assert (times - share).abs().mean() < 0.5
+    assert (times - share).abs().max() < 2
+    lone = torch.stack([torch.randperm(400)[:100] for _ in range(heads)])  # heads that do not know of each other
+    by_chance = torch.bincount(lone.flatten(), minlength=400)
+    evenly = torch.bincount(choose(torch.ones(1, heads, 400), 100, phase).flatten(), minlength=400)
+    assert evenly.double().std() < 0.5 < by_chance.double().std()
+
+
+def test_choices_are_distinct_in_order_and_keep_what_is_certain():
+    torch.manual_seed(0)
+    worth = torch.rand(2, 3, 60) + 0.01
+    worth[:, :, [5, 40]] = 500
+    kept = choose(worth, 7, torch.tensor([0.1, 0.5, 0.9]))
+    assert kept.shape == (2, 3, 7)
+    assert (kept.diff(dim=-1) > 0).all()
+    assert ((kept == 5).any(-1) & (kept == 40).any(-1)).all()
+    assert torch.equal(choose(worth, 60, torch.zeros(3)), torch.arange(60).expand(2, 3, -1))
+
+
+def test_heads_that_contribute_little_stand_close_together_on_the_circle():
+    first, second = phases([torch.tensor([0.0, 0.0]), torch.tensor([1.0, 3.0])])
+    assert first.tolist() == [0, 0]
+    assert second.tolist() == [0.05, 0.55]
+
+
+def placed(model, **options) -> StillCompactor:
+    """A compactor whose scorers have opinions."""
+    torch.manual_seed(0)
+    compactor = StillCompactor.for_model(model, slots=8, chunk=64, placement=8, **options)
+    for layer in compactor.layers.values():
+        torch.nn.init.normal_(layer.placement.outer, std=0.2)
+    return compactor
+
+
+@torch.no_grad()
+def test_a_fresh_compactor_copies_the_tokens_it_stands_at():
+    model = tiny_model("qwen3")
+    compactor, reading = placed(model), read(model, random_ids(2, 40))
+    layer, positions = reading.cache.layers[1], torch.arange(40)
+    small = compactor.compact_layer(1, layer.keys, layer.values, positions, 10)
+    part = compactor.layers["1"]
+    source = compactor.plain(1, layer.keys, layer.values, positions)
+    kept = part.placement(source, 10, compactor._phase(1, None))
+    wanted = layer.values.gather(2, kept[..., None].expand(-1, -1, -1, layer.values.shape[-1]))
+    torch.testing.assert_close(small.values, wanted, rtol=0, atol=1e-4)
+    assert not torch.equal(kept[0, 0], kept[0, 1])  # heads keep different tokens
+    assert not torch.equal(kept[0], kept[1])  # and so do rows
+    whole = compactor.compact(reading, ratio=1)
+    torch.testing.assert_close(whole.layers[1].keys, layer.keys, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_and_heads_alone_give_what_they_give_together():
+    model = tiny_model("qwen3")
+    compactor = stirred(placed(model))
+    ids, mask = left_padded([random_ids(23), random_ids(40, seed=1)])
+    together = compactor.compact(read(model, ids, mask), ratio=4)
+    alone = compactor.compact(read(model, ids[:1, -23:]), ratio=4)
+    torch.testing.assert_close(together.layers[0].keys[:1, :, -alone.slots :], alone.layers[0].keys, atol=1e-4, rtol=0)
+    layer, positions = read(model, ids[1:]).cache.layers[1], torch.arange(40)
+    every = compactor.compact_layer(1, layer.keys, layer.values, positions, 10)
+    one = compactor.compact_layer(1, layer.keys[:, 1:2], layer.values[:, 1:2], positions, 10, heads=[1])
+    torch.testing.assert_close(one.values[:, 0], every.values[:, 1], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_it_is_saved_loaded_iterated_and_divided_like_any_other(tmp_path):
+    model = tiny_model("qwen3")
+    compactor = stirred(placed(model))
+    compactor.note_mass({layer: torch.tensor([0.0, 3.0]) for layer in map(int, compactor.layers)})
+    compactor.save_pretrained(tmp_path)
+    again = StillCompactor.from_pretrained(tmp_path, model=model)
+    context, question = random_ids(1, 150), random_ids(1, 5, seed=1)
+    caches = [each.prefill(model, context, ratio=4) for each in (compactor, again)]
+    logits = [answer(model, cache, question) for cache in caches]
+    assert torch.equal(*logits)
+    small = again.prefill(model, context, slots=16, mode="recompact")
+    assert small.slots == 16
+    with attending(model):
+        again.split = None
+        from still import Split
+
+        uneven = again.with_split(Split.uniform(map(int, again.layers), again.kv_heads))
+        torch.testing.assert_close(answer(model, uneven.prefill(model, context, ratio=4), question), logits[0])
+
+
+def test_a_placement_has_a_width():
+    with pytest.raises(ValueError, match="placement is -1"):
+        StillConfig(placement=-1)
+    assert not any(p.requires_grad for p in Placement(8, 2, 4).parameters())

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_distill_train import QUICK, assert_same, random_rows, weights
+from tiny_models import random_ids, tiny_model
+from tiny_text import tiny_base
+
+from still import StillCompactor
+from still.distill.config import TrainConfig
+from still.distill.data import Row
+from still.distill.placing import REACH, Asked, fit_placement, wanted
+from still.distill.train import train
+
+
+def test_what_is_wanted_is_the_attention_that_some_answer_gives():
+    model = tiny_model("qwen3", attention="eager")
+    compactor = StillCompactor.for_model(model, slots=8, chunk=64, placement=8)
+    ids = random_ids(1, 30)
+    asked = [24, 25, 28]
+    found = wanted(compactor, model, Asked(ids[0].tolist(), (3, 20), asked))
+    maps = model(ids, output_attentions=True, use_cache=False).attentions
+    mean = torch.stack([layer[0].mean(0) for layer in maps]).mean(0)  # over heads, then layers
+    by_hand = (REACH * mean[asked, 3:20].amax(0)).clamp(max=1)
+    torch.testing.assert_close(found.worth, by_hand, atol=1e-5, rtol=1e-4)
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    for layer, heads in enumerate(maps):
+        mass = heads[0][:, asked, 3:20].sum((1, 2)).unflatten(0, (-1, groups)).sum(-1)
+        torch.testing.assert_close(found.mass[layer], mass, atol=1e-4, rtol=1e-4)
+    assert found.tokens[0].shape == (model.config.num_key_value_heads, 17, 2 * model.config.head_dim)
+
+
+def entropy(share):
+    return -(share.xlogy(share) + (1 - share).xlogy(1 - share))
+
+
+def test_a_row_asks_for_every_token_of_its_answers():
+    row = Row("r", [9, 8, 7], [([1, 2], [3, 4]), ([5], [6])], raw_ids=[0])
+    text = Asked.of(row)
+    assert text.ids == [9, 8, 7, 0, 1, 2, 3, 4, 5, 6]
+    assert text.context == (0, 3)
+    assert [text.ids[place + 1] for place in text.asked] == [3, 4, 6]
+
+
+def test_a_fitted_placement_keeps_what_answers_look_at():
+    model = tiny_model("qwen3")
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.weight.data *= 4  # random attention is too even to tell tokens apart
+    texts = [Asked(random_ids(60, seed=seed).tolist(), (0, 40), list(range(45, 59))) for seed in range(6)]
+    compactor = StillCompactor.for_model(model, slots=8, chunk=64, placement=32)
+    before = {name: weight.clone() for name, weight in compactor.state_dict().items()}
+    loss = fit_placement(compactor, model, texts, steps=200, progress=False)
+    found = [wanted(compactor, model, text) for text in texts]
+    worth = torch.cat([one.worth for one in found])
+    least, blind = entropy(worth).mean(), entropy(worth.mean())  # of the truth, and of a guess that sees no token
+    assert loss - least < 0.5 * (blind - least)
+    kept, left = [], []
+    for one in found:
+        for name, layer in compactor.layers.items():
+            chosen = layer.placement(one.tokens[int(name)][None], 10, compactor._phase(int(name), None))[0]
+            for head in chosen:
+                taken = torch.zeros(40, dtype=torch.bool).scatter(0, head, True)
+                kept.append(one.worth[taken].mean())
+                left.append(one.worth[~taken].mean())
+    assert torch.stack(kept).mean() > 1.2 * torch.stack(left).mean()
+    changed = {name for name, weight in compactor.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if ".placement." in name}
+    assert not any(p.requires_grad for name, p in compactor.named_parameters() if ".placement." in name)
+    split = compactor.with_split().split
+    assert split.source == "attention"
+    total = sum(sum(shares) for shares in split.weights.values())
+    assert total == pytest.approx(1)
+
+
+def test_training_begins_with_the_placement_and_goes_on_with_it(tmp_path):
+    base, rows = tiny_base(), random_rows(6)
+    options = {"compactor_options": {"placement": 8, "bank": 8}, "progress": False}
+    config = TrainConfig(**QUICK, place=4)
+    whole = train(base, rows, tmp_path / "whole", config, **options)
+    first = StillCompactor.for_model(base.model, placement=8, bank=8)
+    trained = StillCompactor.from_pretrained(tmp_path / "whole", model=base.model)
+    scorers = [layer.placement for layer in trained.layers.values()]
+    assert all(part.outer.abs().sum() > 0 for part in scorers)
+    assert not torch.equal(trained.layers["0"].placement.mass, first.layers["0"].placement.mass)
+    assert trained.config.split["source"] == "attention"
+    train(base, rows, tmp_path / "cut", config, **options)
+    for step in (4, 6):  # a run that died after its first checkpoint
+        folder = tmp_path / "cut" / f"checkpoint-{step}"
+        if folder.exists():
+            (folder / "complete.json").unlink()
+    again = train(base, rows, tmp_path / "cut", config, **options)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"), 1e-6)
+    assert again == whole
+    assert load_file(tmp_path / "cut" / "compactor.safetensors").keys() == trained.state_dict().keys()
+
+
+def test_nothing_to_learn_from_is_said():
+    model = tiny_model("qwen3")
+    placed = StillCompactor.for_model(model, slots=8, chunk=64, placement=8)
+    with pytest.raises(ValueError, match="no text was given"):
+        fit_placement(placed, model, [], progress=False)
+    with pytest.raises(ValueError, match="without answers"):
+        fit_placement(placed, model, [Asked([3, 4, 5], (0, 2), [])], progress=False)
+    with pytest.raises(ValueError, match="placement=64"):
+        fit_placement(StillCompactor.for_model(model, slots=8, chunk=64), model, [], progress=False)
