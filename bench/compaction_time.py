@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="context (default: 1,050 for the pocket, 4,096 for Qwen3-0.6B)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--chunk", type=int, help="compact so many tokens at a time (default: all in one pass)")
+    parser.add_argument("--placement", type=int, default=0, metavar="WIDTH", help="of the scorers (default: 0, none)")
     parser.add_argument("--device", default="cpu", choices=BARS)
     parser.add_argument("--dtype", help="of the model (default: float32, bfloat16 on a GPU)")
     parser.add_argument("--repeats", type=int, default=9)
@@ -46,7 +47,7 @@ def main() -> int:
     chunk = min(args.chunk or tokens, tokens)
     spans = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
     model = random_model(args.shape, device=args.device, dtype=dtype)
-    compactor = StillCompactor.for_model(model, ratio=8, chunk=chunk).requires_grad_(False)
+    compactor = StillCompactor.for_model(model, ratio=8, chunk=chunk, placement=args.placement).trains(False)
     ids = torch.randint(3, SHAPES[args.shape]["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(args.device)
     reading, arithmetic = read(model, ids), prefill_flops(args.shape, tokens)
@@ -63,6 +64,9 @@ def main() -> int:
             for layer, stored in enumerate(reading.cache.layers)
         ]  # fmt: skip
 
+    heads = len(compactor.layers) * compactor.kv_heads
+    width = 2 * compactor.layers["0"].key_head.out_features
+    scoring = 2 * tokens * heads * args.placement * (width + 1)
     rows, results = [], []
     for ratio in args.ratios:
         # Both are measured side by side, so that whatever else slows the machine slows both.
@@ -70,6 +74,7 @@ def main() -> int:
         ours = milliseconds(lambda r=ratio: compact(r), args.repeats, wait)
         counts = [slots_for(stop - start, ratio) for start, stop in spans]
         work = sum(compaction_flops(args.shape, b - a, n) for (a, b), n in zip(spans, counts, strict=True))
+        work += scoring
         times = spread(prefill), spread(ours)
         share, time_share = work / arithmetic, times[1]["median"] / times[0]["median"]
         for mode, each, flops in (("prefill", times[0], arithmetic), ("compact", times[1], work)):
@@ -86,7 +91,7 @@ def main() -> int:
             f"{time_share / share:.2f} times its share"
         )
     config = {"shape": args.shape, "tokens": tokens, "chunk": chunk, "batch": 1, "dtype": dtype,
-              "repeats": args.repeats}  # fmt: skip
+              "repeats": args.repeats, "placement": args.placement}  # fmt: skip
     if not args.no_rows:
         append_rows("compaction_time", rows, config, on=args.device)
     bar = BARS[args.device]

@@ -7,13 +7,14 @@ that was under way goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from .. import methods
+from ..attention import attending
 from ..eval.judges import find_judge
 from ..eval.matters.assignments import Assignment, write_assignments
 from ..eval.reward import RubricReward
@@ -22,7 +23,7 @@ from ..provenance import provenance
 from . import backends
 from .agent import Episode, drive_many
 from .agent_cells import SLOTS, AgentCell, AgentStore, AgentSweepConfig, Condition, agent_cells
-from .cells import digest
+from .cells import UNEVEN, digest
 from .play import open_episode, sampler
 from .probe import Probe, ledger, read_private
 from .runs import RunFolder, metrics, read_run
@@ -71,7 +72,8 @@ class AgentBench:
         slots = [name for name in config.methods if set(config.backends) & set(SLOTS)]
         attention = "still" if any(methods.METHODS[n].uses_beta for n in slots if n in methods.METHODS) else None
         loaded = models.load(config.model, device, config.dtype, attention)
-        found = load_compactors(config.compactor, config.seeds, loaded) if "still" in slots else {}
+        needed = any(name == "still" or name.endswith(UNEVEN) for name in slots)
+        found = load_compactors(config.compactor, config.seeds, loaded) if needed else {}
         ready = {seed: compactor for seed, (_, compactor) in found.items()}
         if any(compactor.config.beta for compactor in ready.values()) and attention is None:
             from ..attention import NAME, register
@@ -85,15 +87,24 @@ class AgentBench:
         """A method ready to compact; None for backends without one."""
         if condition.backend not in SLOTS:
             return None
-        if condition.method == "still":
-            return methods.get("still", compactor=self.compactors[seed], label=self.names.get(seed, ""))
-        return methods.get(condition.method, **({"seed": seed} if condition.method == "random" else {}))
+        name = condition.method.removesuffix(UNEVEN)
+        options = {"seed": seed} if name == "random" else {}
+        if name == "still":
+            options = {"compactor": self.compactors[seed], "label": self.names.get(seed, "")}
+        if name != condition.method:
+            options["split"] = self.compactors.get(seed, next(iter(self.compactors.values()))).with_split().split
+        return methods.get(name, **options)
+
+    def attending(self, condition: Condition) -> AbstractContextManager:
+        """The attention that a condition's slots need, while the block lasts; episodes play one by one in it."""
+        uneven = condition.backend in SLOTS and condition.method.endswith(UNEVEN)
+        return attending(self.policy.model) if uneven else nullcontext()
 
     def seeds(self, condition: Condition, config: AgentSweepConfig) -> tuple[int, ...]:
         """The seeds that make a difference: of compactors and of draws; a greedy run has one."""
-        if condition.method == "still" and condition.backend in SLOTS:
+        if condition.method.removesuffix(UNEVEN) == "still" and condition.backend in SLOTS:
             return tuple(self.compactors)
-        return config.seeds if condition.method == "random" else config.seeds[:1]
+        return config.seeds if condition.method.removesuffix(UNEVEN) == "random" else config.seeds[:1]
 
 
 def run_agent_sweep(
@@ -115,7 +126,8 @@ def run_agent_sweep(
     for condition in config.conditions:
         if condition.backend != "memo_oracle":  # refuses before anything is written
             seed = bench.seeds(condition, config)[0]
-            backends.make(config.run_config(condition), bench.policy, bench.method(condition, seed))
+            with bench.attending(condition):
+                backends.make(config.run_config(condition), bench.policy, bench.method(condition, seed))
     groups = {**_synthetic(config), **_named(config)}
     identity = {
         "model": bench.policy.name,
@@ -138,14 +150,15 @@ def run_agent_sweep(
             left = [cell for cell in cells if not store.done(cell)]
             bar.update(len(cells) - len(left))
             bar.set_postfix_str(f"{condition.name} {condition.budget}", refresh=False)
-            for cell, end in _played(left, tasks, config, bench, store, broken):
-                if isinstance(end, Exception):
-                    broken.append(f"{cell.set_id}, {cell.label}: {type(end).__name__}: {end}")
-                else:
-                    root = run_folder(store, cell)
-                    result = _result(cell, tasks[cell.task][cell.set_id], root, judge, bench)
-                    store.write(cell, {**result, "provenance": stamp})
-                bar.update()
+            with bench.attending(condition):
+                for cell, end in _played(left, tasks, config, bench, store, broken):
+                    if isinstance(end, Exception):
+                        broken.append(f"{cell.set_id}, {cell.label}: {type(end).__name__}: {end}")
+                    else:
+                        root = run_folder(store, cell)
+                        result = _result(cell, tasks[cell.task][cell.set_id], root, judge, bench)
+                        store.write(cell, {**result, "provenance": stamp})
+                    bar.update()
     if broken:
         raise RuntimeError(f"{len(broken)} runs broke; run again to go on. The first: {broken[0]}")
     return store

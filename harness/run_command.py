@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..flags import add_flags, add_pass_through, from_flags
+from .cells import UNEVEN
 from .run_config import RunConfig
 from .sandbox import find_sandbox
 
 SERVED = "server:"
+OURS = ("still", f"still{UNEVEN}")
+"""Methods that need a compactor."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,16 @@ class PolicyConfig:
 
         logging.disable_progress_bar()
         method, attention = None, None
-        if config.backend in ("kv", "hybrid") and config.method != "still":
+        if config.backend in ("kv", "hybrid") and config.method not in OURS:
             method = methods.get(config.method, **options)
             attention = "still" if method.needs_still_attention else None
         loaded = models.load(self.policy, self.device, self.dtype, attention)
         policy = LocalPolicy(loaded, config.window)
-        if config.backend in ("kv", "hybrid") and config.method == "still":
-            method = self._still(loaded)
+        if config.backend in ("kv", "hybrid") and config.method in OURS:
+            method = self._still(loaded, uneven=config.method.endswith(UNEVEN))
         return policy, method
 
-    def _still(self, loaded):
+    def _still(self, loaded, uneven: bool):
         from .. import methods
         from ..compactor import StillCompactor
 
@@ -74,8 +77,9 @@ class PolicyConfig:
         if where is None:
             raise ValueError(f"{loaded.name} comes with no compactor: give one with --compactor, or another --method")
         compactor = StillCompactor.from_pretrained(where, model=loaded.model).eval().requires_grad_(False)
-        if compactor.config.beta:
-            loaded.model.set_attn_implementation(_beta_attention())
+        compactor = compactor.with_split() if uneven else compactor
+        if compactor.config.beta or uneven:
+            loaded.model.set_attn_implementation(_own_attention())
         return methods.get("still", compactor=compactor, label=Path(where).name)
 
     def _served(self):
@@ -94,7 +98,7 @@ class PolicyConfig:
         return TokenServerPolicy(config, AutoTokenizer.from_pretrained(self.tokenizer))
 
 
-def _beta_attention() -> str:
+def _own_attention() -> str:
     from ..attention import NAME, register
 
     register()

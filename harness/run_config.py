@@ -18,7 +18,8 @@ class RunConfig:
         backend: what crosses a boundary: full (everything, until it overflows), plain (LAB's own loop, no rules),
             none (nothing), trim (the last tokens), memo, memo_kv, kv, hybrid; memo_oracle (an upper bound: a memo that
             the harness writes from the rubric).
-        method: how slots are made, for kv and hybrid: still, or any other method of still.methods.
+        method: how slots are made, for kv and hybrid: still, still-uneven (with the split that the compactor carries),
+            or any other method of still.methods.
         budget: peak of attended compacted context: bytes (65536, 64KiB, 1.5MiB), or tokens' worth of them (512t).
         ratio: tokens per slot of each window, for kv and hybrid, instead of a budget.
         mode: append (each window adds slots) or recompact (one size, again and again).

@@ -61,7 +61,8 @@ class Split:
         weights: for each full-attention layer, by its index, a share per KV head; only their proportions count.
         floor: slots that every head gets at least.
         fingerprint: of the model it was made for (`still.compactor.fingerprint`); empty for any of its shape.
-        source: where it comes from: "uniform", "given", "measured", "learned", or "attention" (of answers to the context).
+        source: where it comes from: "uniform", "given", "measured", "learned", or "attention" (that answers give to
+            the context).
         exact: `weights` are numbers of slots, to be kept as they are; they serve one budget.
     """
 

@@ -56,14 +56,13 @@ def choose(worth: torch.Tensor, slots: int, phase: torch.Tensor) -> torch.Tensor
 
 
 def contributions(mass: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What each head of each layer contributes, `[kv_heads]` a layer, summing up to 1 over all of them.
+    """What each head of each layer contributes to answers, `[kv_heads]` a layer; all of them sum up to 1.
 
     Args:
         mass: of each layer `[kv_heads]`, the attention that answers give the context through a head. Its square is
-            taken: a head that sends a fifth of the others' attention into the context matters less than a fifth, since
-            what it reads is drowned by what it takes from elsewhere.
+            taken: of a head that sends a fifth of the others' attention into the context, less than a fifth is felt.
     """
-    share = torch.cat(list(mass)).double().square()
+    share = torch.cat(list(mass)).double().square() + 1e-30  # all alike where nothing is known
     return list((share / share.sum()).split([len(layer) for layer in mass]))
 
 
@@ -82,7 +81,7 @@ class Placement(nn.Module):
     """Scores the tokens of one layer, each KV head by weights of its own.
 
     Attributes:
-        mass: `[kv_heads]`, how much attention answers gave the context through each head, summed over the training.
+        mass: `[kv_heads]`, the attention that sets answers apart, by head; see `still.distill.placing.wanted`.
 
     Args:
         source: width of a token, twice the head dim.

@@ -85,6 +85,11 @@ class Kv(KvBackend):
             if config.mode == "recompact":
                 raise ValueError(f"{name} looks at queries, and slots have none: take mode='append'")
         self.bytes_per_slot = policy.bytes_per_token
+        if self.method.split is not None:
+            if config.mode == "recompact":
+                raise ValueError("slots that are divided unevenly cannot be compacted again: take mode='append'")
+            if policy.model.config._attn_implementation != "still":
+                raise ValueError("slots that are divided unevenly need a model with attn_implementation='still'")
         if self.method.uses_beta:
             if config.mode == "recompact":
                 raise ValueError(f"mode='recompact' would lose the beta of {name}; take mode='append'")

@@ -61,8 +61,9 @@ class SlotMaker:
             count: slots.
             queries: rotated ones `[1, query_heads, tokens, head_dim]`, for methods that need them.
         """
-        layers = {i: self._layer(i, *pair, positions, count, queries) for i, pair in raw.items()}
-        return layers, self._where(positions, count)
+        counts = self.method.head_counts(self.model, len(positions), count)
+        layers = {i: self._layer(i, *pair, positions, count, queries, counts.get(i)) for i, pair in raw.items()}
+        return layers, None if counts else self._where(positions, count)
 
     def recompact(
         self, cache: StillCache, base: int, raw: Raw, positions: torch.Tensor, count: int
@@ -77,8 +78,11 @@ class SlotMaker:
             count: slots in all.
 
         Raises:
-            ValueError: slots with a bias, or of a method that looks at queries, cannot be compacted again.
+            ValueError: slots with a bias, unequal ones, or those of a method that looks at queries cannot be compacted
+                again.
         """
+        if self.method.split is not None:
+            raise ValueError("slots that are divided unevenly cannot be compacted again; raise the budget")
         layers, every = {}, None
         for layer in cache.compact_layers:
             if layer.beta is not None or self.method.needs_queries:
@@ -90,10 +94,12 @@ class SlotMaker:
             layers[layer.index] = self._layer(layer.index, keys, values, every, count, {})
         return layers, self._where(every, count)
 
-    def _layer(self, index: int, keys, values, positions, count: int, queries) -> CompactKV:
+    def _layer(self, index: int, keys, values, positions, count: int, queries, counts=None) -> CompactKV:
         seen = None
         if self.method.needs_queries:
             seen = queries[index].float() * attention_scale(self.model, index)
+        if counts is not None:
+            return self.method.compact_heads(index, keys, values, positions, counts, seen, self.rotary)
         return self.method.compact_layer(index, keys, values, positions, count, seen, self.rotary)
 
     def _where(self, positions: torch.Tensor, count: int) -> torch.Tensor | None:

@@ -89,7 +89,7 @@ def asked_of(row: WindowRow) -> Iterator[Asked]:
 
 
 def train_agent_compactor(
-    base: LoadedModel, compactor: StillCompactor, output: Path, steps: int = 200, lr: float = 5e-4, seed: int = 0
+    base: LoadedModel, compactor: StillCompactor, output: Path, steps: int = 120, lr: float = 2e-4, seed: int = 0
 ) -> Path:
     """Train, or go on training; returns the folder of the compactor."""
     settings = TrainSettings(

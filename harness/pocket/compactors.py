@@ -24,7 +24,7 @@ OFTEN = (4.0, 8.0, 8.0, 16.0, 16.0)
 
 OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True, "open_start": True, "placement": 64}
 
-SHORT = 0.75
+SHORT = 0.5
 """Share of the steps, at the beginning, that draw the shortest length alone: what is learnt there carries over."""
 
 READ_ON = 0.25
@@ -44,7 +44,7 @@ class Curriculum(Draws):
         return replace(draw, length=min(LENGTHS)) if step < self.short else draw
 
 
-def recipe(seed: int, steps: int = 600) -> TrainConfig:
+def recipe(seed: int, steps: int = 320) -> TrainConfig:
     """How a compactor of the pocket is trained; only the seed differs between the three that ship."""
     return TrainConfig(
         ratios=[2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
@@ -57,7 +57,7 @@ def recipe(seed: int, steps: int = 600) -> TrainConfig:
         micro_batch=4,
         questions=32,
         uneven=0.5,
-        place=128,
+        place=256,
         match=0.5,
         eval_contexts=8,
         eval_every=0,

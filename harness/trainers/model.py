@@ -83,6 +83,8 @@ class RowModel(nn.Module):
         if compactor != "frozen" and self.compactor is None:
             name = "no method" if method is None else f"the method {method.name}"
             raise ValueError(f"compactor={compactor!r}, but {name} has no compactor that could train")
+        if getattr(method, "split", None) is not None:
+            raise ValueError("training behind slots that are divided unevenly is not there: give the method no split")
         if self.compactor is not None:
             self.compactor.trains(compactor != "frozen")
 

@@ -20,8 +20,8 @@ from ..methods.base import attention_scale
 from ..reading import capture_queries
 from .data import Row
 
-REACH = 3.0
-"""Mean attention over all heads, times this, is a token's worth, at most 1: a third of the heads is as good as all."""
+REACH = 2.0
+"""The heads' weighted attention, times this, is a token's worth, at most 1: half of all attention is as good as all."""
 
 MOST = 1 << 30
 """Bytes of tokens' features that are kept at most; contexts are thinned out beyond."""
@@ -56,7 +56,7 @@ class Wanted(NamedTuple):
 
     Attributes:
         worth: `[tokens]`, in 0..1.
-        mass: for each full-attention layer `[kv_heads]`, the attention that answers gave the context through a head.
+        mass: for each full-attention layer `[kv_heads]`, the attention through a head that sets answers apart.
         tokens: for each layer un-rotated keys and values `[kv_heads, tokens, 2 * head_dim]`.
     """
 
@@ -69,9 +69,11 @@ class Wanted(NamedTuple):
 def wanted(compactor: StillCompactor, model, text: Asked) -> Wanted:
     """How much each token of a context is wanted by the answer token that wants it most.
 
-    Attention is averaged over all heads of all full-attention layers, and the largest is taken over the answers' tokens.
-    A sum over answers would let tokens that each of them sees a little (the first one, punctuation) outweigh one that a
-    single answer cannot do without.
+    What a head contributes is measured by what sets answers apart: the attention that one of them gives a token beyond
+    what all of them give it on average, so that a head which always looks at the first token contributes nothing. A
+    token's worth is its attention, averaged over heads by the `contributions` of these masses, from the answer token
+    that gives it most. A sum over answers would let tokens that each of them sees a little outweigh one that a single
+    answer cannot do without.
 
     Raises:
         ValueError: nothing is asked.
@@ -86,17 +88,19 @@ def wanted(compactor: StillCompactor, model, text: Asked) -> Wanted:
         decoder(input_ids=ids, past_key_values=cache, use_cache=True)
     unseen = torch.arange(ids.shape[1], device=ids.device) > asked[:, None]
     positions = torch.arange(first, end, device=ids.device)
-    mean, mass, tokens = torch.zeros(end - first, device=ids.device), {}, {}
-    mean = mean.expand(len(asked), -1).clone()
+    mean = torch.zeros(len(asked), end - first, dtype=torch.float64, device=ids.device)
+    weights, mass, tokens = torch.zeros((), dtype=torch.float64, device=ids.device), {}, {}
     for layer in map(int, compactor.layers):
         keys, values = cache.layers[layer].keys, cache.layers[layer].values
         query = queries[layer][0, :, asked].float().unflatten(0, (compactor.kv_heads, -1))
         logits = query @ keys[0].float()[:, None].transpose(-1, -2) * attention_scale(model, layer)
-        attention = logits.masked_fill(unseen, -torch.inf).softmax(-1)[..., first:end]
-        mean += attention.mean((0, 1)) / len(compactor.layers)
-        mass[layer] = attention.sum((1, 2, 3))
+        seen = logits.masked_fill(unseen, -torch.inf).softmax(-1)[..., first:end]
+        mass[layer] = (seen - seen.mean(2, keepdim=True)).clamp(min=0).sum((1, 2, 3))
+        weight = mass[layer].double().square()  # as in `contributions`, which divides by the sum over all layers
+        mean += torch.einsum("h,hat->at", weight, seen.mean(1).double())
+        weights += weight.sum()
         tokens[layer] = compactor.plain(layer, keys[:, :, first:end], values[:, :, first:end], positions)[0]
-    return Wanted((REACH * mean.amax(0)).clamp(max=1), mass, tokens)
+    return Wanted((REACH * mean.amax(0) / weights.clamp(min=1e-30)).clamp(max=1).float(), mass, tokens)
 
 
 def fit_placement(
@@ -104,7 +108,7 @@ def fit_placement(
     model,
     texts: Iterable[Asked],
     seed: int = 0,
-    steps: int = 800,
+    steps: int = 1500,
     batch: int = 4096,
     lr: float = 4e-3,
     progress: bool = True,

@@ -164,7 +164,7 @@ class Method:
         groups: dict[tuple[int, int, int], list[int]] = {}
         for row, shape in enumerate(zip(rows, budgets, rows if most is None else most, strict=True)):
             groups.setdefault(shape, []).append(row)
-        counts = {shape: self._counts(model, shape[2], shape[1]) for shape in groups}
+        counts = {shape: self.head_counts(model, shape[2], shape[1]) for shape in groups}
         layers = {}
         for layer in full_attention_layers(model.config):
             source = reading.cache.layers[layer]
@@ -188,8 +188,8 @@ class Method:
             layers[layer] = join_rows(parts, list(groups.values()))
         return layers
 
-    def _counts(self, model, tokens: int, slots: int) -> dict[int, tuple[int, ...]]:
-        """Slots of each KV head by layer; empty without a split."""
+    def head_counts(self, model, tokens: int, slots: int) -> dict[int, tuple[int, ...]]:
+        """Slots of each KV head by layer, `slots` for the average one; empty without a split."""
         if self.split is None:
             return {}
         from ..compactor import fingerprint

@@ -8,7 +8,7 @@ import pytest
 import torch
 from agent_cases import Reader, SteeredPolicy, SteeredSession, episode, make_task, of, texts, tiny_agent
 
-from still import methods
+from still import Split, attention, methods
 from still.cache import StillCache
 from still.compactor import StillCompactor
 from still.harness import backends
@@ -90,6 +90,37 @@ def test_an_identity_compactor_gives_the_uncompacted_logits(tmp_path, watched, k
     with torch.no_grad():
         logits = run.policy.model(torch.tensor([ids]), use_cache=False).logits.float()
     assert_same_logits(watched, logits, places)
+
+
+def uneven(model):
+    """STILL whose first head gets three times the slots of the others."""
+    compactor = StillCompactor.for_model(model, bank=8, chunk=256)
+    weights = {int(name): (3.0, *(1.0 for _ in range(compactor.kv_heads - 1))) for name in compactor.layers}
+    return methods.get("still", compactor=compactor, split=Split(weights))
+
+
+def test_unequal_slots_cross_boundaries_within_their_bytes(tmp_path, watched):
+    """With a slot for every token nothing changes; with fewer the budget in bytes holds, and heads differ."""
+    attention.register()
+    run, events = run_steered(tmp_path / "all", 2, backend="kv", ratio=1, method=uneven, attention="still")
+    ids, places, _ = stream_of(events)
+    with torch.no_grad():
+        logits = run.policy.model(torch.tensor([ids]), use_cache=False).logits.float()
+    assert_same_logits(watched, logits, places)
+    run, events = run_steered(tmp_path / "few", 3, backend="kv", budget="60t", method=uneven, attention="still")
+    for event in of(events, "compact"):
+        assert 0 < event["artifact"]["nbytes"] <= 60 * run.policy.bytes_per_token
+    held = StillCache.load(run.folder.root / of(events, "compact")[-1]["artifact"]["path"], run.policy.model)
+    first, *others = held.head_slots()[0]
+    assert all(first > other for other in others)
+
+
+def test_unequal_slots_are_refused_where_they_cannot_work(tmp_path):
+    with pytest.raises(ValueError, match="attn_implementation='still'"):
+        run_steered(tmp_path, 1, backend="kv", budget="60t", method=uneven)
+    attention.register()
+    with pytest.raises(ValueError, match="mode='append'"):
+        run_steered(tmp_path, 1, backend="kv", budget="60t", mode="recompact", method=uneven, attention="still")
 
 
 @pytest.mark.parametrize("boundaries", [1, 3])

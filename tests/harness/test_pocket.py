@@ -18,6 +18,7 @@ from still.harness.agent_cells import AgentSweepConfig
 from still.harness.agent_sweep import AgentBench, run_agent_sweep
 from still.harness.agent_table import agent_rows
 from still.harness.ask import Prompt, ask
+from still.harness.cells import SweepConfig
 from still.harness.pocket import AGENT, SEEDS, VERSION, WEIGHTS, resolve
 from still.harness.pocket.base import STATE, BaseRecipe, train_base, whole_answers
 from still.harness.pocket.compactors import LENGTHS, MatterRows, recipe
@@ -26,7 +27,9 @@ from still.harness.pocket.curriculum import STAGES, Rows
 from still.harness.pocket.dialogue import context_messages
 from still.harness.pocket.induction import induction_start, pocket_config
 from still.harness.pocket.tokenizer import SPECIALS, train_tokenizer
+from still.harness.rows import make_rows
 from still.harness.runs import read_run
+from still.harness.sweep import run_sweep
 from still.prompts import PromptFormat, render, render_answer
 from still.reading import read
 
@@ -196,8 +199,22 @@ def test_the_shipped_pocket_recalls_and_its_compactor_keeps_what_it_read():
             base.tokenizer, each.documents, [question.text for question in other.questions])[1])[0])  # fmt: skip
     assert sum(full) / 3 >= 0.95
     assert stale / (3 * 64) <= 0.03
-    assert sum(small) / sum(full) >= 0.2
+    assert sum(small) / sum(full) >= 0.8
     assert sum(wrong) / 3 <= 0.05
+
+
+@shipped
+def test_the_shipped_compactors_split_and_placement_are_worth_what_they_cost(tmp_path):
+    config = SweepConfig(
+        methods=("still", "still-uneven", "still-placed", "random"), ratios=(16,), count=2, first=930, questions=24,
+        max_new_tokens=16,
+    )  # fmt: skip
+    store = run_sweep(config, tmp_path, device="cpu", progress=False)
+    rows = {row["method"]: row for row in make_rows(store.results(), store.header)}
+    assert len({rows[name]["nbytes"] for name in ("still", "still-uneven", "still-placed", "random")}) == 1
+    passed = {name: row["pass_rate"] for name, row in rows.items()}
+    assert passed["still-uneven"] > passed["still"] + 0.1
+    assert min(passed["still"], passed["still-placed"]) > passed["random"] + 0.1
 
 
 @shipped

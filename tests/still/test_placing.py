@@ -21,13 +21,14 @@ def test_what_is_wanted_is_the_attention_that_some_answer_gives():
     asked = [24, 25, 28]
     found = wanted(compactor, model, Asked(ids[0].tolist(), (3, 20), asked))
     maps = model(ids, output_attentions=True, use_cache=False).attentions
-    mean = torch.stack([layer[0].mean(0) for layer in maps]).mean(0)  # over heads, then layers
-    by_hand = (REACH * mean[asked, 3:20].amax(0)).clamp(max=1)
-    torch.testing.assert_close(found.worth, by_hand, atol=1e-5, rtol=1e-4)
     groups = model.config.num_attention_heads // model.config.num_key_value_heads
-    for layer, heads in enumerate(maps):
-        mass = heads[0][:, asked, 3:20].sum((1, 2)).unflatten(0, (-1, groups)).sum(-1)
-        torch.testing.assert_close(found.mass[layer], mass, atol=1e-4, rtol=1e-4)
+    heads = torch.stack([layer[0][:, asked, 3:20].unflatten(0, (-1, groups)) for layer in maps])  # layers, kv heads, ..
+    mass = (heads - heads.mean(3, keepdim=True)).clamp(min=0).sum((2, 3, 4))
+    for layer, own in found.mass.items():
+        torch.testing.assert_close(own, mass[layer], atol=1e-4, rtol=1e-4)
+    weights = mass.square() / mass.square().sum()
+    mean = (weights[:, :, None, None] * heads.mean(2)).sum((0, 1))
+    torch.testing.assert_close(found.worth, (REACH * mean.amax(0)).clamp(max=1), atol=1e-5, rtol=1e-4)
     assert found.tokens[0].shape == (model.config.num_key_value_heads, 17, 2 * model.config.head_dim)
 
 
