@@ -120,7 +120,7 @@ PRESETS = {
     "quickstart": SweepConfig(
         tasks=("matters", f"matters-unseen:still+still{UNEVEN}+still-untrained"),
         methods=(
-            *METHODS, f"still{UNEVEN}", PLACED, f"random{UNEVEN}", f"keydiff{UNEVEN}", f"attention_matching{UNEVEN}",
+            *METHODS, f"still{UNEVEN}", PLACED, f"random{UNEVEN}", f"attention_matching{UNEVEN}",
         ),
         count=12, questions=32, max_new_tokens=16,
     ),

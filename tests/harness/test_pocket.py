@@ -206,7 +206,7 @@ def test_the_shipped_pocket_recalls_and_its_compactor_keeps_what_it_read():
 @shipped
 def test_the_shipped_compactors_split_and_placement_are_worth_what_they_cost(tmp_path):
     config = SweepConfig(
-        methods=("still", "still-uneven", "still-placed", "random"), ratios=(16,), count=2, first=930, questions=24,
+        methods=("still", "still-uneven", "still-placed", "random"), ratios=(32,), count=2, first=930, questions=24,
         max_new_tokens=16,
     )  # fmt: skip
     store = run_sweep(config, tmp_path, device="cpu", progress=False)
@@ -214,7 +214,7 @@ def test_the_shipped_compactors_split_and_placement_are_worth_what_they_cost(tmp
     assert len({rows[name]["nbytes"] for name in ("still", "still-uneven", "still-placed", "random")}) == 1
     passed = {name: row["pass_rate"] for name, row in rows.items()}
     assert passed["still-uneven"] > passed["still"] + 0.1
-    assert min(passed["still"], passed["still-placed"]) > passed["random"] + 0.1
+    assert min(passed["still"], passed["still-placed"]) > passed["random"] + 0.05
 
 
 @shipped
