@@ -29,12 +29,12 @@ from ..trainers.steps import shares_of
 from ..windows import IGNORE, WindowRow, rows_of_events
 from .agent_rows import AgentStage, draw
 
-KV_STAGE = AgentStage((6, 20), (4, 8), (1.0, 1.0, 0.25, 0.05), ("kv", "kv", "hybrid"), window=6144)
+KV_STAGE = AgentStage((6, 20), (4, 8), (1.0, 1.0, 0.25), ("kv",))
 RATIOS = (2.0, 4.0, 8.0, 8.0, 16.0, 16.0, 32.0)
-"""Drawn for each episode of slots alone; a hybrid's slots share the budget that its memo leaves."""
+"""Drawn for each episode."""
 
 PLACED = 48
-"""Windows from which the placement is learnt before the first step."""
+"""Windows to which a placement is fitted before the first step, where the compactor has one."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class EpisodeSteps:
     def _episode(self, rng: random.Random, name: str) -> Sequence[WindowRow]:
         while True:
             asked, config, seed = draw(KV_STAGE, rng)
-            if config.backend == "kv":
-                config = replace(config, ratio=rng.choice(RATIOS))
+            config = replace(config, ratio=rng.choice(RATIOS))
             with TemporaryDirectory(prefix="still-agent-row-") as folder:
                 (place,) = write_assignments(Path(folder) / "lab", asked, [seed], "train")
                 events = oracle_events(load_task(place), self.tokenizer, config, Path(folder) / "run")
@@ -89,7 +88,7 @@ def asked_of(row: WindowRow) -> Iterator[Asked]:
 
 
 def train_agent_compactor(
-    base: LoadedModel, compactor: StillCompactor, output: Path, steps: int = 120, lr: float = 2e-4, seed: int = 0
+    base: LoadedModel, compactor: StillCompactor, output: Path, steps: int = 200, lr: float = 5e-4, seed: int = 0
 ) -> Path:
     """Train, or go on training; returns the folder of the compactor."""
     settings = TrainSettings(

@@ -8,7 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from still.harness.episodes import KINDS
+from still.harness.pocket.agent_compactor import EpisodeSteps
 from still.harness.pocket.agent_rows import AGENT_STAGES, AgentRows, agent_rows
+from still.harness.trainers.config import TrainSettings
 from still.models import find
 
 
@@ -40,3 +42,13 @@ def test_the_same_seed_gives_the_same_rows(tokenizer):
     first, again, other = (AgentRows(AGENT_STAGES[1], tokenizer, seed).episode() for seed in (3, 3, 4))
     assert first == again
     assert first != other
+
+
+def test_a_placement_is_fitted_to_windows_and_to_what_follows_them(tokenizer):
+    source = EpisodeSteps(tokenizer, TrainSettings(), seed=3)
+    texts = list(source.texts(3))
+    assert texts == list(source.texts(3))
+    for text in texts:
+        first, end = text.context
+        assert 0 < first < end < min(text.asked)
+        assert tokenizer.convert_tokens_to_ids("<|end|>") in {text.ids[place + 1] for place in text.asked}
