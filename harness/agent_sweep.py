@@ -95,10 +95,10 @@ class AgentBench:
             options["split"] = self.compactors.get(seed, next(iter(self.compactors.values()))).with_split().split
         return methods.get(name, **options)
 
-    def attending(self, condition: Condition) -> AbstractContextManager:
-        """The attention that a condition's slots need, while the block lasts; episodes play one by one in it."""
-        uneven = condition.backend in SLOTS and condition.method.endswith(UNEVEN)
-        return attending(self.policy.model) if uneven else nullcontext()
+    def attending(self, method: Any) -> AbstractContextManager:
+        """The attention that a method's slots need, while the block lasts; episodes play one by one in it."""
+        needed = method is not None and method.needs_still_attention
+        return attending(self.policy.model) if needed else nullcontext()
 
     def seeds(self, condition: Condition, config: AgentSweepConfig) -> tuple[int, ...]:
         """The seeds that make a difference: of compactors and of draws; a greedy run has one."""
@@ -125,9 +125,9 @@ def run_agent_sweep(
     output = Path(output)
     for condition in config.conditions:
         if condition.backend != "memo_oracle":  # refuses before anything is written
-            seed = bench.seeds(condition, config)[0]
-            with bench.attending(condition):
-                backends.make(config.run_config(condition), bench.policy, bench.method(condition, seed))
+            method = bench.method(condition, bench.seeds(condition, config)[0])
+            with bench.attending(method):
+                backends.make(config.run_config(condition), bench.policy, method)
     groups = {**_synthetic(config), **_named(config)}
     identity = {
         "model": bench.policy.name,
@@ -150,7 +150,7 @@ def run_agent_sweep(
             left = [cell for cell in cells if not store.done(cell)]
             bar.update(len(cells) - len(left))
             bar.set_postfix_str(f"{condition.name} {condition.budget}", refresh=False)
-            with bench.attending(condition):
+            with bench.attending(bench.method(condition, bench.seeds(condition, config)[0])):
                 for cell, end in _played(left, tasks, config, bench, store, broken):
                     if isinstance(end, Exception):
                         broken.append(f"{cell.set_id}, {cell.label}: {type(end).__name__}: {end}")

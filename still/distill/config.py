@@ -127,8 +127,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "steps", "batch", "micro_batch", "save_every", "log_every", "top_k", "eval_contexts")
-        _at_least_one(self, "place")
+        counted = ("steps", "batch", "micro_batch", "save_every", "log_every", "top_k", "eval_contexts", "place")
+        _at_least_one(self, *counted)
         _share(self, "held_out")
         if not self.ratios or min(self.ratios) < 1:
             raise ValueError(f"ratios is {self.ratios}; give one or more, each at least 1 (tokens per slot)")

@@ -204,7 +204,9 @@ def _compactor(base: Any, config: TrainConfig, lengths: Sequence[int], options: 
         return StillCompactor.from_pretrained(config.start_from, model=base.model)
     options = {"chunk": max(lengths), "base_model": base.name, **options}
     ratio = None if "bank" in options else sorted(config.ratios)[len(config.ratios) // 2]
-    return StillCompactor.for_model(base.model, ratio=ratio, **options)
+    with torch.random.fork_rng(devices=[]):  # the start is a function of the seed, whatever was drawn before
+        torch.manual_seed(config.seed)
+        return StillCompactor.for_model(base.model, ratio=ratio, **options)
 
 
 def _check_run(output: Path, record: dict[str, Any]) -> None:

@@ -96,6 +96,15 @@ def test_training_begins_with_the_placement_and_goes_on_with_it(tmp_path):
     assert load_file(tmp_path / "cut" / "compactor.safetensors").keys() == trained.state_dict().keys()
 
 
+def test_a_run_is_a_function_of_its_seed_whatever_was_drawn_before(tmp_path):
+    base, rows, config = tiny_base(), random_rows(6), TrainConfig(**QUICK, place=4)
+    options = {"compactor_options": {"placement": 8, "bank": 8, "open_start": True}, "progress": False}
+    for name in ("one", "two"):
+        torch.rand(7 if name == "one" else 8)
+        train(base, rows, tmp_path / name, config, **options)
+    assert_same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
 def test_nothing_to_learn_from_is_said():
     model = tiny_model("qwen3")
     placed = StillCompactor.for_model(model, slots=8, chunk=64, placement=8)
