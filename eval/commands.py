@@ -46,7 +46,7 @@ def parse_seeds(text: str) -> list[int]:
 def _add_matter_options(parser: argparse.ArgumentParser) -> None:
     from .matters import DIFFICULTIES
 
-    parser.add_argument("--difficulty", choices=list(DIFFICULTIES), default="standard", help="default: standard")
+    parser.add_argument("--difficulty", choices=list(DIFFICULTIES), help="default: standard")
     parser.add_argument("--split", choices=["held_out", "train"], default="held_out", help="whose names and values")
     parser.add_argument(
         "--unseen-templates", action="store_true", help="use only the sentences that training never shows"
@@ -60,9 +60,19 @@ def _configure_matters(parser: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--seeds", type=parse_seeds, default=[0], metavar="A:B", help="7, 0:20 or 1,3,5:8; default: 0"
     )
-    families = ["practice", "contracts", "firm-knowledge"]
-    generate.add_argument("--family", choices=families, default="practice", help="of LAB (default: practice)")
-    generate.add_argument("--output", required=True, metavar="DIR", help="tasks go to DIR/tasks; goes on where it was")
+    families = ["practice", "contracts", "firm-knowledge", "assignments"]
+    generate.add_argument(
+        "--family", choices=families, default="practice",
+        help="of LAB, or assignments: a few of a matter's parties are asked for, as an agent's sweep does (default: "
+        "practice)",
+    )  # fmt: skip
+    asked = generate.add_argument_group("an assignment")
+    asked.add_argument("--relevance", metavar="X", type=float, help="share of the facts that is asked for (default: 1)")
+    asked.add_argument("--criteria", metavar="N", type=int, help="facts that are asked for (default: 20)")
+    asked.add_argument("--documents", metavar="N", type=int, help="that they are spread over (default: 8)")
+    generate.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="tasks go to DIR/tasks; goes on where it was"
+    )
     generate.set_defaults(verb_run=_generate_matters)
     show = verbs.add_parser("show", help="print a matter and what can be asked of it", description=_show_matter.__doc__)
     _add_matter_options(show)
@@ -73,12 +83,28 @@ def _configure_matters(parser: argparse.ArgumentParser) -> None:
 
 def _generate_matters(args: argparse.Namespace) -> int:
     """Write synthetic matters in LAB's own task format; every criterion can be checked by machine."""
+    asked = {name: getattr(args, name) for name in ("relevance", "criteria", "documents")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if args.family == "assignments":
+        from .matters.assignments import Assignment, write_assignments
+
+        if args.difficulty:
+            raise ValueError(f"--difficulty {args.difficulty} is not for assignments; give --relevance and --criteria")
+        assignment = Assignment(**asked)
+        folders = write_assignments(args.output, assignment, args.seeds, args.split, args.unseen_templates)
+        kind = f"assignments of {assignment.criteria} parties, {assignment.label} relevant,"
+        print(f"{len(folders)} {kind} are in {args.output}/tasks")
+        return 0
+    if asked:
+        name, value = next(iter(asked.items()))
+        raise ValueError(f"--{name} {value:g} is for --family assignments; {args.family} has --difficulty")
     from .matters.lab_format import write_lab_tasks
 
+    difficulty = args.difficulty or "standard"
     folders = write_lab_tasks(
-        args.output, args.family, args.seeds, args.difficulty, args.split, unseen_templates=args.unseen_templates
+        args.output, args.family, args.seeds, difficulty, args.split, unseen_templates=args.unseen_templates
     )
-    print(f"{len(folders)} {args.family} tasks of difficulty {args.difficulty} are in {args.output}/tasks")
+    print(f"{len(folders)} {args.family} tasks of difficulty {difficulty} are in {args.output}/tasks")
     return 0
 
 
@@ -88,7 +114,7 @@ def _show_matter(args: argparse.Namespace) -> int:
 
     from .matters import generate_matter, question_set
 
-    matter = generate_matter(args.seed, args.difficulty, args.split, args.unseen_templates)
+    matter = generate_matter(args.seed, args.difficulty or "standard", args.split, args.unseen_templates)
     questions = question_set(matter)
     if args.json:
         print(json.dumps(questions.to_json(), indent=1, ensure_ascii=False))
@@ -206,7 +232,8 @@ COMMANDS = {
         _configure_matters,
         _run_verb,
         "examples:\n  still matters show --difficulty tiny --seed 3\n"
-        "  still matters generate --difficulty standard --seeds 0:20 --family contracts --output lab/",
+        "  still matters generate --difficulty standard --seeds 0:20 --family contracts -o lab/\n"
+        "  still matters generate --family assignments --relevance 0.25 --seeds 0:200 --split train -o lab-train/",
     ),
     "ruler": Command(
         "make a needle or variable-tracking sample of RULER, of any length",

@@ -36,7 +36,7 @@ from .grading import Grade, grade_runs, random_rewards
 from .ledgers import check_credit, numbers, trajectory_of, watcher, window_advantages
 from .loop import RowTrainer, world
 from .model import RowModel, Share
-from .setup import claim_output, join_processes, make_module
+from .setup import claim_output, join_processes, keep_apart, make_module
 from .steps import shares_of
 from .weights import digest
 
@@ -263,9 +263,7 @@ def run_grpo(
     Raises:
         ValueError: a task is in both sets, the folder holds another run, or there is no ledger for the credit.
     """
-    shared = {task.id for task in tasks} & {task.id for task in held_out}
-    if shared:
-        raise ValueError(f"{sorted(shared)[0]} is trained on and held out; keep the two apart")
+    keep_apart(tasks, held_out)
     check_credit(config, tasks, run.backend)
     made_by = {"run": asdict(run), "grpo": asdict(config), "train": asdict(settings)}
     claim_output(output, "grpo.json", made_by, loaded.name, provenance(config, settings.train_seed))

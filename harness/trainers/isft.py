@@ -36,7 +36,7 @@ from .leaks import LeakReport, leaks_of, privilege, transcript
 from .ledgers import numbers
 from .loop import RowTrainer, world
 from .model import RowModel
-from .setup import claim_output, join_processes, make_module
+from .setup import claim_output, join_processes, keep_apart, make_module
 from .sharding import assign, gather
 from .steps import RowSource
 from .teacher import PrivateChannel
@@ -77,9 +77,7 @@ def run_isft(
         ValueError: a task is in both sets, nothing was kept, a rollout leaks where that stops, or the folder holds
             another run.
     """
-    shared = {task.id for task in tasks} & {task.id for task in held_out}
-    if shared:
-        raise ValueError(f"{sorted(shared)[0]} is trained on and held out; keep the two apart")
+    keep_apart(tasks, held_out)
     made_by = {"run": asdict(run), "isft": asdict(config), "train": asdict(settings)}
     claim_output(output, "isft.json", made_by, loaded.name, provenance(config, settings.train_seed))
     join_processes(loaded.model.device.type == "cpu")

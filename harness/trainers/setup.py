@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,22 @@ def join_processes(cpu: bool) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=cpu, timeout=timedelta(days=7))  # the others wait while one collects
+
+
+def keep_apart(tasks: Sequence[Any], held_out: Sequence[Any]) -> None:
+    """Refuse a task that is trained on and held out, under whatever id: two sets of one maker share their ids.
+
+    Raises:
+        ValueError: instructions and criteria of a task are in both sets.
+    """
+
+    def content(task: Any) -> tuple:
+        return task.instructions, *(each.rubric_hash for each in task.criteria)
+
+    trained = {content(task): task.id for task in tasks}
+    for task in held_out:
+        if content(task) in trained:
+            raise ValueError(f"{task.id} is trained on and held out; keep the two apart")
 
 
 def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) -> tuple[RowModel, Any]:

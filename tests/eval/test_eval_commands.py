@@ -33,6 +33,28 @@ def test_generate_writes_tasks_and_goes_on(tmp_path, capsys):
     assert "split" in capsys.readouterr().err
 
 
+def test_generate_writes_assignments_that_ask_for_a_part(tmp_path, capsys):
+    argv = ["matters", "generate", "--family", "assignments", "--relevance", "0.5", "--criteria", "2"]
+    assert main([*argv, "--documents", "3", "--seeds", "0:2", "-o", str(tmp_path / "lab")]) == 0
+    assert "2 assignments of 2 parties, 50 % relevant," in capsys.readouterr().out
+    tasks = [load_task(folder) for folder in find_tasks(tmp_path / "lab")]
+    assert [(len(task.documents), sum(not c.is_distractor for c in task.criteria)) for task in tasks] == [(3, 2)] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--family assignments --difficulty tiny", "--difficulty tiny is not for assignments"),
+        ("--family assignments --relevance 2", "relevance is 2.0"),
+        ("--family contracts --criteria 3", "--criteria 3 is for --family assignments; contracts has --difficulty"),
+    ],
+)
+def test_flags_of_another_family_are_refused(tmp_path, capsys, flags, said):
+    assert main(["matters", "generate", *flags.split(), "-o", str(tmp_path / "lab")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "lab").exists()
+
+
 @pytest.mark.parametrize("seeds", ["x", "3:3", "-1", "1:", ""])
 def test_bad_seeds_are_refused(tmp_path, capsys, seeds):
     with pytest.raises(SystemExit) as stop:

@@ -77,7 +77,7 @@ def test_the_control_trains_on_unfiltered_rollouts_within_a_budget(tmp_path):
 def test_a_task_is_never_trained_on_and_held_out_and_a_folder_holds_one_run(tmp_path):
     tasks = matters(tmp_path / "lab", (1,))
     with pytest.raises(ValueError, match="is trained on and held out"):
-        isft(tmp_path / "a", tasks, held_out=tasks)
+        isft(tmp_path / "a", tasks, held_out=[replace(tasks[0], id="under/another/name")])
     config = IsftConfig(rounds=1, rollouts=1, batch=1)
     isft(tmp_path / "b", tasks, config)
     with pytest.raises(ValueError, match=r"holds a run with another train\.lr"):
