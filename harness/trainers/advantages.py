@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 
 TINY = 1e-8
@@ -28,6 +28,11 @@ class Advantages:
     kept: tuple[str, ...]
     unscored: tuple[str, ...]
     lone: tuple[str, ...]
+
+    def with_equals(self, rewards: Mapping[str, float | None]) -> Advantages:
+        """The same, and groups without variance train too, at advantage 0: distillation learns from every rollout."""
+        scored = [name for name, reward in rewards.items() if reward is not None]
+        return replace(self, of={name: self.of.get(name, 0.0) for name in scored})
 
 
 def group_advantages(

@@ -73,6 +73,11 @@ class Rollouts:
     policy_of: Callable[[Any, int | None], Any] = LocalPolicy
     last: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def distils_alone(self) -> bool:
+        """Nothing that trains looks at a reward."""
+        return self.settings.train_policy == "frozen" and self.settings.compactor_mode == "distill"
+
     def step(self, number: int) -> list[Share]:
         """Roll out, grade, and turn rewards into advantages.
 
@@ -93,7 +98,10 @@ class Rollouts:
             groups |= {name: task.id for name, (task, _) in played.items()}
             kept |= played
             made = group_advantages(rewards, groups, self.config.scale)
-            if draws >= self.config.refill or 2 * len(made.kept) >= size or not order:
+            if self.distils_alone:
+                made = made.with_equals(rewards)
+            enough = self.distils_alone or 2 * len(made.kept) >= size
+            if draws >= self.config.refill or enough or not order:
                 break
             draws += 1
         runs = {name: read_run(root) for name, (_, root) in kept.items()}
@@ -182,7 +190,7 @@ class Rollouts:
                 f"{len(cut)} of {len(runs)} rollouts of step {number} were stopped by a limit on length: raise "
                 f"max_turns, max_windows, max_new_tokens or the window before training on them"
             )
-        if not made.kept:
+        if not made.of:
             raise ValueError(
                 f"no group of step {number} has any variance ({len(made.dropped)} with equal rewards, {len(made.lone)} "
                 f"with fewer than two scored rollouts, {len(made.unscored)} rollouts unscored): nothing would be "

@@ -103,6 +103,21 @@ def test_the_compactor_trains_in_the_loop_behind_a_frozen_base(tmp_path, mode):
     assert not (tmp_path / "run" / "trained" / "policy").exists()
 
 
+def test_distillation_alone_learns_from_rollouts_of_equal_reward(tmp_path):
+    loaded, tasks = tiny_agent(layers=1), matters(tmp_path / "lab", (1,))
+    method = methods.get("still", compactor=StillCompactor.for_model(loaded.model, ratio=4, chunk=2048))
+    run = replace(RUN, backend="kv", budget=None, ratio=4.0)
+    settings = replace(SETTINGS, train_policy="frozen", compactor_mode="distill")
+    config = replace(CONFIG, steps=1, reward="rubric")
+    grpo(tmp_path / "run", tasks, config, run, settings, loaded, method=method, policy_of=scripted)
+    (line,) = lines(tmp_path / "run")
+    assert (line["groups_kept"], line["groups_dropped"]) == (0, 1)
+    assert line["distill"] > 0
+    with pytest.raises(ValueError, match="no group of step 0 has any variance"):
+        grpo(tmp_path / "rl", tasks, config, run, replace(settings, compactor_mode="rl"), loaded, method=method,
+             policy_of=scripted)  # fmt: skip
+
+
 def broken(rollouts):
     """A grader whose rate is no number."""
     return [SimpleNamespace(pass_rate=float("nan"), all_pass=False, verdicts=[]) for _ in rollouts]
