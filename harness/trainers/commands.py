@@ -120,21 +120,50 @@ examples:
   still grpo lab-train/tasks --held-out lab-held-out/tasks --policy out/isft/round-3/student/policy --backend memo \\
       --budget 256t --steps 40 --tasks-per-step 8 --group 8 -o out/grpo
   still grpo ... --backend kv --ratio 8 --train-policy frozen --compactor-mode joint -o out/grpo-compactor
+  still grpo ... --rollouts server:policy --base-url http://localhost:8000/v1 --together 64 -o out/served
   still grpo ... --reward random -o out/grpo-control                        the control: must gain nothing
   accelerate launch --num_processes 2 -m still.cli grpo ... -o out/grpo"""
 
     def run(self, args: argparse.Namespace) -> int:
         """Train, and print the way."""
+        config = from_flags(args, GrpoConfig)
         tasks, held_out, run, student, method = self.loaded(args)
+        from ..policies.local import LocalPolicy
         from .grpo import run_grpo
 
+        policy_of = LocalPolicy
+        if config.rollouts != "local":
+            policy_of = _served(config, run, from_flags(args, PolicyConfig), args.output)
         run_grpo(
-            tasks, held_out, student, run, from_flags(args, GrpoConfig), from_flags(args, TrainSettings), args.output,
+            tasks, held_out, student, run, config, from_flags(args, TrainSettings), args.output,
             _grade(args.judge, 0), _grade(args.report_judge, 0), method=method, together=args.together,
-            options=args.trainer, report=lambda line: print(line, flush=True),
+            options=args.trainer, report=lambda line: print(line, flush=True), policy_of=policy_of,
         )  # fmt: skip
         print(args.output / "report.html")
         return 0
+
+
+def _served(config: GrpoConfig, run: RunConfig, model: PolicyConfig, output: Path):
+    """What makes policies that play on a server.
+
+    Raises:
+        ValueError: a server cannot play this run.
+    """
+    if not config.rollouts.startswith(SERVED):
+        raise ValueError(f"rollouts is {config.rollouts!r}; it is local, or server:NAME with --base-url")
+    if model.base_url is None:
+        raise ValueError(f"rollouts come from {config.rollouts}, and no --base-url says where that is")
+    if run.backend in ("kv", "hybrid"):
+        raise ValueError(f"slots are made in this process: with --backend {run.backend} leave --rollouts local")
+    if config.rollout_temperature != 1:
+        raise ValueError(
+            f"rollout_temperature is {config.rollout_temperature}; a server's log-probabilities are those at 1: take 1"
+        )
+    from ..policies.server import ServerConfig
+    from .served import ServedRollouts
+
+    name = config.rollouts.removeprefix(SERVED)
+    return ServedRollouts(ServerConfig(name, model.base_url, model.api_key_env), output / "served")
 
 
 def _tasks(folders: Sequence[Path]) -> list:

@@ -129,6 +129,8 @@ class GrpoConfig:
         length_cut: share of rollouts that a limit may stop before the run stops, loudly.
         staleness: versions that the weights of a rollout may lie behind.
         rollout_temperature: of the sampling; top-p is 1, always.
+        rollouts: who plays: local, or server:NAME, a model of a vLLM server at --base-url that is given the weights
+            before every step.
         ask: log with every boundary which criteria a local policy still answers behind it; what its text says is
             logged always.
         credit: of windows: broadcast (the trajectory's advantage), potential (shaping by what boundaries hold) or
@@ -154,6 +156,7 @@ class GrpoConfig:
     length_cut: float = 0.5
     staleness: int = 0
     rollout_temperature: float = 1.0
+    rollouts: str = "local"
     ask: bool = True
     credit: Literal["broadcast", "potential", "ledger"] = "broadcast"
     credit_share: float = 0.3

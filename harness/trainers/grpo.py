@@ -34,7 +34,7 @@ from .config import GrpoConfig, TrainSettings
 from .evaluate import evaluate
 from .grading import Grade, grade_runs, random_rewards
 from .ledgers import check_credit, numbers, trajectory_of, watcher, window_advantages
-from .loop import RowTrainer, world
+from .loop import RowTrainer, barrier, world
 from .model import RowModel, Share
 from .setup import claim_output, join_processes, keep_apart, make_module
 from .steps import shares_of
@@ -129,7 +129,7 @@ class Rollouts:
                 if int(later.name.removeprefix("step-")) > number:
                     shutil.rmtree(later)  # of a run that had gone further before it was taken back
             write_atomically(mark, json.dumps({"digest": now, "version": number}).encode())
-        _barrier()
+        barrier()
 
     def _order(self, number: int) -> list[Any]:
         """Tasks in this step's order: a pass over all before any comes again."""
@@ -154,7 +154,7 @@ class Rollouts:
         play = {"seeds": seeds, "method": method, "together": self.together, "watch": eyes}
         if processes > 1:
             play_tasks(tasks[rank::processes], policy, run, folder, **play)
-            _barrier()
+            barrier()
         outcomes = play_tasks(tasks, policy, run, folder, **play)
         failed = [outcome for outcome in outcomes if outcome.status == "failed"]
         if failed:
@@ -178,7 +178,7 @@ class Rollouts:
                     reward = None
                 lines[name] = {"reward": reward, "rate": each.rate, "all_pass": each.all_pass, "labels": each.labels}
             write_atomically(path, json.dumps(lines, indent=1).encode() + b"\n")
-        _barrier()
+        barrier()
         found = json.loads(path.read_text(encoding="utf-8"))
         self._graded = {**getattr(self, "_graded", {}), **found} if draw else found
         return {name: found[name]["reward"] for name in played}
@@ -300,8 +300,3 @@ def run_grpo(
     trainer.save_model(output / "trained")
     trainer.accelerator.wait_for_everyone()
     return found
-
-
-def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

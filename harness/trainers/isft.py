@@ -34,7 +34,7 @@ from .evaluate import evaluate
 from .grading import Grade
 from .leaks import LeakReport, leaks_of, privilege, transcript
 from .ledgers import numbers
-from .loop import RowTrainer, world
+from .loop import RowTrainer, barrier, world
 from .model import RowModel
 from .setup import claim_output, join_processes, keep_apart, make_module
 from .sharding import assign, gather
@@ -86,7 +86,7 @@ def run_isft(
     student = Student(module, loaded, base, run, settings, options or {})
     if world()[0] == 0:
         evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, output / "before", together, report)
-    _barrier()
+    barrier()
     rounds = []
     for number in range(1, config.rounds + 1):
         folder = output / f"round-{number}"
@@ -98,7 +98,7 @@ def run_isft(
             teacher = teacher_of(number, loaded) or LocalPolicy(loaded)
             module.eval()
             prepare(teacher, tasks, loaded.tokenizer, run, config, settings, graders, folder, number, report, module)
-        _barrier()
+        barrier()
         every = range(1, number + 1) if config.union else [number]
         rows = [row for n in every for row in read_rows(output / f"round-{n}" / "rows.jsonl")]
         student.train(rows, folder, config)
@@ -112,7 +112,7 @@ def run_isft(
             from .report import write_isft_report
 
             write_isft_report(output)
-        _barrier()
+        barrier()
         rounds.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
     return rounds
 
@@ -155,7 +155,7 @@ class Student:
         gather(self.module)
         if world()[0] == 0:
             write_atomically(folder / "student" / "complete.json", b"{}\n")
-        _barrier()
+        barrier()
 
 
 def prepare(
@@ -274,8 +274,3 @@ def _within(rollouts: Sequence[list[WindowRow]], budget: int | None) -> list[Win
             break
         rows, used = rows + group, used + size
     return rows
-
-
-def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

@@ -210,3 +210,9 @@ class RowTrainer(Trainer):
 def world() -> tuple[int, int]:
     """Rank and number of the processes of this run; launchers say so before any process group exists."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def barrier() -> None:
+    """Wait for the other processes of this run, where there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -110,8 +110,8 @@ def test_a_template_without_calls_is_refused():
 class Server(ThreadingHTTPServer):
     """Completions of a real tiny model from token ids, and chat completions by a script, over real HTTP."""
 
-    def __init__(self, loaded=None, player=None, failures: int = 0):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, loaded=None, player=None, failures: int = 0, handler=None):
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.loaded, self.player, self.failures, self.requests = loaded, player, failures, []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -130,9 +130,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Retry-After", "0")
             self.end_headers()
             return
-        reply = self.complete(body) if self.path.endswith("/v1/completions") else self.chat(body)
-        data = json.dumps({"id": "x", "created": 0, "model": body["model"], **reply}).encode()
-        self.send_response(200)
+        self.answer(200, {"id": "x", "created": 0, "model": body.get("model"), **self.reply(body)})
+
+    def reply(self, body):
+        return self.complete(body) if self.path.endswith("/v1/completions") else self.chat(body)
+
+    def answer(self, status, reply):
+        data = json.dumps(reply).encode()
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -149,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
             output.append(token)
             logprobs.append(float(best.values[0]))
             tops.append({str(int(i)): float(v) for i, v in zip(best.indices, best.values, strict=True)})
-            if token in body["stop_token_ids"]:
+            if token in body.get("stop_token_ids", ()):
                 break
         text = self.server.loaded.tokenizer.decode(output)
         scores = {"token_logprobs": logprobs, "top_logprobs": tops, "tokens": [], "text_offset": []}
