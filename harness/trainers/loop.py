@@ -216,3 +216,11 @@ def barrier() -> None:
     """Wait for the other processes of this run, where there are any."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def agreed(value: Any) -> Any:
+    """What the first process of this run says, in all of them."""
+    said = [value]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(said, src=0)
+    return said[0]

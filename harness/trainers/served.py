@@ -5,29 +5,32 @@
     still grpo ... --policy POLICY --rollouts server:policy --base-url http://localhost:8000/v1
 
 Server and trainer share a file system. Whole weights are loaded in place and the server's prefix cache is emptied; an
-adapter is loaded under a name that says its version, so that nothing cached for another one fits it.
+adapter is loaded under a name of its own each time, so that nothing cached for another one fits it.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
+from uuid import uuid4
 
 import torch
 
 from ..policies.local import LocalPolicy
 from ..policies.server import ServerConfig
 from ..policies.token_server import TokenServerPolicy
-from .loop import barrier, world
+from .loop import agreed, barrier, world
 
 PROBE = "The parties agree as follows: the term begins on the first day of March and ends after three years."
 FAR = 0.1
 """Nats a token between the server's log-probabilities and ours at which it serves another model: bf16 is at 0.02."""
+BEHIND = 0.02
+"""Share of the way that the weights have gone since the first load by which the server may be off."""
 
 
 @dataclass
@@ -39,12 +42,13 @@ class ServedRollouts:
         folder: where weights are written for it.
 
     Attributes:
-        loads: how often weights were loaded there; an adapter's version.
+        name: under which the server has the weights now.
     """
 
     server: ServerConfig
     folder: Path
-    loads: int = 0
+    name: str = ""
+    _first: tuple[torch.Tensor, float] | None = field(default=None, repr=False)
 
     def __call__(self, loaded: Any, window: int | None) -> TokenServerPolicy:
         """Load the weights there, and give the policy; every process calls this, and one of them loads.
@@ -53,17 +57,20 @@ class ServedRollouts:
             ValueError: the server is not there, does not take weights, or serves another model.
         """
         here, model = LocalPolicy(loaded, window), loaded.model
-        self.loads += 1
-        adapter = hasattr(model, "peft_config")
-        name = f"{self.server.model}-{self.loads}" if adapter else self.server.model
-        policy = TokenServerPolicy(replace(self.server, model=name, window=here.window), loaded.tokenizer)
+        adapter, before = hasattr(model, "peft_config"), self.name
+        self.name = f"{self.server.model}-{uuid4().hex[:8]}" if adapter else self.server.model
+        self.name = agreed(self.name)
+        policy = TokenServerPolicy(replace(self.server, model=self.name, window=here.window), loaded.tokenizer)
         policy.name, policy.bytes_per_token, policy.ends = self.server.model, here.bytes_per_token, here.ends
         if world()[0] == 0:
-            place = self.folder / f"load-{self.loads}"
+            place = self.folder / self.name
+            shutil.rmtree(place, ignore_errors=True)
             model.save_pretrained(place)
-            self._load_adapter(place, name) if adapter else self._load_whole(place)
+            self._load_adapter(place, before) if adapter else self._load_whole(place)
             self._check(policy, model)
-            shutil.rmtree(place)
+            for old in self.folder.iterdir():  # an adapter stays for as long as it plays: vLLM may read it again
+                if not adapter or old != place:
+                    shutil.rmtree(old)
         barrier()
         return policy
 
@@ -74,13 +81,13 @@ class ServedRollouts:
         self._post(f"{root}/collective_rpc", call, mend)
         self._post(f"{root}/reset_prefix_cache", {}, mend)
 
-    def _load_adapter(self, place: Path, name: str) -> None:
+    def _load_adapter(self, place: Path, before: str) -> None:
         address = str(self.server.base_url).rstrip("/")
         mend = "start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora and a --max-lora-rank that fits"
-        call = {"lora_name": name, "lora_path": str(place.resolve()), "load_inplace": True}
+        call = {"lora_name": self.name, "lora_path": str(place.resolve())}
         self._post(f"{address}/load_lora_adapter", call, mend)
-        if self.loads > 1:
-            self._post(f"{address}/unload_lora_adapter", {"lora_name": f"{self.server.model}-{self.loads - 1}"}, mend)
+        if before:
+            self._post(f"{address}/unload_lora_adapter", {"lora_name": before}, mend)
 
     def _post(self, url: str, body: dict[str, Any], mend: str) -> None:
         asked = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -88,8 +95,9 @@ class ServedRollouts:
             with urlopen(asked, timeout=self.server.timeout):
                 pass
         except HTTPError as problem:
-            said = problem.read(200).decode(errors="replace")
-            raise ValueError(f"{url} answered {problem.code} {said}; {mend}") from problem
+            said = problem.read(500).decode(errors="replace")
+            mend = f"; {mend}" if problem.code == 404 else ""
+            raise ValueError(f"{url} answered {problem.code} {said}{mend}") from problem
         except OSError as problem:
             raise ValueError(f"{url} does not answer ({problem}): is the server running there?") from problem
 
@@ -113,4 +121,12 @@ class ServedRollouts:
             raise ValueError(
                 f"the server's {policy.name} is {apart:.3g} nats a token apart from the weights that were just loaded "
                 f"there: it serves another model, or leaves a part of it out (vllm serve --model-impl transformers)"
+            )
+        self._first = first, noise = self._first or (ours, apart)
+        moved = (ours - first).abs().mean().item()
+        if apart > 3 * noise + BEHIND * moved:
+            raise ValueError(
+                f"the server's {policy.name} does not follow the weights: they have moved by {moved:.3g} nats a token, "
+                f"and it is {apart:.3g} apart, {noise:.3g} at first. On CPUs vLLM packs the head of a model with tied "
+                f"embeddings once and for all: train an adapter (--train-policy lora)"
             )

@@ -30,8 +30,8 @@ class Vllm(Handler):
     def reply(self, body):
         if self.path == "/collective_rpc":
             assert body["method"] == "reload_weights"
-            place = body["kwargs"]["weights_path"]
-            self.server.loaded.model.load_state_dict(load_file(f"{place}/model.safetensors"), strict=False)
+            state = self.load(body["kwargs"]["weights_path"])
+            self.server.loaded.model.load_state_dict(state, strict=False)
             return {}
         if self.path == "/reset_prefix_cache":
             self.server.emptied = True
@@ -45,6 +45,9 @@ class Vllm(Handler):
         if "prompt_logprobs" in body:
             reply["choices"][0]["prompt_logprobs"] = self.scores(body["prompt"])
         return reply
+
+    def load(self, place):
+        return load_file(f"{place}/model.safetensors")
 
     def adapt(self, place):
         peft = pytest.importorskip("peft")
@@ -86,15 +89,36 @@ def test_every_step_is_played_with_the_weights_that_it_trains(tmp_path, server):
     assert not list((tmp_path / "run" / "served").iterdir())
 
 
-def test_an_adapter_is_loaded_under_a_name_of_its_version(tmp_path, server):
+def test_an_adapter_is_loaded_under_a_name_of_its_own_each_time(tmp_path, server):
     pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     settings = replace(SETTINGS, train_policy="lora", lora_rank=4, lr=1e-2)
     log = grpo(tmp_path / "run", matters(tmp_path / "lab", (1,)), server, settings, replace(CONFIG, steps=2))
     assert [line["gap"] < 1e-4 for line in log] == [True] * 2
-    assert server.adapters == [
-        ("load_lora_adapter", "policy-1"), ("load_lora_adapter", "policy-2"), ("unload_lora_adapter", "policy-1")
-    ]  # fmt: skip
-    assert {body["model"] for body in server.requests if "prompt" in body} == {"policy-1", "policy-2"}
+    (load, first), (again, second), (unload, gone) = server.adapters
+    assert (load, again, unload) == ("load_lora_adapter", "load_lora_adapter", "unload_lora_adapter")
+    assert gone == first != second
+    assert {body["model"] for body in server.requests if "prompt" in body} == {first, second}
+    assert [place.name for place in (tmp_path / "run" / "served").iterdir()] == [second]
+
+
+def test_a_server_that_keeps_a_part_of_the_old_weights_is_found(tmp_path, server, monkeypatch):
+    loaded, rollouts = tiny_agent(layers=1), served(server, tmp_path)
+    rollouts(loaded, 512)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.add_(1e-3)
+    rollouts(loaded, 512)
+    load = Vllm.load
+
+    def all_but_the_norm(self, place):
+        state = load(self, place)
+        return {name: tensor for name, tensor in state.items() if not name.endswith("model.norm.weight")}
+
+    monkeypatch.setattr(Vllm, "load", all_but_the_norm)
+    with torch.no_grad():
+        loaded.model.model.norm.weight.add_(0.01)
+    with pytest.raises(ValueError, match="does not follow the weights"):
+        rollouts(loaded, 512)
 
 
 def test_another_model_a_server_that_takes_no_weights_and_none_at_all_are_refused(tmp_path, server, monkeypatch):
