@@ -24,7 +24,7 @@ from ..types import Policy
 from .config import IsftConfig
 from .grading import Grade, falls_short, grade_runs
 from .ledgers import watcher
-from .teacher import PRIVATE, PrivateChannel, ShapedKv, TeacherPolicy
+from .teacher import PRIVATE, OracleTeacher, PrivateChannel, ShapedKv, TeacherPolicy
 
 DONE = "attempt.json"
 
@@ -95,7 +95,8 @@ class Collector:
         if run.backend not in ("full", "plain", "none", "trim", "memo", "kv", "hybrid"):
             raise ValueError(f"a teacher cannot play {run.backend}; take memo, kv or hybrid")
         self.teacher, self.tokenizer, self.config, self.graders = teacher, tokenizer, config, graders
-        self.run = replace(run, review=run.review or config.private == "gate", on_failure="fail")
+        gate = config.private == "gate"
+        self.run = replace(run, review=run.review or gate, on_failure="fail", temperature=config.temperature)
         self.output, self.round, self.report = Path(output), round, report
 
     def collect(self, tasks: Sequence[Any]) -> list[Attempt]:
@@ -136,8 +137,9 @@ class Collector:
     def _play(self, task: Any, number: int, folder: Path, channel: PrivateChannel) -> dict[str, Any]:
         run = replace(self.run, seed=self.run.seed + 1000 * self.round + number)
         rounds = self.config.private_rounds if self.config.private == "submit" else 0
+        teacher = self.teacher.of(task, run) if isinstance(self.teacher, OracleTeacher) else self.teacher
         policy = TeacherPolicy(
-            self.teacher, self.tokenizer, channel, run.window or self.teacher.window, rubric=self.config.rubric,
+            teacher, self.tokenizer, channel, run.window or teacher.window, rubric=self.config.rubric,
             falls_short=lambda: falls_short(self.graders[0], task, folder / "workspace"), rounds=rounds,
         )  # fmt: skip
         shaped = run.backend in ("kv", "hybrid")

@@ -84,7 +84,8 @@ examples:
         super().configure(parser)
         parser.add_argument(
             "--teacher", metavar="TEXT",
-            help="first round's teacher, as --policy; the student with the rubric unless given",
+            help="first round's teacher, as --policy, or oracle: a script that looks the answers up in the rubric of a "
+            "synthetic matter; the student with the rubric unless given",
         )  # fmt: skip
 
     def run(self, args: argparse.Namespace) -> int:
@@ -94,7 +95,12 @@ examples:
         from .isft import run_isft
 
         first = None
-        if args.teacher:
+        if args.teacher == "oracle":
+            from ..policies.local import LocalPolicy
+            from .teacher import OracleTeacher
+
+            first = OracleTeacher(LocalPolicy(student, run.window))
+        elif args.teacher:
             named = replace(from_flags(args, PolicyConfig), policy=args.teacher)
             first, _ = named.load(replace(run, backend="memo", ratio=None), {})
         graders = [_grade(args.judge, seed) for seed in range(config.gradings)]

@@ -70,6 +70,7 @@ class IsftConfig:
         rounds: of collect, filter, train, evaluate.
         rollouts: attempts at a task in a round at most; a task that is solved often enough gets no more.
         keep_per_task: rollouts of a task that are kept in a round.
+        temperature: of the teacher's sampling; the hold-out is played greedily.
         private: what happens when a rollout falls short: submit (one private bit, and the teacher goes on), rollback
             (the last boundary, and another sample), gate (the same neutral review for all), none (a plain resample).
         private_rounds: private submits of a rollout at most.
@@ -90,6 +91,7 @@ class IsftConfig:
     rounds: int = 3
     rollouts: int = 4
     keep_per_task: int = 2
+    temperature: float = 0.7
     private: Literal["submit", "rollback", "gate", "none"] = "submit"
     private_rounds: int = 2
     epochs: int = 1
@@ -107,6 +109,9 @@ class IsftConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "rounds", "rollouts", "keep_per_task", "epochs", "batch", "gradings", "longest_copy")
+        again = self.rollouts > 1 and self.private in ("none", "rollback")
+        if self.temperature < 0 or (again and self.temperature == 0):
+            raise ValueError(f"temperature is {self.temperature}: all attempts at a task would be alike; take more")
 
 
 @dataclass(frozen=True)

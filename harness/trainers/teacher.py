@@ -20,9 +20,12 @@ from typing import Any
 
 from ...budgets import slots_for
 from ...eval.tasks import LabTask
+from .. import backends
 from ..backends.text import TextBackend
 from ..bridge import memo_demand
+from ..episodes import Oracle
 from ..policies.chat import ChatFormat
+from ..policies.local import LocalPolicy
 from ..policies.scripted import ScriptedPolicy, ScriptedSession
 from ..run_config import RunConfig
 from ..state import sampled_from
@@ -86,6 +89,38 @@ class PrivateChannel:
     def corrected_at(self) -> list[int]:
         """Turns that follow a private note, by number."""
         return sorted({line["turn"] for line in self.of("submit")})
+
+
+class OracleTeacher:
+    """A script that looks the answers up in the rubric, in place of a model: for tasks that the exact judge can check.
+
+    It copies what the documents say in the student's own notation and never goes wrong, so that a first round has
+    rollouts to keep where no model at hand knows the game.
+
+    Args:
+        student: whose tokenizer, window and bytes a token count.
+    """
+
+    name = "oracle"
+
+    def __init__(self, student: LocalPolicy):
+        self.student, self.tokenizer = student, student.tokenizer
+        self.window, self.bytes_per_token = student.window, student.bytes_per_token
+
+    def of(self, task: LabTask, run: RunConfig) -> ScriptedPolicy:
+        """The policy that plays a task.
+
+        Raises:
+            ValueError: there is no criterion whose value it could look up.
+        """
+        if not any(each.expect for each in task.criteria):
+            raise ValueError(f"{task.id} has no criterion with a value to look up: the oracle cannot teach it")
+        shaped = run.backend in ("kv", "hybrid")
+        backend = ShapedKv(run, self.student) if shaped else backends.make(run, self.student)
+        player = Oracle(task, backend.memo_tokens, self.student.session([]).count)
+        policy = ScriptedPolicy(self.tokenizer, lambda: player, self.window, name=self.name)
+        policy.bytes_per_token = self.bytes_per_token
+        return policy
 
 
 class TeacherPolicy:

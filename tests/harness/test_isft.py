@@ -10,9 +10,11 @@ import pytest
 from agent_cases import tiny_agent
 from trainer_cases import RUN, exact, matters, scripted_teacher
 
+from still.harness.policies.local import LocalPolicy
 from still.harness.row_files import read_rows
 from still.harness.trainers.config import IsftConfig, TrainSettings
-from still.harness.trainers.isft import run_isft
+from still.harness.trainers.isft import prepare, run_isft
+from still.harness.trainers.teacher import OracleTeacher
 
 LEAK = "The rubric wants another term."
 SETTINGS = TrainSettings(lr=1e-3, save_every=1, micro_tokens=4000)
@@ -72,6 +74,26 @@ def test_the_control_trains_on_unfiltered_rollouts_within_a_budget(tmp_path):
     (found,) = isft(tmp_path / "control", tasks, config)
     assert (found["passed"], found["rollouts"], found["select"]) == (0, 2, "any")
     assert len({row.trajectory_id for row in read_rows(tmp_path / "control" / "round-1" / "rows.jsonl")}) == 1
+
+
+@pytest.mark.parametrize("backend", ["memo", "kv"])
+def test_a_script_that_looks_answers_up_teaches_where_no_model_can(tmp_path, backend):
+    tasks, student = matters(tmp_path / "lab"), LocalPolicy(tiny_agent(layers=1), RUN.window)
+    run = RUN if backend == "memo" else replace(RUN, backend="kv", budget=None, ratio=4.0)
+    config = IsftConfig(rollouts=1, keep_per_task=1, batch=1, private="none", rubric=False)
+    folder = tmp_path / "round-1"
+    rows = prepare(OracleTeacher(student), tasks, student.tokenizer, run, config, SETTINGS, exact(), folder, 1)
+    made = json.loads((folder / "selection.json").read_text())
+    assert (made["teacher"], made["passed"], made["leaked"], made["solved"]) == ("oracle", 2, 0, 2)
+    assert all(bool(row.prefix_plan) == (backend == "kv" and row.window > 0) for row in rows)
+    bare = replace(tasks[0], criteria=tuple(replace(each, expect=None) for each in tasks[0].criteria))
+    with pytest.raises(ValueError, match="the oracle cannot teach it"):
+        OracleTeacher(student).of(bare, run)
+
+
+def test_attempts_that_would_all_be_alike_are_refused():
+    with pytest.raises(ValueError, match=r"temperature is 0.*would be alike"):
+        IsftConfig(temperature=0.0, private="none")
 
 
 def test_a_task_is_never_trained_on_and_held_out_and_a_folder_holds_one_run(tmp_path):

@@ -1,0 +1,227 @@
+"""Do the trainers make an agent better? iSFT, GRPO and distillation on the pocket, each beside its control.
+
+    python bench/pocket_training.py -o runs/training                       # the whole table: an afternoon on two cores
+    python bench/pocket_training.py -o runs/training --only grpo           # some of it, by the beginning of names
+    python bench/pocket_training.py -o runs/training --list                # the commands, nothing run
+
+`pocket-agent` plays assignments whose documents are worded as no document that it was trained on, with a boundary after
+every document. Training tasks are of the training split, the hold-out has other names and values; the grader of both is
+exact. iSFT's first teacher is the oracle, a script that looks answers up in the rubric; the later rounds' is the student
+itself. Every run is a `still` command on one thread, two side by side. What was finished is not run again, and what was
+cut off goes on where it was. The table goes to bench/rows/pocket_training.csv: pass rates before and after with
+intervals clustered by task, and the paired gain, over all seeds of a condition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shapes import ROWS
+
+from still.eval.stats import clustered_rate, paired_difference
+from still.eval.tasks import find_tasks, load_task
+from still.harness.trainers.commands import _grade
+from still.harness.trainers.grading import grade_runs
+from still.provenance import provenance
+
+ASKED = "--family assignments --unseen-templates"
+TASKS = {"grpo": ("--criteria 8 --documents 3", "0:400"), "isft": ("--criteria 10 --documents 4", "0:40")}
+"""Matters of each trainer, and the seeds of those to train on."""
+HELD_OUT = "1000:1040"
+GAME = (
+    "--policy pocket-agent --window 4096 --reads 1 --reads-force 2 --max-new-tokens 1024 --max-turns 60 "
+    "--tools read,write --sandbox none --together 20"
+)
+GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 1e-4 --no-ask"
+ISFT = (
+    "isft --teacher oracle --rounds 3 --rollouts 2 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
+    "--epochs 2 --batch 4 --lr 2e-4 --start last --no-union"
+)
+UNFILTERED = ISFT.replace("--teacher oracle ", "").replace("--rollouts 2", "--rollouts 1") + " --select any"
+MEMO, KV = "--backend memo --budget 128t --evaluate-on memo", "--backend kv --ratio 8 --evaluate-on kv"
+DISTILL = (
+    "grpo --backend kv --ratio 16 --train-policy frozen --compactor-mode distill --steps 30 --tasks-per-step 6 "
+    "--group 2 --lr 5e-4 --schedule linear --no-ask"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a trainer.
+
+    Attributes:
+        group: seeds of one condition share it.
+        command: after `still`, without tasks, seed and output.
+        seed: of the training.
+        like: group whose run says how many tokens a round of this one may train on: iSFT's control.
+    """
+
+    group: str
+    command: str
+    seed: int = 0
+    like: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return f"{self.group}-{self.seed}"
+
+    def argv(self, root: Path) -> list[str]:
+        """The command in full.
+
+        Raises:
+            ValueError: the run that it is a control of has not ended.
+        """
+        trainer, *rest = shlex.split(self.command)
+        if self.like:
+            rounds = sorted((root / f"{self.like}-{self.seed}").glob("round-*/selection.json"))
+            tokens = [json.loads(path.read_text(encoding="utf-8"))["tokens"] for path in rounds]
+            if len(tokens) < 3:
+                raise ValueError(f"{self.name} trains on as many tokens as {self.like}-{self.seed}: run that first")
+            rest += ["--token-budget", str(round(sum(tokens) / len(tokens)))]
+        return [
+            trainer, str(root / "tasks" / trainer / "train" / "tasks"), "--held-out", str(self.held_out(root)), *rest,
+            *shlex.split(GAME), "--train-seed", str(self.seed), "-o", str(root / self.name),
+        ]  # fmt: skip
+
+    def held_out(self, root: Path) -> Path:
+        """Where its hold-out lies."""
+        return root / "tasks" / self.command.split()[0] / "held-out" / "tasks"
+
+    def folders(self, root: Path) -> tuple[Path, Path] | None:
+        """Where the hold-out was played before and after; None where the run has not ended."""
+        folder = root / self.name
+        if self.command.startswith("isft"):
+            before, after = folder / "before", folder / "round-3" / "evaluation"
+        else:
+            before, after = folder / "evaluation" / "before", folder / "evaluation" / "after"
+        done = all((each / "evaluation.json").is_file() for each in (before, after))
+        return (before, after) if done else None
+
+
+RUNS = (
+    *(Run("grpo", GRPO, seed) for seed in range(3)),
+    Run("grpo-random", f"{GRPO} --reward random"),
+    Run("isft-memo", f"{ISFT} {MEMO}"),
+    Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO}", like="isft-memo"),
+    Run("isft-kv", f"{ISFT} {KV}"),
+    Run("isft-kv-unfiltered", f"{UNFILTERED} {KV}", like="isft-kv"),
+    *(Run("distill", DISTILL, seed) for seed in range(3)),
+)
+
+
+def main() -> int:
+    """Run what is left, and write the table of what has ended."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--only", default="", metavar="NAMES", help="beginnings of names, with commas (default: all)")
+    parser.add_argument("--together", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument("--list", action="store_true", help="print the commands")
+    args = parser.parse_args()
+    chosen = [run for run in RUNS if run.name.startswith(tuple(args.only.split(",")))]
+    if not chosen:
+        raise SystemExit(f"no run begins with {args.only!r}; there are {', '.join(run.name for run in RUNS)}")
+    if args.list:
+        for run in chosen:
+            print("still", run.command, *shlex.split(GAME))
+        return 0
+    make_tasks(args.output)
+    failed: list[str] = []
+    for wave in ([run for run in chosen if not run.like], [run for run in chosen if run.like]):
+        with ThreadPoolExecutor(args.together) as pool:
+            failed += [name for name in pool.map(lambda run: start(run, args.output), wave) if name]
+    write_table(args.output)
+    return 1 if failed else 0
+
+
+def make_tasks(root: Path) -> None:
+    """Training tasks of both trainers, and the hold-out."""
+    for trainer, (size, seeds) in TASKS.items():
+        for name, split, which in (("train", "train", seeds), ("held-out", "held_out", HELD_OUT)):
+            command = ["matters", "generate", *shlex.split(f"{ASKED} {size}"), "--split", split, "--seeds", which]
+            still([*command, "-o", str(root / "tasks" / trainer / name)], root / "tasks.log")
+
+
+def start(run: Run, root: Path) -> str:
+    """Run it if it has not ended; its name if it failed."""
+    if run.folders(root):
+        return ""
+    began, argv = time.monotonic(), run.argv(root)
+    print("still", *argv, flush=True)
+    status = still(argv, root / f"{run.name}.log")
+    with (root / "minutes.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"run": run.name, "minutes": (time.monotonic() - began) / 60, "status": status}) + "\n")
+    print(f"{run.name}: {'done' if not status else f'failed, see {root / run.name}.log'}", flush=True)
+    return run.name if status else ""
+
+
+def still(argv: list[str], log: Path) -> int:
+    """One command of `still` on one thread; its exit status."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "still.cli", *argv], env=environment, stdout=file, stderr=file
+        ).returncode
+
+
+def write_table(root: Path) -> None:
+    """Grade the hold-outs again, criterion by criterion, and put the seeds of a condition together."""
+    lines = []
+    for group in dict.fromkeys(run.group for run in RUNS):
+        runs = [run for run in RUNS if run.group == group and run.folders(root)]
+        if not runs:
+            continue
+        tasks = [load_task(folder) for folder in find_tasks(runs[0].held_out(root))]
+        before, after, clusters, whole = [], [], [], ([], [])
+        for run in runs:
+            for place, (into, folder) in enumerate(zip((before, after), run.folders(root), strict=True)):
+                backend = "kv" if "--backend kv" in run.command else "memo"
+                found = grade_runs(
+                    _grade("exact", 0), [(task, folder / backend / task.id / "seed-0") for task in tasks]
+                )
+                into += [float(label == "pass") for each in found for label in each.labels.values()]
+                whole[place].extend(float(bool(each.all_pass)) for each in found)
+            clusters += [task.id for task in tasks for _ in task.criteria]
+        gain = paired_difference(after, before, clusters).interval
+        rates = [clustered_rate(values, clusters) for values in (before, after)]
+        minutes = [line["minutes"] for line in minutes_of(root) if line["run"] in {run.name for run in runs}]
+        lines.append({
+            "condition": group, "seeds": len(runs), "tasks": len(tasks),
+            **{f"{name}_{part}": round(100 * getattr(rate, part), 1)
+               for name, rate in (("before", rates[0]), ("after", rates[1]), ("gain", gain))
+               for part in ("estimate", "low", "high")},
+            "all_pass_before": round(100 * sum(whole[0]) / len(whole[0]), 1),
+            "all_pass_after": round(100 * sum(whole[1]) / len(whole[1]), 1),
+            "minutes_a_run": round(sum(minutes) / max(1, len(runs)), 1), "command": runs[0].command,
+        })  # fmt: skip
+    made_by = provenance({"game": GAME, "asked": ASKED, "tasks": TASKS, "runs": [asdict(run) for run in RUNS]}, 0)
+    commit, device = (made_by["git"] or {}).get("commit", "")[:12], made_by["device"]["name"]
+    with (ROWS / "pocket_training.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*lines[0], "device", "commit"])
+        writer.writeheader()
+        writer.writerows({**line, "device": device, "commit": commit} for line in lines)
+    for line in lines:
+        rates = f"{line['before_estimate']:5} -> {line['after_estimate']:5}"
+        print(f"{line['condition']:22} {line['seeds']} seeds  {rates}  gain {line['gain_estimate']:+} "
+              f"({line['gain_low']} to {line['gain_high']})")  # fmt: skip
+
+
+def minutes_of(root: Path) -> list[dict]:
+    """What was noted of each start."""
+    path = root / "minutes.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
