@@ -6,7 +6,7 @@
 
 `pocket-agent` plays assignments whose documents are worded as no document that it was trained on, with a boundary after
 every document. Training tasks are of the training split, the hold-out has other names and values; the grader of both is
-exact. iSFT's first teacher is the oracle, a script that looks answers up in the rubric; the later rounds' is the student
+exact. iSFT's first teacher is the oracle, a script that looks answers up in the rubric; then the student teaches
 itself. Every run is a `still` command on one thread, two side by side. What was finished is not run again, and what was
 cut off goes on where it was. The table goes to bench/rows/pocket_training.csv: pass rates before and after with
 intervals clustered by task, and the paired gain, over all seeds of a condition.

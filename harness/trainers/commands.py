@@ -72,9 +72,10 @@ grading are kept, checked for leaks, cut into windows and trained on; the studen
 round's teacher is the student with the rubric. Every stage is restartable."""
     examples = """\
 examples:
-  still matters generate --difficulty standard --seeds 0:200 --split train -o lab-train
-  still matters generate --difficulty standard --seeds 0:40 -o lab-held-out
-  still isft lab-train/tasks --held-out lab-held-out/tasks --policy pocket --backend memo --budget 256t -o out/isft
+  still matters generate --family assignments --seeds 0:40 --split train -o lab-train
+  still matters generate --family assignments --seeds 0:40 -o lab-held-out
+  still isft lab-train/tasks --held-out lab-held-out/tasks --policy pocket-agent --teacher oracle --backend memo \\
+      --budget 256t --tools read,write --no-rubric -o out/isft
   still isft lab-train/tasks --held-out lab-held-out/tasks --policy Qwen/Qwen3-4B --teacher server:gpt-5.5 \\
       --judge gpt-5-mini --report-judge claude-haiku-4-5 --train-policy lora --backend memo -o out/qwen
   still isft ... --select any --token-budget 50000 -o out/control           the control: unfiltered rollouts"""
