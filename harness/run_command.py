@@ -127,9 +127,9 @@ deliverables. Each run is a folder that LAB's own tools and `still grade` read, 
 A run that was stopped, even killed, goes on where it was when the same command runs again."""
     examples = """\
 examples:
-  still matters generate --difficulty standard --seeds 0:4 --output lab
-  still run lab/tasks --policy pocket --backend memo --budget 256t -o runs/memo
-  still run lab/tasks --policy pocket --backend kv --ratio 8 -o runs/still-8x
+  still matters generate --family assignments --seeds 0:4 -o lab
+  still run lab/tasks --policy pocket-agent --backend memo --budget 256t --tools read,write -o runs/memo
+  still run lab/tasks --policy pocket-agent --backend kv --ratio 8 --tools read,write -o runs/still-8x
   still run lab/tasks --policy Qwen/Qwen3-0.6B --backend kv --method snapkv --budget 64MiB -o runs/snapkv
   still run lab/tasks --policy server:gpt-5.5 --backend memo --budget 2000t --together 8 -o runs/gpt
   still run lab/tasks --policy server:pocket --base-url http://localhost:8000/v1 --tokenizer ./pocket -o runs/vllm
