@@ -145,16 +145,11 @@ class RowModel(nn.Module):
         if not rows:
             return []
         device = self.policy.get_input_embeddings().weight.device
-        width = max(len(row.input_ids) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
+        ids = torch.zeros(len(rows), max(len(row.input_ids) for row in rows), dtype=torch.long)
         for place, row in enumerate(rows):
             ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
-            mask[place, : len(row.input_ids)] = 1
-        padded = None if mask.all() else mask.to(device)
-        hidden = self.policy.get_decoder()(
-            input_ids=ids.to(device), attention_mask=padded, use_cache=False
-        ).last_hidden_state
+        # No mask: what fills a row up stands behind it, where no token of a causal model looks.
+        hidden = self.policy.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
         head = self.policy.get_output_embeddings()
         return [self._picked(head(hidden[place, _places(row)]), row) for place, row in enumerate(rows)]
 
