@@ -42,7 +42,7 @@ GAME = (
     "--policy pocket-agent --window 4096 --reads 1 --reads-force 2 --max-new-tokens 1024 --max-turns 60 "
     "--tools read,write --sandbox none --together 20 --micro-tokens 2048"
 )
-GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 2e-4 --schedule linear --no-ask"
+GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 5e-5 --warmup 8 --no-ask"
 ISFT = (
     "isft --teacher oracle --rounds 3 --rollouts 2 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
     "--epochs 2 --batch 4 --lr 2e-4 --start last --no-union"

@@ -10,13 +10,43 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from ..types import Limit, Sampled, Session
 from .local import LocalSession, Turn
 
 SHRINK = 0.75
 """Share of open rows below which finished ones are dropped, which copies the cache."""
+ROOM = 256
+"""Columns that are free when a cache is copied: as many tokens are decoded before the next copy."""
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values at the front of larger tensors: a token is written behind them, and nothing is copied for it."""
+
+    _buffers: tuple[torch.Tensor, ...] = ()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Put columns behind those that are there; see `DynamicLayer.update`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        used, new = self.get_seq_length(), (key_states, value_states)
+        end = used + key_states.shape[-2]
+        if not self._buffers or end > self._buffers[0].shape[-2]:
+            self._buffers = tuple(x.new_empty(*x.shape[:-2], end + ROOM, x.shape[-1]) for x in new)
+            if used:
+                for buffer, stored in zip(self._buffers, (self.keys, self.values), strict=True):
+                    buffer[..., :used, :] = stored
+        for buffer, columns in zip(self._buffers, new, strict=True):
+            buffer[..., used:end, :] = columns
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows; they are copied into tensors of their own."""
+        super().batch_select_indices(indices)
+        self._buffers = ()
 
 
 @torch.no_grad()
@@ -58,7 +88,7 @@ def _decode(rows: list[tuple[LocalSession, Turn]]) -> None:
     model = rows[0][0].policy.model
     caches = [session._cache for session, _ in rows]
     width = max(cache.physical_length for cache in caches)
-    shared = DynamicCache()
+    shared = Cache(layer_class_to_replicate=RoomyLayer)
     for index in range(len(rows[0][0].layers)):
         layers = [cache.layers[index] for cache in caches]
         keys, values = ([pad(x, (0, 0, width - x.shape[2], 0)) for x in stored] for stored in (
@@ -92,7 +122,7 @@ def _decode(rows: list[tuple[LocalSession, Turn]]) -> None:
                 session.choose(turn, logits[place])
 
 
-def _give_back(row: tuple[LocalSession, Turn], shared: DynamicCache, place: int, width: int) -> None:
+def _give_back(row: tuple[LocalSession, Turn], shared: Cache, place: int, width: int) -> None:
     """Put a row's decoded columns behind its own cache; the last token that was sampled is not read yet."""
     session, turn = row
     new = slice(width, width + len(turn.output) - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from agent_cases import Reader, SteeredPolicy, episode, make_task, of, texts, tiny_agent
+from transformers.cache_utils import DynamicLayer
 
 from still import methods
 from still.harness.agent import drive, drive_many
@@ -92,3 +93,17 @@ def test_what_cannot_share_is_sampled_alone(tmp_path):
     assert not any(batch.can_share(each.session) for each in sliding)
     ends = dict(drive_many(sliding, 4, sampler(sliding[0].policy, 4)))
     assert [end["status"] for end in ends.values()] == ["done"] * 4
+
+
+def test_a_layer_with_room_holds_what_one_that_copies_holds(monkeypatch):
+    monkeypatch.setattr(batch, "ROOM", 3)
+    roomy, plain = batch.RoomyLayer(), DynamicLayer()
+    generator = torch.Generator().manual_seed(0)
+    for step, columns in enumerate((5, 1, 1, 1, 1, 2, 1, 9, 1)):
+        new = torch.randn(2, 4 if step < 5 else 2, 2, columns, 8, generator=generator)
+        for ours, theirs in zip(roomy.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(ours, theirs)
+        if step == 4:
+            for layer in (roomy, plain):
+                layer.batch_select_indices(torch.tensor([3, 1]))
+    assert roomy.get_seq_length() == plain.get_seq_length() == 22
