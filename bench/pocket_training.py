@@ -45,7 +45,7 @@ GAME = (
 GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 5e-5 --warmup 8 --no-ask"
 ISFT = (
     "isft --teacher oracle --rounds 3 --rollouts 2 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
-    "--epochs 2 --batch 4 --lr 2e-4 --start last --no-union"
+    "--epochs 2 --batch 4 --lr 2e-4 --schedule linear --start last --no-union"
 )
 UNFILTERED = ISFT.replace("--teacher oracle ", "").replace("--rollouts 2", "--rollouts 1") + " --select any"
 MEMO, KV = "--backend memo --budget 128t --evaluate-on memo", "--backend kv --ratio 8 --evaluate-on kv"
