@@ -98,15 +98,18 @@ class Run:
         """Where its hold-out lies."""
         return root / "tasks" / self.command.split()[0] / "held-out" / "tasks"
 
-    def folders(self, root: Path) -> tuple[Path, Path] | None:
-        """Where the hold-out was played before and after; None where the run has not ended."""
+    def folders(self, root: Path) -> list[Path]:
+        """Where the hold-out was played: before, and after each round; one of GRPO's is all of its steps."""
         folder = root / self.name
         if self.command.startswith("isft"):
-            before, after = folder / "before", folder / "round-3" / "evaluation"
+            places = [folder / "before", *(folder / f"round-{number}" / "evaluation" for number in (1, 2, 3))]
         else:
-            before, after = folder / "evaluation" / "before", folder / "evaluation" / "after"
-        done = all((each / "evaluation.json").is_file() for each in (before, after))
-        return (before, after) if done else None
+            places = [folder / "evaluation" / "before", folder / "evaluation" / "after"]
+        return [place for place in places if (place / "evaluation.json").is_file()]
+
+    def ended(self, root: Path) -> bool:
+        """Whether nothing of it is left to do."""
+        return len(self.folders(root)) == (4 if self.command.startswith("isft") else 2)
 
 
 RUNS = (
@@ -154,7 +157,7 @@ def make_tasks(root: Path) -> None:
 
 def start(run: Run, root: Path) -> str:
     """Run it if it has not ended; its name if it failed."""
-    if run.folders(root):
+    if run.ended(root):
         return ""
     began, argv = time.monotonic(), run.argv(root)
     print("still", *argv, flush=True)
@@ -179,32 +182,12 @@ def write_table(root: Path) -> None:
     """Grade the hold-outs again, criterion by criterion, and put the seeds of a condition together."""
     lines = []
     for group in dict.fromkeys(run.group for run in RUNS):
-        runs = [run for run in RUNS if run.group == group and run.folders(root)]
-        if not runs:
-            continue
-        tasks = [load_task(folder) for folder in find_tasks(runs[0].held_out(root))]
-        before, after, clusters, whole = [], [], [], ([], [])
-        for run in runs:
-            for place, (into, folder) in enumerate(zip((before, after), run.folders(root), strict=True)):
-                backend = "kv" if "--backend kv" in run.command else "memo"
-                found = grade_runs(
-                    _grade("exact", 0), [(task, folder / backend / task.id / "seed-0") for task in tasks]
-                )
-                into += [float(label == "pass") for each in found for label in each.labels.values()]
-                whole[place].extend(float(bool(each.all_pass)) for each in found)
-            clusters += [task.id for task in tasks for _ in task.criteria]
-        gain = paired_difference(after, before, clusters).interval
-        rates = [clustered_rate(values, clusters) for values in (before, after)]
-        minutes = [line["minutes"] for line in minutes_of(root) if line["run"] in {run.name for run in runs}]
-        lines.append({
-            "condition": group, "seeds": len(runs), "tasks": len(tasks),
-            **{f"{name}_{part}": round(100 * getattr(rate, part), 1)
-               for name, rate in (("before", rates[0]), ("after", rates[1]), ("gain", gain))
-               for part in ("estimate", "low", "high")},
-            "all_pass_before": round(100 * sum(whole[0]) / len(whole[0]), 1),
-            "all_pass_after": round(100 * sum(whole[1]) / len(whole[1]), 1),
-            "minutes_a_run": round(sum(minutes) / max(1, len(runs)), 1), "command": runs[0].command,
-        })  # fmt: skip
+        runs = [run for run in RUNS if run.group == group]
+        for number in (1, 2, 3):
+            there = [run for run in runs if len(run.folders(root)) > number]
+            lines += [line_of(there, number, root)] if there else []
+    if not lines:
+        return
     made_by = provenance({"game": GAME, "asked": ASKED, "tasks": TASKS, "runs": [asdict(run) for run in RUNS]}, 0)
     commit, device = (made_by["git"] or {}).get("commit", "")[:12], made_by["device"]["name"]
     with (ROWS / "pocket_training.csv").open("w", newline="", encoding="utf-8") as file:
@@ -212,15 +195,33 @@ def write_table(root: Path) -> None:
         writer.writeheader()
         writer.writerows({**line, "device": device, "commit": commit} for line in lines)
     for line in lines:
-        rates = f"{line['before_estimate']:5} -> {line['after_estimate']:5}"
-        print(f"{line['condition']:22} {line['seeds']} seeds  {rates}  gain {line['gain_estimate']:+} "
-              f"({line['gain_low']} to {line['gain_high']})")  # fmt: skip
+        name, rates = f"{line['condition']}, round {line['round']}", f"{line['before']:5} -> {line['after']:5}"
+        print(f"{name:32} {rates}  gain {line['gain']:+} ({line['gain_low']} to {line['gain_high']})")
 
 
-def minutes_of(root: Path) -> list[dict]:
-    """What was noted of each start."""
-    path = root / "minutes.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+def line_of(runs: list[Run], number: int, root: Path) -> dict:
+    """The table's line of a condition after some round, over its seeds."""
+    tasks = [load_task(folder) for folder in find_tasks(runs[0].held_out(root))]
+    backend = "kv" if "--backend kv" in runs[0].command else "memo"
+    labels: tuple[list[float], list[float]] = ([], [])
+    whole: tuple[list[float], list[float]] = ([], [])
+    for run in runs:
+        places = run.folders(root)
+        for place, folder in enumerate((places[0], places[number])):
+            found = grade_runs(_grade("exact", 0), [(task, folder / backend / task.id / "seed-0") for task in tasks])
+            labels[place].extend(float(label == "pass") for each in found for label in each.labels.values())
+            whole[place].extend(float(bool(each.all_pass)) for each in found)
+    clusters = [task.id for task in tasks for _ in task.criteria] * len(runs)
+    before, after = (clustered_rate(values, clusters) for values in labels)
+    gain = paired_difference(labels[1], labels[0], clusters).interval
+    shown = {"before": before, "after": after, "gain": gain}
+    return {
+        "condition": runs[0].group, "round": number, "seeds": len(runs), "tasks": len(tasks),
+        **{name + end: round(100 * getattr(rate, part), 1) for name, rate in shown.items()
+           for end, part in (("", "estimate"), ("_low", "low"), ("_high", "high"))},
+        "all_pass_before": round(100 * sum(whole[0]) / len(whole[0]), 1),
+        "all_pass_after": round(100 * sum(whole[1]) / len(whole[1]), 1), "command": runs[0].command,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
