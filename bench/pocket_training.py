@@ -28,9 +28,10 @@ from pathlib import Path
 
 from shapes import ROWS
 
+from still.eval.judges import find_judge
+from still.eval.reward import RubricReward
 from still.eval.stats import clustered_rate, paired_difference
 from still.eval.tasks import find_tasks, load_task
-from still.harness.trainers.commands import _grade
 from still.harness.trainers.grading import grade_runs
 from still.provenance import provenance
 
@@ -136,7 +137,7 @@ def main() -> int:
         raise SystemExit(f"no run begins with {args.only!r}; there are {', '.join(run.name for run in RUNS)}")
     if args.list:
         for run in chosen:
-            print("still", run.command, *shlex.split(GAME))
+            print(shown(run, args.output))
         return 0
     make_tasks(args.output)
     failed: list[str] = []
@@ -147,24 +148,35 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def shown(run: Run, root: Path) -> str:
+    """The command, or why it is not known yet."""
+    try:
+        return shlex.join(["still", *run.argv(root)])
+    except ValueError as problem:
+        return f"# {problem}"
+
+
 def make_tasks(root: Path) -> None:
     """Training tasks of both trainers, and the hold-out."""
     for trainer, (size, seeds) in TASKS.items():
         for name, split, which in (("train", "train", seeds), ("held-out", "held_out", HELD_OUT)):
             command = ["matters", "generate", *shlex.split(f"{ASKED} {size}"), "--split", split, "--seeds", which]
-            still([*command, "-o", str(root / "tasks" / trainer / name)], root / "tasks.log")
+            if still([*command, "-o", str(root / "tasks" / trainer / name)], root / "tasks.log"):
+                raise SystemExit(f"no tasks could be made: see {root / 'tasks.log'}")
 
 
 def start(run: Run, root: Path) -> str:
     """Run it if it has not ended; its name if it failed."""
     if run.ended(root):
         return ""
-    began, argv = time.monotonic(), run.argv(root)
-    print("still", *argv, flush=True)
-    status = still(argv, root / f"{run.name}.log")
-    with (root / "minutes.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"run": run.name, "minutes": (time.monotonic() - began) / 60, "status": status}) + "\n")
-    print(f"{run.name}: {'done' if not status else f'failed, see {root / run.name}.log'}", flush=True)
+    print(shown(run, root), flush=True)
+    began = time.monotonic()
+    try:
+        status = still(run.argv(root), root / f"{run.name}.log")
+    except ValueError:  # as it was shown
+        return run.name
+    ended = f"failed, see {root / run.name}.log" if status else "done"
+    print(f"{run.name}: {ended}, {(time.monotonic() - began) / 60:.0f} minutes", flush=True)
     return run.name if status else ""
 
 
@@ -202,13 +214,14 @@ def write_table(root: Path) -> None:
 def line_of(runs: list[Run], number: int, root: Path) -> dict:
     """The table's line of a condition after some round, over its seeds."""
     tasks = [load_task(folder) for folder in find_tasks(runs[0].held_out(root))]
+    grade = RubricReward(find_judge("exact")).grade
     backend = "kv" if "--backend kv" in runs[0].command else "memo"
     labels: tuple[list[float], list[float]] = ([], [])
     whole: tuple[list[float], list[float]] = ([], [])
     for run in runs:
         places = run.folders(root)
         for place, folder in enumerate((places[0], places[number])):
-            found = grade_runs(_grade("exact", 0), [(task, folder / backend / task.id / "seed-0") for task in tasks])
+            found = grade_runs(grade, [(task, folder / backend / task.id / "seed-0") for task in tasks])
             labels[place].extend(float(label == "pass") for each in found for label in each.labels.values())
             whole[place].extend(float(bool(each.all_pass)) for each in found)
     clusters = [task.id for task in tasks for _ in task.criteria] * len(runs)

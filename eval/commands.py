@@ -46,7 +46,7 @@ def parse_seeds(text: str) -> list[int]:
 def _add_matter_options(parser: argparse.ArgumentParser) -> None:
     from .matters import DIFFICULTIES
 
-    parser.add_argument("--difficulty", choices=list(DIFFICULTIES), help="default: standard")
+    parser.add_argument("--difficulty", choices=list(DIFFICULTIES), default="standard", help="default: standard")
     parser.add_argument("--split", choices=["held_out", "train"], default="held_out", help="whose names and values")
     parser.add_argument(
         "--unseen-templates", action="store_true", help="use only the sentences that training never shows"
@@ -73,7 +73,7 @@ def _configure_matters(parser: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="tasks go to DIR/tasks; goes on where it was"
     )
-    generate.set_defaults(verb_run=_generate_matters)
+    generate.set_defaults(verb_run=_generate_matters, difficulty=None)  # None: nobody asked, and assignments have none
     show = verbs.add_parser("show", help="print a matter and what can be asked of it", description=_show_matter.__doc__)
     _add_matter_options(show)
     show.add_argument("--seed", type=int, default=0, help="which matter (default: 0)")
@@ -114,7 +114,7 @@ def _show_matter(args: argparse.Namespace) -> int:
 
     from .matters import generate_matter, question_set
 
-    matter = generate_matter(args.seed, args.difficulty or "standard", args.split, args.unseen_templates)
+    matter = generate_matter(args.seed, args.difficulty, args.split, args.unseen_templates)
     questions = question_set(matter)
     if args.json:
         print(json.dumps(questions.to_json(), indent=1, ensure_ascii=False))

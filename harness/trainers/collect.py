@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import backends
 from ..agent import Episode, drive
 from ..documents import Documents
 from ..play import claim, run_id
@@ -24,7 +23,7 @@ from ..types import Policy
 from .config import IsftConfig
 from .grading import Grade, falls_short, grade_runs
 from .ledgers import watcher
-from .teacher import PRIVATE, OracleTeacher, PrivateChannel, ShapedKv, TeacherPolicy
+from .teacher import PRIVATE, OracleTeacher, PrivateChannel, TeacherPolicy, make_backend
 
 DONE = "attempt.json"
 
@@ -142,11 +141,10 @@ class Collector:
             teacher, self.tokenizer, channel, run.window or teacher.window, rubric=self.config.rubric,
             falls_short=lambda: falls_short(self.graders[0], task, folder / "workspace"), rounds=rounds,
         )  # fmt: skip
-        shaped = run.backend in ("kv", "hybrid")
-        backend = ShapedKv(run, policy) if shaped else backends.make(run, policy)
         place = claim(task, policy, run, folder)
+        workspace = Workspace(place.workspace, Documents.load(task.agent_view()))
         episode = Episode(
-            Workspace(place.workspace, Documents.load(task.agent_view())), policy, backend, run, place,
+            workspace, policy, make_backend(run, policy), run, place,
             {"run_id": run_id(task, run)},
         )  # fmt: skip
         episode.watch = watcher()(task, folder)

@@ -88,11 +88,13 @@ class Rollouts:
         folder = self.output / "rollouts" / f"step-{number:04d}"
         self._claim(folder, number)
         order = self._order(number)
+        policy = self.policy_of(self.loaded, self.run.window)
+        policy.version = number
         rewards, groups, kept = {}, {}, {}
         size, draws = min(self.config.tasks_per_step, len(order)), 0
         while True:
             chosen, order = order[:size], order[size:]
-            played = self._play(chosen, number, folder)
+            played = self._play(chosen, number, folder, policy)
             found = self._rewards(played, folder, draws)
             rewards |= found
             groups |= {name: task.id for name, (task, _) in played.items()}
@@ -140,12 +142,10 @@ class Rollouts:
         start = place * self.config.tasks_per_step
         return order[start:] + order[:start]
 
-    def _play(self, tasks: Sequence[Any], number: int, folder: Path) -> dict[str, tuple[Any, Path]]:
+    def _play(self, tasks: Sequence[Any], number: int, folder: Path, policy: Any) -> dict[str, tuple[Any, Path]]:
         """All rollouts of these tasks, each process playing its share; by trajectory."""
         heat = self.config.rollout_temperature
         run = replace(self.run, temperature=heat, retry_temperature=heat, on_failure="fail")
-        policy = self.policy_of(self.loaded, self.run.window)
-        policy.version = number
         method = self.module.method if run.backend in ("kv", "hybrid") else None
         seeds = [number * self.config.group + sample for sample in range(self.config.group)]
         rank, processes = world()

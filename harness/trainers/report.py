@@ -17,6 +17,7 @@ BEHAVIOURS = {
     "behaviour_characters_read": "characters read", "behaviour_memo_tokens": "tokens of a memo or slots",
     "behaviour_reread_rate": "characters read again", "behaviour_turns": "turns",
 }  # fmt: skip
+GAP = "Sampling gap (|log-probability at sampling - in training|, mean over tokens), and clipped tokens"
 
 
 def write_isft_report(output: str | Path) -> Path:
@@ -60,7 +61,7 @@ def write_grpo_report(output: str | Path) -> Path:
     if lines:
         shown.append(_figure(output, "reward", lambda: _curve(lines), "Reward, criterion pass and all-pass per step"))
         shown.append(_figure(output, "behaviour", lambda: _behaviours(lines), "Behaviour per step"))
-        shown.append(_figure(output, "gap", lambda: _gap(lines), "Sampling gap and clipped tokens"))
+        shown.append(_figure(output, "gap", lambda: _gap(lines), GAP))
     if states:
         shown.append(_figure(output, "held_out", lambda: _bars(states), "Hold-out before and after"))
     last = lines[-1] if lines else {}
@@ -155,7 +156,8 @@ def _bars(states: Sequence[tuple[str, dict | None]]):
         axis.set_title(title)
         axis.set_xticks(range(len(states)), [name for name, _ in states])
         axis.set_ylim(0, 100)
-    axes[0].legend(frameon=False)
+    known = axes[0].get_legend_handles_labels()
+    figure.legend(*known, frameon=False, loc="outside upper center", ncols=max(1, len(names)))
     return figure
 
 
@@ -168,7 +170,7 @@ def _curve(lines: Sequence[dict]):
         axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axis.plot(steps, smoothed(values), color=colour, label=label)
     axis.set_xlabel("step")
-    axis.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)  # the curves may lie anywhere
     return figure
 
 
@@ -187,7 +189,7 @@ def _gap(lines: Sequence[dict]):
     steps = [line["step"] for line in lines]
     axes[0].plot(steps, [max(1e-9, line.get("gap", 0.0)) for line in lines], color=INK)
     axes[0].set_yscale("log")
-    axes[0].set_title("|log-prob at sampling - in training|, nats")
+    axes[0].set_title("sampling gap, nats a token")
     for key in ("clipped", "truncated"):
         axes[1].plot(steps, [line.get(key, 0.0) for line in lines], label=key)
     axes[1].set_title("share of tokens")

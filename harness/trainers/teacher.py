@@ -29,7 +29,7 @@ from ..policies.local import LocalPolicy
 from ..policies.scripted import ScriptedPolicy, ScriptedSession
 from ..run_config import RunConfig
 from ..state import sampled_from
-from ..types import Artifact, Boundary, ContextSize, Limit, Message, Policy, Sampled
+from ..types import Artifact, Backend, Boundary, ContextSize, Limit, Message, Policy, Sampled
 from ..windows import template_digest
 
 DEMAND = memo_demand(0).split(":")[0]
@@ -115,9 +115,8 @@ class OracleTeacher:
         """
         if not any(each.expect for each in task.criteria):
             raise ValueError(f"{task.id} has no criterion with a value to look up: the oracle cannot teach it")
-        shaped = run.backend in ("kv", "hybrid")
-        backend = ShapedKv(run, self.student) if shaped else backends.make(run, self.student)
-        player = Oracle(task, backend.memo_tokens, self.student.session([]).count)
+        memo_tokens = make_backend(run, self.student).memo_tokens
+        player = Oracle(task, memo_tokens, self.student.session([]).count)
         policy = ScriptedPolicy(self.tokenizer, lambda: player, self.window, name=self.name)
         policy.bytes_per_token = self.bytes_per_token
         return policy
@@ -265,6 +264,11 @@ class TeacherSession:
     def pretend(self, slots: int) -> int:
         """Go on as behind slots: the student will have them, the teacher keeps everything in view."""
         return self.public.pretend(slots)
+
+
+def make_backend(run: RunConfig, policy: Policy) -> Backend:
+    """The backend of a teacher's rollouts: the run's own, or its shape where a student would have slots."""
+    return ShapedKv(run, policy) if run.backend in ("kv", "hybrid") else backends.make(run, policy)
 
 
 class ShapedKv(TextBackend):

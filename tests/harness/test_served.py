@@ -89,6 +89,13 @@ def test_every_step_is_played_with_the_weights_that_it_trains(tmp_path, server):
     assert not list((tmp_path / "run" / "served").iterdir())
 
 
+def test_a_step_that_draws_again_loads_its_weights_once(tmp_path, server):
+    config = replace(CONFIG, steps=1, refill=1, reward="rubric")
+    with pytest.raises(ValueError, match=r"no group of step 0 has any variance \(2 with equal rewards"):
+        grpo(tmp_path / "run", matters(tmp_path / "lab"), server, config=config)
+    assert sum(body.get("method") == "reload_weights" for body in server.requests) == 1
+
+
 def test_an_adapter_is_loaded_under_a_name_of_its_own_each_time(tmp_path, server):
     pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     settings = replace(SETTINGS, train_policy="lora", lora_rank=4, lr=1e-2)
