@@ -1,10 +1,12 @@
 """Where latents stand: at tokens worth keeping, and in each head at others.
 
-A small scorer per KV head says how much of some answer's attention a token may get. These worths become inclusion
-probabilities that sum up to the slots, and a fixed sequence, shifted from head to head, turns them into a choice:
-*coordinated sampling* with permanent random numbers (Brewer, Early and Joyce 1972; order sampling: Rosén 1997). A token
-of inclusion 0.3 is kept by about three heads of ten, never by all or none by chance, so that heads which can stand in
-for one another share the context among them. Each head's choice needs nothing of the other heads' but the shift.
+A small scorer per KV head says how much of some answer's attention a token may get, and looks a second time at those
+that may get most, with an eye to what comes later: a token is worth little where a later one repeats it or takes it
+back. These worths become inclusion probabilities that sum up to the slots, and a fixed sequence, shifted from head to
+head, turns them into a choice: *coordinated sampling* with permanent random numbers (Brewer, Early and Joyce 1972;
+order sampling: Rosén 1997). A token of inclusion 0.3 is kept by about three heads of ten, never by all or none by
+chance, so that heads which can stand in for one another share the context among them. Each head's choice needs nothing
+of the other heads' but the shift.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from torch import nn
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread as evenly as any sequence's
 LEAST_WORTH = 0.01  # of a token that nobody seems to need: slots that are left over go to such tokens evenly
 GAIN = 10.0  # of the last layer: it is learned at ten times the rate of other weights, since all else waits for it
+SHORTLIST = 4  # one token in so many is looked at a second time: their comparison costs a sixteenth of all tokens'
+LATER = 2  # later tokens whose likeness counts: what is said twice more is surely not needed here
+USUAL, STEEP = 0.8, 10.0  # cosines of keys with their like crowd near 1: what matters of them lies in the last tenth
 SHARPNESS = 2.0  # power of the worths; above 1 since an unsure scorer's worths are flatter than the truth
 
 
@@ -77,14 +82,11 @@ def phases(mass: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list((share.cumsum(0) - share / 2).split([len(part) for part in parts]))
 
 
-class Placement(nn.Module):
-    """Scores the tokens of one layer, each KV head by weights of its own.
-
-    Attributes:
-        mass: `[kv_heads]`, the attention that sets answers apart, by head; see `still.distill.placing.wanted`.
+class Scorer(nn.Module):
+    """A small network for each KV head: features of a token in, a logit out.
 
     Args:
-        source: width of a token, twice the head dim.
+        source: width of a token's features.
         kv_heads: of the layer.
         hidden: width of the hidden layer.
     """
@@ -95,8 +97,62 @@ class Placement(nn.Module):
         self.inner_bias = nn.Parameter(torch.zeros(kv_heads, 1, hidden))
         self.outer = nn.Parameter(torch.zeros(kv_heads, hidden, 1))  # a fresh scorer finds all tokens alike
         self.outer_bias = nn.Parameter(torch.zeros(kv_heads, 1, 1))
+
+    def forward(self, features: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits `[batch, heads, tokens]` of `features` `[batch, heads, tokens, source]`; `heads`: which these are."""
+        inner, bias, outer, last = (
+            x if heads is None else x[list(heads)] for x in (self.inner, self.inner_bias, self.outer, self.outer_bias)
+        )
+        return GAIN * (F.silu(features @ inner + bias) @ outer + last).squeeze(-1)
+
+
+class Placement(nn.Module):
+    """Scores the tokens of one layer, each KV head by weights of its own, in two looks.
+
+    The first look sees each token by itself. The second one takes the tokens that scored highest, and sees how much the
+    key of each is like later ones' among them: a causal model's keys and values cannot say that a later line amends or
+    repeats their own.
+
+    Attributes:
+        mass: `[kv_heads]`, the attention that sets answers apart, by head; see `still.distill.placing.wanted`.
+
+    Args:
+        source: width of a token, twice the head dim.
+        kv_heads: of the layer.
+        hidden: width of the scorers' hidden layer.
+    """
+
+    def __init__(self, source: int, kv_heads: int, hidden: int):
+        super().__init__()
+        self.first = Scorer(source, kv_heads, hidden)
+        self.second = Scorer(source + LATER, kv_heads, hidden)
         self.register_buffer("mass", torch.ones(kv_heads))
         self.requires_grad_(False)  # it is fitted by itself (`still.distill.placing`): a choice passes no gradient on
+
+    @staticmethod
+    def features(source: torch.Tensor) -> torch.Tensor:
+        """What a first look sees, as wide as `source`: keys and values differ in size, and layers do."""
+        halves = source.unflatten(-1, (2, -1))
+        return F.rms_norm(halves, halves.shape[-1:]).flatten(-2)
+
+    @staticmethod
+    def shortlist(features: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens that are looked at again, and what is seen of them then.
+
+        Args:
+            features: `[batch, heads, tokens, 2 * head_dim]`.
+            logits: of the first look, `[batch, heads, tokens]`.
+
+        Returns:
+            Their places `[batch, heads, some]`, ascending, and features `[batch, heads, some, 2 * head_dim + LATER]`.
+        """
+        some = -(-logits.shape[-1] // SHORTLIST)
+        places = logits.topk(some, dim=-1).indices.sort(dim=-1).values
+        own = features.gather(2, places[..., None].expand(-1, -1, -1, features.shape[-1]))
+        keys = F.normalize(own[..., : own.shape[-1] // 2], dim=-1)
+        alike = (keys @ keys.transpose(-1, -2)).triu(1).clamp(min=0)  # to later tokens alone
+        closest = F.pad(alike, (0, LATER)).topk(LATER, dim=-1).values
+        return places, torch.cat((own, STEEP * (closest - USUAL)), dim=-1)
 
     def logits(self, source: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
         """Logits of the worths `[batch, heads, tokens]`.
@@ -105,12 +161,10 @@ class Placement(nn.Module):
             source: un-rotated keys and values `[batch, heads, tokens, 2 * head_dim]`, fp32.
             heads: which heads these are; None for all of them.
         """
-        inner, bias, outer, last = (
-            x if heads is None else x[list(heads)] for x in (self.inner, self.inner_bias, self.outer, self.outer_bias)
-        )
-        halves = source.unflatten(-1, (2, -1))
-        plain = F.rms_norm(halves, halves.shape[-1:]).flatten(-2)  # keys and values differ in size, layers too
-        return GAIN * (F.silu(plain @ inner + bias) @ outer + last).squeeze(-1)
+        features = self.features(source)
+        first = self.first(features, heads)
+        places, seen = self.shortlist(features, first)
+        return first.scatter(2, places, self.second(seen, heads))
 
     @torch.no_grad()
     def forward(

@@ -19,7 +19,7 @@ from .dialogue import answer_text
 LENGTHS = {336: 16, 608: 32, 1152: 64}
 """Facts of the matters that fit a length in tokens."""
 
-OFTEN = (4.0, 8.0, 8.0, 16.0, 16.0)
+OFTEN = (8.0, 16.0, 16.0, 32.0, 32.0)
 """Ratios that are drawn more often than once: these come on top."""
 
 OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True, "open_start": True, "placement": 64}
@@ -50,7 +50,7 @@ def recipe(seed: int, steps: int = 320) -> TrainConfig:
         ratios=[2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
         lengths=list(LENGTHS),
         steps=steps,
-        lr=1e-4,
+        lr=1.5e-4,
         schedule="cosine",
         warmup=20,
         batch=4,

@@ -7,7 +7,9 @@ tokens it stands at, is already a good compactor then.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,11 +19,15 @@ from transformers.cache_utils import DynamicCache
 
 from ..compactor import StillCompactor
 from ..methods.base import attention_scale
+from ..placement import SHORTLIST, Scorer
 from ..reading import capture_queries
 from .data import Row
 
 REACH = 2.0
 """The heads' weighted attention, times this, is a token's worth, at most 1: half of all attention is as good as all."""
+
+ENOUGH = 0.5
+"""Nats that a context must add to what is known of an answer's token for that token to count in full."""
 
 MOST = 1 << 30
 """Bytes of tokens' features that are kept at most; contexts are thinned out beyond."""
@@ -66,14 +72,47 @@ class Wanted(NamedTuple):
 
 
 @torch.no_grad()
+def informed(model, text: Asked, states: torch.Tensor, block: int = 64) -> torch.Tensor:
+    """What the context adds to each of a text's answer tokens.
+
+    Most tokens of an answer follow from those before them, whatever the context says, and yet attend to it. A slot kept
+    for their sake is a slot lost.
+
+    Args:
+        model: the frozen model.
+        text: see `Asked`.
+        states: the last layer's hidden states of the whole text `[tokens, width]`.
+        block: answer tokens whose logits are held at a time.
+
+    Returns:
+        `[asked]`, KL in nats from the model's prediction with the context to its prediction without, where all other
+        tokens keep their positions.
+    """
+    (first, end), device = text.context, states.device
+    ids, asked = torch.tensor(text.ids, device=device), torch.tensor(text.asked, device=device)
+    places = torch.arange(len(ids), device=device)
+    others = torch.cat((places[:first], places[end:]))[None]
+    # The mask says that it is one text: a jump in the positions alone would be taken for the start of another.
+    alone = model.get_decoder()(
+        input_ids=ids[others], position_ids=others, attention_mask=torch.ones_like(others), use_cache=False
+    ).last_hidden_state[0]
+    head, added = model.get_output_embeddings(), []
+    for one, other in zip(states[asked].split(block), alone[asked - (end - first)].split(block), strict=True):
+        known, guessed = head(one).float().log_softmax(-1), head(other).float().log_softmax(-1)
+        added.append((known.exp() * (known - guessed)).sum(-1))
+    return torch.cat(added)
+
+
+@torch.no_grad()
 def wanted(compactor: StillCompactor, model, text: Asked) -> Wanted:
     """How much each token of a context is wanted by the answer token that wants it most.
 
-    What a head contributes is measured by what sets answers apart: the attention that one of them gives a token beyond
-    what all of them give it on average, so that a head which always looks at the first token contributes nothing. A
-    token's worth is its attention, averaged over heads by the `contributions` of these masses, from the answer token
-    that gives it most. A sum over answers would let tokens that each of them sees a little outweigh one that a single
-    answer cannot do without.
+    An answer token counts by what the context adds to it (`informed`; from `ENOUGH` on in full). What a head
+    contributes is measured by what sets answers apart: the attention that one of them gives a token beyond what all of
+    them give it on average, so that a head which always looks at the first token contributes nothing. A token's worth
+    is its attention, averaged over heads by the `contributions` of these masses, from the answer token that gives it
+    most. A sum over answers would let tokens that each of them sees a little outweigh one that a single answer cannot
+    do without.
 
     Raises:
         ValueError: nothing is asked.
@@ -85,22 +124,31 @@ def wanted(compactor: StillCompactor, model, text: Asked) -> Wanted:
     cache, queries = DynamicCache(config=model.config), {}
     decoder = model.get_decoder()
     with capture_queries(decoder, queries):
-        decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        states = decoder(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
     unseen = torch.arange(ids.shape[1], device=ids.device) > asked[:, None]
-    positions = torch.arange(first, end, device=ids.device)
+    need = (informed(model, text, states) / ENOUGH).clamp(0, 1)
     mean = torch.zeros(len(asked), end - first, dtype=torch.float64, device=ids.device)
-    weights, mass, tokens = torch.zeros((), dtype=torch.float64, device=ids.device), {}, {}
+    weights, mass = torch.zeros((), dtype=torch.float64, device=ids.device), {}
     for layer in map(int, compactor.layers):
-        keys, values = cache.layers[layer].keys, cache.layers[layer].values
         query = queries[layer][0, :, asked].float().unflatten(0, (compactor.kv_heads, -1))
-        logits = query @ keys[0].float()[:, None].transpose(-1, -2) * attention_scale(model, layer)
+        logits = query @ cache.layers[layer].keys[0].float()[:, None].transpose(-1, -2) * attention_scale(model, layer)
         seen = logits.masked_fill(unseen, -torch.inf).softmax(-1)[..., first:end]
-        mass[layer] = (seen - seen.mean(2, keepdim=True)).clamp(min=0).sum((1, 2, 3))
+        mass[layer] = torch.einsum("hgat,a->h", (seen - seen.mean(2, keepdim=True)).clamp(min=0), need)
         weight = mass[layer].double().square()  # as in `contributions`, which divides by the sum over all layers
         mean += torch.einsum("h,hat->at", weight, seen.mean(1).double())
         weights += weight.sum()
-        tokens[layer] = compactor.plain(layer, keys[:, :, first:end], values[:, :, first:end], positions)[0]
-    return Wanted((REACH * mean.amax(0) / weights.clamp(min=1e-30)).clamp(max=1).float(), mass, tokens)
+    worth = REACH * (need[:, None] * mean).amax(0) / weights.clamp(min=1e-30)
+    return Wanted(worth.clamp(max=1).float(), mass, _tokens(compactor, cache, text))
+
+
+def _tokens(compactor: StillCompactor, cache: DynamicCache, text: Asked) -> dict[int, torch.Tensor]:
+    """Un-rotated keys and values of a text's context, by layer `[kv_heads, tokens, 2 * head_dim]`."""
+    first, end = text.context
+    tokens = {}
+    for layer in map(int, compactor.layers):
+        keys, values = (x[:, :, first:end] for x in (cache.layers[layer].keys, cache.layers[layer].values))
+        tokens[layer] = compactor.plain(layer, keys, values, torch.arange(first, end, device=keys.device))[0]
+    return tokens
 
 
 def fit_placement(
@@ -118,37 +166,90 @@ def fit_placement(
     Args:
         compactor: with a placement, bound to the model.
         model: the frozen model.
-        texts: what to learn from; some dozens serve a small model.
+        texts: what to learn from; some hundreds serve a small model.
         seed: of the draws.
-        steps: of AdamW, on `batch` tokens each.
+        steps: of AdamW for each of the two looks, on `batch` tokens each.
         batch: tokens in a step.
         lr: peak of the learning rate, which rises and falls again (one cycle).
         progress: show a bar.
 
     Returns:
-        Cross-entropy of the last tenth of the steps, mean over heads, nats per token.
+        Cross-entropy of the second look over the last tenth of its steps, mean over heads, nats per token.
 
     Raises:
         ValueError: there is no text, or the compactor spreads its latents evenly.
     """
     if not compactor.config.placement:
         raise ValueError("this compactor spreads its latents evenly: make it with placement=64, say")
+    texts = list(texts)
+    if not texts:
+        raise ValueError("no text was given from which a placement could learn")
     generator = torch.Generator().manual_seed(seed)
-    known = _gather(compactor, model, texts, generator, progress)
+    parts = {int(name): layer.placement for name, layer in compactor.layers.items()}
+    width = sum(part.second.inner[..., 0].numel() for part in parts.values()) * 2  # bytes of a token
+    room = max(1, MOST // (width * len(texts)))
+
+    def some(tokens: int) -> torch.Tensor:
+        return torch.randperm(tokens, generator=generator)[:room].to(model.device)
+
+    worths, seen, mass = [], Seen(), {}
+    for text in tqdm(texts, desc="what answers look at", unit="text", disable=not progress):
+        one = wanted(compactor, model, text)
+        worths.append(one.worth)
+        kept = some(len(one.worth))
+        for layer, tokens in one.tokens.items():
+            mass[layer] = mass.get(layer, 0) + one.mass[layer]
+            seen.add(layer, parts[layer].features(tokens[:, kept]), one.worth[kept].expand(len(tokens), -1))
     with torch.no_grad():
-        compactor.note_mass(known.mass)
-    parts = {layer: compactor.layers[str(layer)].placement for layer in known.tokens}
-    weights = [weight.requires_grad_() for part in parts.values() for weight in part.parameters()]
+        compactor.note_mass(mass)
+    fit = partial(_fit, steps=steps, batch=batch, lr=lr, generator=generator, progress=progress)
+    fit({layer: part.first for layer, part in parts.items()}, seen, name="first look")
+    seen = Seen()
+    for text, worth in zip(tqdm(texts, desc="once more", unit="text", disable=not progress), worths, strict=True):
+        cache, ids = DynamicCache(config=model.config), torch.tensor([text.ids[: text.context[1]]], device=model.device)
+        with torch.no_grad():
+            model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        kept = some(-(-len(worth) // SHORTLIST))
+        for layer, tokens in _tokens(compactor, cache, text).items():
+            features = parts[layer].features(tokens[None])
+            places, again = parts[layer].shortlist(features, parts[layer].first(features))
+            seen.add(layer, again[0][:, kept], worth[places[0]][:, kept])
+    return fit({layer: part.second for layer, part in parts.items()}, seen, name="second look")
+
+
+class Seen:
+    """Features of tokens and their worths, by layer: `[kv_heads, tokens, ...]`, those of all texts side by side."""
+
+    def __init__(self):
+        self.features, self.worth = defaultdict(list), defaultdict(list)
+
+    def add(self, layer: int, features: torch.Tensor, worth: torch.Tensor) -> None:
+        """Some tokens of one text, in half precision."""
+        self.features[layer].append(features.half())
+        self.worth[layer].append(worth.half())
+
+    def joined(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Features and worths of each layer."""
+        return {
+            layer: (torch.cat(own, dim=1), torch.cat(self.worth[layer], dim=1)) for layer, own in self.features.items()
+        }
+
+
+def _fit(
+    scorers: Mapping[int, Scorer], seen: Seen, steps: int, batch: int, lr: float, generator, progress: bool, name: str
+) -> float:
+    """Fit each layer's scorer to what was seen; returns the cross-entropy of the last tenth of the steps."""
+    known = seen.joined()
+    weights = [weight.requires_grad_() for part in scorers.values() for weight in part.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    losses = []
-    for _ in tqdm(range(steps), desc="placement", unit="step", disable=not progress):
-        drawn = torch.randint(len(known.worth), (batch,), generator=generator).to(known.worth.device)
-        target = known.worth[drawn].expand(1, compactor.kv_heads, -1)
-        loss = torch.stack([
-            F.binary_cross_entropy_with_logits(part.logits(known.tokens[layer][None, :, drawn].float()), target)
-            for layer, part in parts.items()
-        ]).mean()  # fmt: skip
+    count, losses = next(iter(known.values()))[1].shape[1], []
+    for _ in tqdm(range(steps), desc=name, unit="step", disable=not progress):
+        drawn = torch.randint(count, (batch,), generator=generator)
+        loss = 0.0
+        for layer, part in scorers.items():
+            features, worth = (x[:, drawn].float() for x in known[layer])
+            loss = loss + F.binary_cross_entropy_with_logits(part(features[None])[0], worth) / len(scorers)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -157,23 +258,3 @@ def fit_placement(
     for weight in weights:
         weight.requires_grad_(False).grad = None
     return torch.stack(losses[-max(1, steps // 10) :]).mean().item()
-
-
-def _gather(compactor: StillCompactor, model, texts: Iterable[Asked], generator, progress: bool) -> Wanted:
-    """All texts' tokens side by side, in half precision; as many of each as `MOST` has room for."""
-    texts = list(texts)
-    if not texts:
-        raise ValueError("no text was given from which a placement could learn")
-    worth: list[torch.Tensor] = []
-    tokens: Mapping[int, list[torch.Tensor]] = {int(name): [] for name in compactor.layers}
-    mass: dict[int, torch.Tensor] = {}
-    for text in tqdm(texts, desc="what answers look at", unit="text", disable=not progress):
-        one = wanted(compactor, model, text)
-        width = sum(part[:, 0].numel() for part in one.tokens.values()) * 2
-        room = max(1, MOST // (width * len(texts)))
-        kept = torch.randperm(len(one.worth), generator=generator)[:room].to(one.worth.device)
-        worth.append(one.worth[kept])
-        for layer, part in one.tokens.items():
-            tokens[layer].append(part[:, kept].half())
-            mass[layer] = mass.get(layer, 0) + one.mass[layer]
-    return Wanted(torch.cat(worth), mass, {layer: torch.cat(parts, dim=1) for layer, parts in tokens.items()})

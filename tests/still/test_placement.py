@@ -7,7 +7,7 @@ from tiny_models import left_padded, random_ids, tiny_model
 
 from still import StillCompactor, StillConfig, read
 from still.attention import attending
-from still.placement import Placement, choose, inclusion, phases
+from still.placement import LATER, STEEP, USUAL, Placement, choose, inclusion, phases
 
 
 @pytest.mark.parametrize("slots", [1, 4, 25, 49, 50])
@@ -53,6 +53,35 @@ def test_choices_are_distinct_in_order_and_keep_what_is_certain():
     assert torch.equal(choose(worth, 60, torch.zeros(3)), torch.arange(60).expand(2, 3, -1))
 
 
+def test_a_second_look_sees_what_later_tokens_of_the_list_repeat():
+    torch.manual_seed(0)
+    source = torch.randn(1, 2, 40, 16)
+    source[:, :, 30, :8] = source[:, :, 10, :8]  # head 0: only a later token can tell that this one is said again
+    features = Placement.features(source)
+    first = torch.zeros(1, 2, 40)
+    first[..., 1::4] = -1
+    first[..., ::4] = 2
+    first[:, 0, 10] = first[:, 0, 30] = 3
+    places, seen = Placement.shortlist(features, first)
+    assert places.shape == (1, 2, 10)
+    assert {10, 30} <= set(places[0, 0].tolist())
+    assert places[0, 1].tolist() == list(range(0, 40, 4))
+    assert (places.diff(dim=-1) > 0).all()
+    for head in (0, 1):
+        keys = torch.nn.functional.normalize(source[0, head, places[0, head], :8], dim=-1)
+        for row in range(10):
+            later = sorted([max(0.0, (keys[row] @ key).item()) for key in keys[row + 1 :]] + [0, 0], reverse=True)
+            expected = [STEEP * (value - USUAL) for value in later[:LATER]]
+            assert seen[0, head, row, 16:].tolist() == pytest.approx(expected, abs=1e-4)
+    torch.testing.assert_close(seen[..., :16], features.gather(2, places[..., None].expand(-1, -1, -1, 16)))
+    part = Placement(16, 2, 4)
+    torch.nn.init.ones_(part.second.outer_bias)
+    logits = part.logits(source)
+    assert (logits == 10).sum(-1).tolist() == [[10, 10]]  # a fresh first look leaves the others at nothing
+    for tokens in (1, 2, 5):  # lists of one or two tokens have no two later ones
+        assert part.logits(source[:, :, :tokens]).isfinite().all()
+
+
 def test_heads_that_contribute_little_stand_close_together_on_the_circle():
     first, second = phases([torch.tensor([0.0, 0.0]), torch.tensor([1.0, 3.0])])
     assert first.tolist() == pytest.approx([0, 0])
@@ -65,7 +94,8 @@ def placed(model, **options) -> StillCompactor:
     torch.manual_seed(0)
     compactor = StillCompactor.for_model(model, slots=8, chunk=64, placement=8, **options)
     for layer in compactor.layers.values():
-        torch.nn.init.normal_(layer.placement.outer, std=0.2)
+        for look in (layer.placement.first, layer.placement.second):
+            torch.nn.init.normal_(look.outer, std=0.2)
     return compactor
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_distill_train import QUICK, assert_same, random_rows, weights
 from tiny_models import random_ids, tiny_model
@@ -10,7 +11,7 @@ from tiny_text import tiny_base
 from still import StillCompactor
 from still.distill.config import TrainConfig
 from still.distill.data import Row
-from still.distill.placing import REACH, Asked, fit_placement, wanted
+from still.distill.placing import ENOUGH, REACH, Asked, fit_placement, informed, wanted
 from still.distill.train import train
 
 
@@ -23,13 +24,44 @@ def test_what_is_wanted_is_the_attention_that_some_answer_gives():
     maps = model(ids, output_attentions=True, use_cache=False).attentions
     groups = model.config.num_attention_heads // model.config.num_key_value_heads
     heads = torch.stack([layer[0][:, asked, 3:20].unflatten(0, (-1, groups)) for layer in maps])  # layers, kv heads, ..
-    mass = (heads - heads.mean(3, keepdim=True)).clamp(min=0).sum((2, 3, 4))
+    added = informed(model, Asked(ids[0].tolist(), (3, 20), asked), model.model(ids).last_hidden_state[0])
+    need = (added / ENOUGH).clamp(max=1)
+    assert 0 < need.min() < need.max()
+    mass = ((heads - heads.mean(3, keepdim=True)).clamp(min=0) * need[:, None]).sum((2, 3, 4))
     for layer, own in found.mass.items():
         torch.testing.assert_close(own, mass[layer], atol=1e-4, rtol=1e-4)
     weights = mass.square() / mass.square().sum()
     mean = (weights[:, :, None, None] * heads.mean(2)).sum((0, 1))
-    torch.testing.assert_close(found.worth, (REACH * mean.amax(0)).clamp(max=1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.worth, (REACH * need[:, None] * mean).amax(0).clamp(max=1), atol=1e-5, rtol=1e-4)
     assert found.tokens[0].shape == (model.config.num_key_value_heads, 17, 2 * model.config.head_dim)
+
+
+@pytest.mark.parametrize("context", [(0, 20), (3, 20)])
+def test_what_a_context_adds_is_the_divergence_from_the_prediction_without_it(context):
+    model = tiny_model("qwen3")
+    ids, asked = random_ids(1, 30), [24, 25, 28]
+    places = torch.tensor([place for place in range(30) if not context[0] <= place < context[1]])
+    mask = torch.ones(1, len(places), dtype=torch.long)
+    full = model(ids).logits[0, asked]
+    alone = model(ids[:, places], position_ids=places[None], attention_mask=mask).logits[0]
+    alone = alone[[places.tolist().index(place) for place in asked]]
+    expected = torch.nn.functional.kl_div(
+        alone.log_softmax(-1), full.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    states = model.model(ids).last_hidden_state[0]
+    found = informed(model, Asked(ids[0].tolist(), context, asked), states, block=2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert (found > 1e-3).all()
+
+
+def test_tokens_that_only_predictable_answers_look_at_are_worth_nothing():
+    model = tiny_model("qwen3")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()  # every answer is as well known without the context
+    compactor = StillCompactor.for_model(model, slots=8, chunk=64, placement=8)
+    found = wanted(compactor, model, Asked(random_ids(30).tolist(), (3, 20), [24, 25, 28]))
+    assert found.worth.max() == 0
+    assert all(mass.max() == 0 for mass in found.mass.values())
 
 
 def entropy(share):
@@ -52,10 +84,15 @@ def test_a_fitted_placement_keeps_what_answers_look_at():
     compactor = StillCompactor.for_model(model, slots=8, chunk=64, placement=32)
     before = {name: weight.clone() for name, weight in compactor.state_dict().items()}
     loss = fit_placement(compactor, model, texts, steps=200, progress=False)
+    assert 0 < loss < 0.69
     found = [wanted(compactor, model, text) for text in texts]
     worth = torch.cat([one.worth for one in found])
     least, blind = entropy(worth).mean(), entropy(worth.mean())  # of the truth, and of a guess that sees no token
-    assert loss - least < 0.5 * (blind - least)
+    losses = []
+    for name, layer in compactor.layers.items():
+        logits = torch.cat([layer.placement.logits(one.tokens[int(name)][None])[0] for one in found], dim=1)
+        losses.append(F.binary_cross_entropy_with_logits(logits, worth.expand(len(logits), -1)))
+    assert torch.stack(losses).mean() - least < 0.5 * (blind - least)
     kept, left = [], []
     for one in found:
         for name, layer in compactor.layers.items():
@@ -82,7 +119,7 @@ def test_training_begins_with_the_placement_and_goes_on_with_it(tmp_path):
     first = StillCompactor.for_model(base.model, placement=8, bank=8)
     trained = StillCompactor.from_pretrained(tmp_path / "whole", model=base.model)
     scorers = [layer.placement for layer in trained.layers.values()]
-    assert all(part.outer.abs().sum() > 0 for part in scorers)
+    assert all(look.outer.abs().sum() > 0 for part in scorers for look in (part.first, part.second))
     assert not torch.equal(trained.layers["0"].placement.mass, first.layers["0"].placement.mass)
     assert trained.config.split["source"] == "attention"
     train(base, rows, tmp_path / "cut", config, **options)
