@@ -21,8 +21,9 @@ GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread as evenly a
 LEAST_WORTH = 0.01  # of a token that nobody seems to need: slots that are left over go to such tokens evenly
 GAIN = 10.0  # of the last layer: it is learned at ten times the rate of other weights, since all else waits for it
 SHORTLIST = 4  # one token in so many is looked at a second time: their comparison costs a sixteenth of all tokens'
+COMPARED = 16  # directions in which two tokens are compared
 LATER = 2  # later tokens whose likeness counts: what is said twice more is surely not needed here
-USUAL, STEEP = 0.8, 10.0  # cosines of keys with their like crowd near 1: what matters of them lies in the last tenth
+USUAL, STEEP = 0.8, 10.0  # cosines of what is alike crowd near 1: what matters of them lies in the last tenth
 SHARPNESS = 2.0  # power of the worths; above 1 since an unsure scorer's worths are flatter than the truth
 
 
@@ -106,12 +107,36 @@ class Scorer(nn.Module):
         return GAIN * (F.silu(features @ inner + bias) @ outer + last).squeeze(-1)
 
 
+class SecondLook(nn.Module):
+    """Scores the tokens of a shortlist by themselves and by how much later ones of the list are like them.
+
+    By which directions two tokens are compared, each head learns.
+
+    Args:
+        source: width of a token's features.
+        kv_heads: of the layer.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, source: int, kv_heads: int, hidden: int):
+        super().__init__()
+        self.compared = nn.Parameter(torch.randn(kv_heads, source, COMPARED) * source**-0.5)
+        self.scorer = Scorer(source + LATER, kv_heads, hidden)
+
+    def forward(self, features: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits `[batch, heads, some]` of `features` `[batch, heads, some, source]`, in the order of the context."""
+        compared = self.compared if heads is None else self.compared[list(heads)]
+        signs = F.normalize(features @ compared, dim=-1)
+        alike = (signs @ signs.transpose(-1, -2)).triu(1).clamp(min=0)  # to later tokens alone
+        closest = F.pad(alike, (0, LATER)).topk(LATER, dim=-1).values
+        return self.scorer(torch.cat((features, STEEP * (closest - USUAL)), dim=-1), heads)
+
+
 class Placement(nn.Module):
     """Scores the tokens of one layer, each KV head by weights of its own, in two looks.
 
-    The first look sees each token by itself. The second one takes the tokens that scored highest, and sees how much the
-    key of each is like later ones' among them: a causal model's keys and values cannot say that a later line amends or
-    repeats their own.
+    The first look sees each token by itself. The second one takes the tokens that scored highest and compares each with
+    the later ones among them: a causal model's keys and values cannot say that a later line amends or repeats theirs.
 
     Attributes:
         mass: `[kv_heads]`, the attention that sets answers apart, by head; see `still.distill.placing.wanted`.
@@ -125,7 +150,7 @@ class Placement(nn.Module):
     def __init__(self, source: int, kv_heads: int, hidden: int):
         super().__init__()
         self.first = Scorer(source, kv_heads, hidden)
-        self.second = Scorer(source + LATER, kv_heads, hidden)
+        self.second = SecondLook(source, kv_heads, hidden)
         self.register_buffer("mass", torch.ones(kv_heads))
         self.requires_grad_(False)  # it is fitted by itself (`still.distill.placing`): a choice passes no gradient on
 
@@ -137,22 +162,17 @@ class Placement(nn.Module):
 
     @staticmethod
     def shortlist(features: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens that are looked at again, and what is seen of them then.
+        """The tokens that are looked at again: one in `SHORTLIST`.
 
         Args:
             features: `[batch, heads, tokens, 2 * head_dim]`.
             logits: of the first look, `[batch, heads, tokens]`.
 
         Returns:
-            Their places `[batch, heads, some]`, ascending, and features `[batch, heads, some, 2 * head_dim + LATER]`.
+            Their places `[batch, heads, some]`, ascending, and features `[batch, heads, some, 2 * head_dim]`.
         """
-        some = -(-logits.shape[-1] // SHORTLIST)
-        places = logits.topk(some, dim=-1).indices.sort(dim=-1).values
-        own = features.gather(2, places[..., None].expand(-1, -1, -1, features.shape[-1]))
-        keys = F.normalize(own[..., : own.shape[-1] // 2], dim=-1)
-        alike = (keys @ keys.transpose(-1, -2)).triu(1).clamp(min=0)  # to later tokens alone
-        closest = F.pad(alike, (0, LATER)).topk(LATER, dim=-1).values
-        return places, torch.cat((own, STEEP * (closest - USUAL)), dim=-1)
+        places = logits.topk(-(-logits.shape[-1] // SHORTLIST), dim=-1).indices.sort(dim=-1).values
+        return places, features.gather(2, places[..., None].expand(-1, -1, -1, features.shape[-1]))
 
     def logits(self, source: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
         """Logits of the worths `[batch, heads, tokens]`.
@@ -162,9 +182,9 @@ class Placement(nn.Module):
             heads: which heads these are; None for all of them.
         """
         features = self.features(source)
-        first = self.first(features, heads)
-        places, seen = self.shortlist(features, first)
-        return first.scatter(2, places, self.second(seen, heads))
+        logits = self.first(features, heads)
+        places, listed = self.shortlist(features, logits)
+        return logits.scatter(2, places, self.second(listed, heads))
 
     @torch.no_grad()
     def forward(

@@ -7,8 +7,7 @@ tokens it stands at, is already a good compactor then.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..compactor import StillCompactor
 from ..methods.base import attention_scale
-from ..placement import SHORTLIST, Scorer
+from ..placement import SHORTLIST, Scorer, SecondLook
 from ..reading import capture_queries
 from .data import Row
 
@@ -31,6 +30,13 @@ ENOUGH = 0.5
 
 MOST = 1 << 30
 """Bytes of tokens' features that are kept at most; contexts are thinned out beyond."""
+
+
+TOGETHER = 6
+"""Texts whose shortlists are seen in one step."""
+
+Shown = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Features `[kv_heads, tokens, ...]` and worths `[kv_heads, tokens]` of some tokens, by layer."""
 
 
 class Asked(NamedTuple):
@@ -168,8 +174,8 @@ def fit_placement(
         model: the frozen model.
         texts: what to learn from; some hundreds serve a small model.
         seed: of the draws.
-        steps: of AdamW for each of the two looks, on `batch` tokens each.
-        batch: tokens in a step.
+        steps: of AdamW for the first look; the second one takes half as many, on `TOGETHER` texts each.
+        batch: tokens in a step of the first look.
         lr: peak of the learning rate, which rises and falls again (one cycle).
         progress: show a bar.
 
@@ -186,70 +192,74 @@ def fit_placement(
         raise ValueError("no text was given from which a placement could learn")
     generator = torch.Generator().manual_seed(seed)
     parts = {int(name): layer.placement for name, layer in compactor.layers.items()}
-    width = sum(part.second.inner[..., 0].numel() for part in parts.values()) * 2  # bytes of a token
-    room = max(1, MOST // (width * len(texts)))
-
-    def some(tokens: int) -> torch.Tensor:
-        return torch.randperm(tokens, generator=generator)[:room].to(model.device)
-
-    worths, seen, mass = [], Seen(), {}
+    width = sum(2 * part.first.inner[..., 0].numel() for part in parts.values())  # bytes of a token
+    room = max(1, MOST // (width * len(texts)))  # tokens of a text
+    worths, seen, mass = [], [], {}
     for text in tqdm(texts, desc="what answers look at", unit="text", disable=not progress):
         one = wanted(compactor, model, text)
         worths.append(one.worth)
-        kept = some(len(one.worth))
-        for layer, tokens in one.tokens.items():
-            mass[layer] = mass.get(layer, 0) + one.mass[layer]
-            seen.add(layer, parts[layer].features(tokens[:, kept]), one.worth[kept].expand(len(tokens), -1))
+        kept = torch.randperm(len(one.worth), generator=generator)[:room].to(model.device)
+        seen.append({layer: (parts[layer].features(tokens[:, kept]).half(), one.worth[kept].expand(len(tokens), -1))
+                     for layer, tokens in one.tokens.items()})  # fmt: skip
+        mass = {layer: mass.get(layer, 0) + own for layer, own in one.mass.items()}
     with torch.no_grad():
         compactor.note_mass(mass)
-    fit = partial(_fit, steps=steps, batch=batch, lr=lr, generator=generator, progress=progress)
-    fit({layer: part.first for layer, part in parts.items()}, seen, name="first look")
-    seen = Seen()
+    known = [{layer: tuple(torch.cat([one[layer][i] for one in seen], dim=1) for i in (0, 1)) for layer in parts}]
+    fit = partial(_fit, lr=lr, generator=generator, progress=progress)
+    fit({layer: part.first for layer, part in parts.items()}, known, batch, steps, name="first look")
+    seen, room = [], MOST // width
     for text, worth in zip(tqdm(texts, desc="once more", unit="text", disable=not progress), worths, strict=True):
-        cache, ids = DynamicCache(config=model.config), torch.tensor([text.ids[: text.context[1]]], device=model.device)
-        with torch.no_grad():
-            model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
-        kept = some(-(-len(worth) // SHORTLIST))
-        for layer, tokens in _tokens(compactor, cache, text).items():
-            features = parts[layer].features(tokens[None])
-            places, again = parts[layer].shortlist(features, parts[layer].first(features))
-            seen.add(layer, again[0][:, kept], worth[places[0]][:, kept])
-    return fit({layer: part.second for layer, part in parts.items()}, seen, name="second look")
+        room -= -(-len(worth) // SHORTLIST)
+        if room < 0 and seen:
+            break
+        seen.append(_listed(compactor, model, text, worth))
+    return fit({layer: part.second for layer, part in parts.items()}, seen, None, -(-steps // 2), name="second look")
 
 
-class Seen:
-    """Features of tokens and their worths, by layer: `[kv_heads, tokens, ...]`, those of all texts side by side."""
-
-    def __init__(self):
-        self.features, self.worth = defaultdict(list), defaultdict(list)
-
-    def add(self, layer: int, features: torch.Tensor, worth: torch.Tensor) -> None:
-        """Some tokens of one text, in half precision."""
-        self.features[layer].append(features.half())
-        self.worth[layer].append(worth.half())
-
-    def joined(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Features and worths of each layer."""
-        return {
-            layer: (torch.cat(own, dim=1), torch.cat(self.worth[layer], dim=1)) for layer, own in self.features.items()
-        }
+@torch.no_grad()
+def _listed(compactor: StillCompactor, model, text: Asked, worth: torch.Tensor) -> Shown:
+    """What a second look will see of a text."""
+    cache, ids = DynamicCache(config=model.config), torch.tensor([text.ids[: text.context[1]]], device=model.device)
+    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    shown = {}
+    for layer, tokens in _tokens(compactor, cache, text).items():
+        part = compactor.layers[str(layer)].placement
+        features = part.features(tokens[None])
+        places, listed = part.shortlist(features, part.first(features))
+        shown[layer] = listed[0].half(), worth[places[0]]
+    return shown
 
 
 def _fit(
-    scorers: Mapping[int, Scorer], seen: Seen, steps: int, batch: int, lr: float, generator, progress: bool, name: str
-) -> float:
-    """Fit each layer's scorer to what was seen; returns the cross-entropy of the last tenth of the steps."""
-    known = seen.joined()
-    weights = [weight.requires_grad_() for part in scorers.values() for weight in part.parameters()]
+    looks: Mapping[int, Scorer | SecondLook], shown: Sequence[Shown], batch: int | None, steps: int, *, lr: float,
+    generator: torch.Generator, progress: bool, name: str,
+) -> float:  # fmt: skip
+    """Fit one look of every layer; returns the cross-entropy of the last tenth of the steps.
+
+    Args:
+        looks: by layer.
+        shown: what they see: in each step `TOGETHER` of these, or all of them if there are fewer.
+        batch: tokens drawn from each in a step, by chance; None for all of them, in order.
+        steps: of AdamW.
+        lr: see `fit_placement`, as for the others.
+        generator: of all draws.
+        progress: show a bar.
+        name: of the bar.
+    """
+    weights = [weight.requires_grad_() for look in looks.values() for weight in look.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    count, losses = next(iter(known.values()))[1].shape[1], []
+    losses = []
     for _ in tqdm(range(steps), desc=name, unit="step", disable=not progress):
-        drawn = torch.randint(count, (batch,), generator=generator)
         loss = 0.0
-        for layer, part in scorers.items():
-            features, worth = (x[:, drawn].float() for x in known[layer])
-            loss = loss + F.binary_cross_entropy_with_logits(part(features[None])[0], worth) / len(scorers)
+        chosen = torch.randperm(len(shown), generator=generator)[:TOGETHER].tolist()
+        for one in chosen:
+            tokens = shown[one][next(iter(looks))][1].shape[1]
+            drawn = slice(None) if batch is None else torch.randint(tokens, (batch,), generator=generator)
+            for layer, look in looks.items():
+                features, worth = (x[:, drawn].float() for x in shown[one][layer])
+                missed = F.binary_cross_entropy_with_logits(look(features[None])[0], worth)
+                loss = loss + missed / (len(looks) * len(chosen))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

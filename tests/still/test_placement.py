@@ -55,29 +55,37 @@ def test_choices_are_distinct_in_order_and_keep_what_is_certain():
 
 def test_a_second_look_sees_what_later_tokens_of_the_list_repeat():
     torch.manual_seed(0)
-    source = torch.randn(1, 2, 40, 16)
-    source[:, :, 30, :8] = source[:, :, 10, :8]  # head 0: only a later token can tell that this one is said again
-    features = Placement.features(source)
-    first = torch.zeros(1, 2, 40)
-    first[..., 1::4] = -1
-    first[..., ::4] = 2
-    first[:, 0, 10] = first[:, 0, 30] = 3
-    places, seen = Placement.shortlist(features, first)
-    assert places.shape == (1, 2, 10)
-    assert {10, 30} <= set(places[0, 0].tolist())
-    assert places[0, 1].tolist() == list(range(0, 40, 4))
-    assert (places.diff(dim=-1) > 0).all()
-    for head in (0, 1):
-        keys = torch.nn.functional.normalize(source[0, head, places[0, head], :8], dim=-1)
+    part = Placement(16, 2, 4)
+    features = torch.randn(1, 2, 10, 16)
+    features[:, :, 7, :8] = features[:, :, 3, :8]
+    with torch.no_grad():
+        part.second.compared.zero_()
+        part.second.compared[0, :8, :8] = torch.eye(8)  # this head compares keys, the other one values
+        part.second.compared[1, 8:, :8] = torch.eye(8)
+    seen = []
+    part.second.scorer.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    part.second(features)
+    for head, half in enumerate((features[0, 0, :, :8], features[0, 1, :, 8:])):
+        keys = torch.nn.functional.normalize(half, dim=-1)
         for row in range(10):
             later = sorted([max(0.0, (keys[row] @ key).item()) for key in keys[row + 1 :]] + [0, 0], reverse=True)
             expected = [STEEP * (value - USUAL) for value in later[:LATER]]
-            assert seen[0, head, row, 16:].tolist() == pytest.approx(expected, abs=1e-4)
-    torch.testing.assert_close(seen[..., :16], features.gather(2, places[..., None].expand(-1, -1, -1, 16)))
-    part = Placement(16, 2, 4)
-    torch.nn.init.ones_(part.second.outer_bias)
+            assert seen[0][0, head, row, 16:].tolist() == pytest.approx(expected, abs=1e-4)
+    assert seen[0][0, 0, 3, 16].item() == pytest.approx(STEEP * (1 - USUAL), abs=1e-4)  # said again later on
+    torch.testing.assert_close(seen[0][..., :16], features)
+
+
+def test_only_the_tokens_that_scored_highest_are_looked_at_again():
+    torch.manual_seed(0)
+    part, source = Placement(16, 2, 4), torch.randn(1, 2, 40, 16)
+    torch.nn.init.normal_(part.first.outer)
+    torch.nn.init.constant_(part.second.scorer.outer_bias, 100.0)
+    first = part.first(part.features(source))
     logits = part.logits(source)
-    assert (logits == 10).sum(-1).tolist() == [[10, 10]]  # a fresh first look leaves the others at nothing
+    again = logits == 1000
+    assert again.sum(-1).tolist() == [[10, 10]]
+    assert torch.equal(again, first >= first.topk(10).values[..., -1:])
+    assert torch.equal(logits[~again], first[~again])
     for tokens in (1, 2, 5):  # lists of one or two tokens have no two later ones
         assert part.logits(source[:, :, :tokens]).isfinite().all()
 
@@ -94,8 +102,8 @@ def placed(model, **options) -> StillCompactor:
     torch.manual_seed(0)
     compactor = StillCompactor.for_model(model, slots=8, chunk=64, placement=8, **options)
     for layer in compactor.layers.values():
-        for look in (layer.placement.first, layer.placement.second):
-            torch.nn.init.normal_(look.outer, std=0.2)
+        for scorer in (layer.placement.first, layer.placement.second.scorer):
+            torch.nn.init.normal_(scorer.outer, std=0.2)
     return compactor
 
 

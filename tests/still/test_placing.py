@@ -119,7 +119,7 @@ def test_training_begins_with_the_placement_and_goes_on_with_it(tmp_path):
     first = StillCompactor.for_model(base.model, placement=8, bank=8)
     trained = StillCompactor.from_pretrained(tmp_path / "whole", model=base.model)
     scorers = [layer.placement for layer in trained.layers.values()]
-    assert all(look.outer.abs().sum() > 0 for part in scorers for look in (part.first, part.second))
+    assert all(look.outer.abs().sum() > 0 for part in scorers for look in (part.first, part.second.scorer))
     assert not torch.equal(trained.layers["0"].placement.mass, first.layers["0"].placement.mass)
     assert trained.config.split["source"] == "attention"
     train(base, rows, tmp_path / "cut", config, **options)
