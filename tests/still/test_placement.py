@@ -135,7 +135,9 @@ def test_rows_and_heads_alone_give_what_they_give_together():
     layer, positions = read(model, ids[1:]).cache.layers[1], torch.arange(40)
     every = compactor.compact_layer(1, layer.keys, layer.values, positions, 10)
     one = compactor.compact_layer(1, layer.keys[:, 1:2], layer.values[:, 1:2], positions, 10, heads=[1])
-    torch.testing.assert_close(one.values[:, 0], every.values[:, 1], atol=1e-5, rtol=0)
+    # Sharp attention turns the last bit of a matmul's other blocking into 1e-4; another head's weights give 1 or more.
+    torch.testing.assert_close(one.values[:, 0], every.values[:, 1], atol=1e-3, rtol=0)
+    assert (one.values[:, 0] - every.values[:, 0]).abs().max() > 0.1
 
 
 @torch.no_grad()
