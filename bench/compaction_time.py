@@ -37,7 +37,7 @@ def main() -> int:
     import torch
 
     from still import StillCompactor, read, slots_for
-    from still.placement import COMPARED, LATER, SHORTLIST
+    from still.placement import COMPARED, LATER, listed
 
     torch.set_num_threads(args.threads)
     gpu = args.device == "cuda"
@@ -67,9 +67,9 @@ def main() -> int:
 
     heads = len(compactor.layers) * compactor.kv_heads
     width = 2 * compactor.layers["0"].key_head.out_features
-    listed = -(-tokens // SHORTLIST)
-    looks = tokens * (width + 1) + listed * (width + LATER + 1)
-    scoring = 2 * heads * (args.placement * looks + listed * COMPARED * (width + listed))
+    again = listed(tokens)
+    looks = tokens * (width + 1) + again * (width + LATER + 1)
+    scoring = 2 * heads * (args.placement * looks + again * COMPARED * (width + again))
     rows, results = [], []
     for ratio in args.ratios:
         # Both are measured side by side, so that whatever else slows the machine slows both.

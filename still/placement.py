@@ -107,6 +107,11 @@ class Scorer(nn.Module):
         return GAIN * (F.silu(features @ inner + bias) @ outer + last).squeeze(-1)
 
 
+def listed(tokens: int) -> int:
+    """How many of a context's tokens are looked at a second time."""
+    return -(-tokens // SHORTLIST)
+
+
 class SecondLook(nn.Module):
     """Scores the tokens of a shortlist by themselves and by how much later ones of the list are like them.
 
@@ -162,7 +167,7 @@ class Placement(nn.Module):
 
     @staticmethod
     def shortlist(features: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens that are looked at again: one in `SHORTLIST`.
+        """The tokens that are looked at again.
 
         Args:
             features: `[batch, heads, tokens, 2 * head_dim]`.
@@ -171,7 +176,7 @@ class Placement(nn.Module):
         Returns:
             Their places `[batch, heads, some]`, ascending, and features `[batch, heads, some, 2 * head_dim]`.
         """
-        places = logits.topk(-(-logits.shape[-1] // SHORTLIST), dim=-1).indices.sort(dim=-1).values
+        places = logits.topk(listed(logits.shape[-1]), dim=-1).indices.sort(dim=-1).values
         return places, features.gather(2, places[..., None].expand(-1, -1, -1, features.shape[-1]))
 
     def logits(self, source: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
@@ -183,8 +188,8 @@ class Placement(nn.Module):
         """
         features = self.features(source)
         logits = self.first(features, heads)
-        places, listed = self.shortlist(features, logits)
-        return logits.scatter(2, places, self.second(listed, heads))
+        places, again = self.shortlist(features, logits)
+        return logits.scatter(2, places, self.second(again, heads))
 
     @torch.no_grad()
     def forward(

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..compactor import StillCompactor
 from ..methods.base import attention_scale
-from ..placement import SHORTLIST, Scorer, SecondLook
+from ..placement import Scorer, SecondLook, listed
 from ..reading import capture_queries
 from .data import Row
 
@@ -29,8 +29,8 @@ ENOUGH = 0.5
 """Nats that a context must add to what is known of an answer's token for that token to count in full."""
 
 MOST = 1 << 30
-"""Bytes of tokens' features that are kept at most; contexts are thinned out beyond."""
-
+"""Bytes of tokens' features that are kept at most. Beyond, contexts are thinned out for the first look, and the second
+one, which compares tokens of a text, does without the last texts."""
 
 TOGETHER = 6
 """Texts whose shortlists are seen in one step."""
@@ -193,31 +193,31 @@ def fit_placement(
     generator = torch.Generator().manual_seed(seed)
     parts = {int(name): layer.placement for name, layer in compactor.layers.items()}
     width = sum(2 * part.first.inner[..., 0].numel() for part in parts.values())  # bytes of a token
-    room = max(1, MOST // (width * len(texts)))  # tokens of a text
+    each = max(1, MOST // (width * len(texts)))  # tokens of a text
     worths, seen, mass = [], [], {}
     for text in tqdm(texts, desc="what answers look at", unit="text", disable=not progress):
         one = wanted(compactor, model, text)
         worths.append(one.worth)
-        kept = torch.randperm(len(one.worth), generator=generator)[:room].to(model.device)
+        kept = torch.randperm(len(one.worth), generator=generator)[:each].to(model.device)
         seen.append({layer: (parts[layer].features(tokens[:, kept]).half(), one.worth[kept].expand(len(tokens), -1))
                      for layer, tokens in one.tokens.items()})  # fmt: skip
         mass = {layer: mass.get(layer, 0) + own for layer, own in one.mass.items()}
     with torch.no_grad():
         compactor.note_mass(mass)
-    known = [{layer: tuple(torch.cat([one[layer][i] for one in seen], dim=1) for i in (0, 1)) for layer in parts}]
+    seen = [{layer: tuple(torch.cat([one[layer][i] for one in seen], dim=1) for i in (0, 1)) for layer in parts}]
     fit = partial(_fit, lr=lr, generator=generator, progress=progress)
-    fit({layer: part.first for layer, part in parts.items()}, known, batch, steps, name="first look")
+    fit({layer: part.first for layer, part in parts.items()}, seen, batch, steps, name="first look")
     seen, room = [], MOST // width
     for text, worth in zip(tqdm(texts, desc="once more", unit="text", disable=not progress), worths, strict=True):
-        room -= -(-len(worth) // SHORTLIST)
+        room -= listed(len(worth))
         if room < 0 and seen:
             break
-        seen.append(_listed(compactor, model, text, worth))
+        seen.append(_seen_again(compactor, model, text, worth))
     return fit({layer: part.second for layer, part in parts.items()}, seen, None, -(-steps // 2), name="second look")
 
 
 @torch.no_grad()
-def _listed(compactor: StillCompactor, model, text: Asked, worth: torch.Tensor) -> Shown:
+def _seen_again(compactor: StillCompactor, model, text: Asked, worth: torch.Tensor) -> Shown:
     """What a second look will see of a text."""
     cache, ids = DynamicCache(config=model.config), torch.tensor([text.ids[: text.context[1]]], device=model.device)
     model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -225,8 +225,8 @@ def _listed(compactor: StillCompactor, model, text: Asked, worth: torch.Tensor) 
     for layer, tokens in _tokens(compactor, cache, text).items():
         part = compactor.layers[str(layer)].placement
         features = part.features(tokens[None])
-        places, listed = part.shortlist(features, part.first(features))
-        shown[layer] = listed[0].half(), worth[places[0]]
+        places, again = part.shortlist(features, part.first(features))
+        shown[layer] = again[0].half(), worth[places[0]]
     return shown
 
 
@@ -254,8 +254,10 @@ def _fit(
         loss = 0.0
         chosen = torch.randperm(len(shown), generator=generator)[:TOGETHER].tolist()
         for one in chosen:
-            tokens = shown[one][next(iter(looks))][1].shape[1]
-            drawn = slice(None) if batch is None else torch.randint(tokens, (batch,), generator=generator)
+            first = shown[one][next(iter(looks))][1]
+            drawn = slice(None)
+            if batch is not None:
+                drawn = torch.randint(first.shape[1], (batch,), generator=generator).to(first.device)
             for layer, look in looks.items():
                 features, worth = (x[:, drawn].float() for x in shown[one][layer])
                 missed = F.binary_cross_entropy_with_logits(look(features[None])[0], worth)
