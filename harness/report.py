@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cells import CEILING, CONTROLS, FLOOR, QUANTISED, CellStore, write_file, write_json
-from .figures import STYLES, draw, save, size, style_of
+from .figures import draw, save, size, style_of
 from .page import html_page
 from .rows import COMPUTED, Row, breakdown, committed_rows, compare, make_rows
+
+CELL = 13
+"""Width of a column of the terminal's table: a rate of 100, its half-width and a space between columns."""
 
 
 def write_report(folder: str | Path, committed: str | Path | None = None) -> str:
@@ -88,21 +91,21 @@ def table(rows: Sequence[Row], task: str) -> str:
     )
     width = max(len(_label(at, name, ratios)) for name in names)
     lines = [conditions(rows, task), ""]
-    lines.append(f"{'criterion pass rate, %':<{width}}  " + "".join(f"{f'{ratio:g}x':>12}" for ratio in ratios))
+    lines.append(f"{'criterion pass rate, %':<{width}}  " + "".join(f"{f'{ratio:g}x':>{CELL}}" for ratio in ratios))
     for key, head in (("slots", "slots per KV head"), ("nbytes", "bytes")):
         values = [next((row[key] for row in rows if row["ratio"] == ratio), None) for ratio in ratios]
         shown = [("" if v is None else size(v) if key == "nbytes" else f"{v:,.0f}") for v in values]
-        lines.append(f"{head:<{width}}  " + "".join(f"{text:>12}" for text in shown))
-    rule = "-" * (width + 2 + 12 * len(ratios))
+        lines.append(f"{head:<{width}}  " + "".join(f"{text:>{CELL}}" for text in shown))
+    rule = "-" * (width + 2 + CELL * len(ratios))
     lines.append(rule)
     for name in swept:
-        cells = "".join(f"{_rate(at.get((name, ratio))):>12}" for ratio in ratios)
+        cells = "".join(f"{_rate(at.get((name, ratio))):>{CELL}}" for ratio in ratios)
         lines.append(f"{_label(at, name, ratios):<{width}}  {cells}")
     lines.append(rule)
     for name in plain:
         row = at[name, None]
         nbytes = size(row["nbytes"]) if row["nbytes"] else ""
-        lines.append(f"{_label(at, name, [None]):<{width}}  {_rate(row):>12}  {nbytes}")
+        lines.append(f"{_label(at, name, [None]):<{width}}  {_rate(row):>{CELL}}  {nbytes}")
     notes = ["+- is half of the 95 % interval."]
     if any(row["source"] != COMPUTED for row in rows):
         notes.append("* from committed rows, not computed here.")
@@ -120,7 +123,7 @@ def _mean(rows: Sequence[Row | None]) -> float:
 
 def _label(at: dict, name: str, ratios: Sequence[float | None]) -> str:
     found = [at[name, ratio] for ratio in (*ratios, None) if (name, ratio) in at]
-    label = style_of(name).label if name in STYLES else {CEILING: "full cache", FLOOR: "no context"}.get(name, name)
+    label = {CEILING: "full cache", FLOOR: "no context"}.get(name) or style_of(name).label
     mark = " *" if any(row["source"] != COMPUTED for row in found) else ""
     return label + mark + (" (q)" if any(row["query_aware"] for row in found) else "")
 

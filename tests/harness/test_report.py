@@ -142,6 +142,18 @@ def test_the_table_has_floor_ceiling_and_every_method(store):
     assert "128" in lines["slots per KV head"]
 
 
+def test_a_full_rate_beside_another_keeps_the_columns_apart(store):
+    made = [row for row in make_rows(store.results(), store.header) if row["ratio"] is not None]
+    for row in made:
+        row.update(pass_rate=1.0, pass_low=0.8, pass_high=1.0)
+        row["method"] = row["method"].replace("snapkv", "snapkv-uneven")
+    lines = table(made, "matters").splitlines()
+    assert any(line.startswith("SnapKV, uneven heads ") for line in lines)
+    cells = [line.count("100.0 +-10.0") for line in lines if "+-10.0" in line]
+    assert max(cells) > 1
+    assert not any("10.0100.0" in line for line in lines)
+
+
 def test_the_report_is_written_from_the_cells_alone_and_says_the_same_twice(store):
     pytest.importorskip("matplotlib")
     assert COMMANDS["report"].run(_args(folder=store.folder, committed=None)) == 0
