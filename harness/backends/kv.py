@@ -20,7 +20,7 @@ from ..policies.local import LocalPolicy, LocalSession, Window
 from ..run_config import RunConfig, budget_bytes
 from ..runs import sha256_of
 from ..types import Artifact, Boundary, Message
-from .slots import SlotMaker, fingerprint
+from .slots import SlotMaker, called, fingerprint
 from .text import DEFAULT_TOKENS
 
 
@@ -122,7 +122,7 @@ class Kv(KvBackend):
         else:
             cache = self._append(window, count)
         return self.close(
-            session, cache, memo, boundary, method=self.method.name, mode=self.config.mode, slots=count,
+            session, cache, memo, boundary, method=called(self.method), mode=self.config.mode, slots=count,
             compactor=self._fingerprint(), window_tokens=window.tokens, exhausted=exhausted,
         )  # fmt: skip
 

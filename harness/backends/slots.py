@@ -12,6 +12,7 @@ from ...methods.base import Method, attention_scale
 from ...reading import read
 from ...rope import Rotary, full_attention_layers
 from ...types import CompactKV
+from ..cells import UNEVEN
 
 Raw = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 """Keys and values `[1, kv_heads, tokens, head_dim]` of each full-attention layer."""
@@ -36,6 +37,11 @@ def fingerprint(method: Method | None) -> str:
         found.update(name.encode())
         found.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def called(method: Method) -> str:
+    """What commands and rows call a method: with a split of its slots it is another one."""
+    return method.name if method.split is None else method.name + UNEVEN
 
 
 class SlotMaker:

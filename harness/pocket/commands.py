@@ -28,6 +28,7 @@ Every call goes on where the last one stopped."""
 examples:
   still pocket base --output runs/pocket --minutes 10
   still pocket compactor --output runs/pocket --seed 0
+  still pocket compactor --output runs/16x --base pocket --ratios 16       # one that serves a single ratio
   still pocket compactor --output runs/uneven --seed 0 --base pocket --split split.json --uneven 0.5
   still pocket agent --output runs/agent --minutes 10                      # teach the pocket the agent's game
   still pocket agent-compactor --output runs/agent --start-from DIR        # and its compactor the agent's windows"""
@@ -42,6 +43,9 @@ examples:
         parser.add_argument("--base", metavar="DIR", help="base of a compactor (default: OUTPUT/base)")
         parser.add_argument("--steps", type=int, metavar="N", help="steps of the part (default: the recipe's)")
         parser.add_argument("--start-from", metavar="DIR", help="a trained compactor to go on from")
+        parser.add_argument(
+            "--ratios", type=_ratios, metavar="LIST", help="ratios of a compactor's training (default: 2 to 64)"
+        )
         parser.add_argument("--split", metavar="FILE", help="split of `still budgets` that the compactor is to carry")
         parser.add_argument(
             "--uneven", type=float, metavar="SHARE",
@@ -78,7 +82,7 @@ examples:
         from .compactors import recipe, train_compactor
 
         config = recipe(args.seed, **_given(steps=args.steps))
-        given = _given(start_from=args.start_from, split=args.split, uneven=args.uneven)
+        given = _given(start_from=args.start_from, split=args.split, uneven=args.uneven, ratios=args.ratios)
         return train_compactor(base, folder, replace(config, **given))
 
     def _windows(self, args: argparse.Namespace, base: LoadedModel, folder: Path) -> Path:
@@ -89,6 +93,13 @@ examples:
             raise ValueError("agent-compactor goes on from a compactor of bare matters: give --start-from DIR")
         compactor = StillCompactor.from_pretrained(args.start_from, model=base.model)
         return train_agent_compactor(base, compactor, folder, seed=args.seed, **_given(steps=args.steps))
+
+
+def _ratios(text: str) -> list[float]:
+    ratios = [float(part) for part in text.split(",")]
+    if min(ratios) < 1:
+        raise argparse.ArgumentTypeError(f"{text} has a ratio below 1")
+    return ratios
 
 
 def _given(**values: object) -> dict[str, object]:

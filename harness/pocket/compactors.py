@@ -20,7 +20,7 @@ LENGTHS = {336: 16, 608: 32, 1152: 64}
 """Facts of the matters that fit a length in tokens."""
 
 OFTEN = (8.0, 16.0, 16.0, 32.0, 32.0)
-"""Ratios that are drawn more often than once: these come on top."""
+"""Ratios that are drawn more often than once: these come on top, where they are trained at all."""
 
 OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True, "open_start": True, "placement": 64}
 
@@ -72,7 +72,8 @@ class MatterRows:
 
     def __init__(self, tokenizer, config: TrainConfig):
         self.renderer = Renderer(tokenizer)
-        self.draws = Curriculum(config.seed, [*config.ratios, *OFTEN], config.steps)
+        ratios = [*config.ratios, *(ratio for ratio in OFTEN if ratio in config.ratios)]
+        self.draws = Curriculum(config.seed, ratios, config.steps)
 
     def rows(self, draw: Draw, count: int, part: range) -> Sequence[Row]:
         """Matters as long as the draw says, from the training split."""

@@ -83,8 +83,8 @@ class RowModel(nn.Module):
         if compactor != "frozen" and self.compactor is None:
             name = "no method" if method is None else f"the method {method.name}"
             raise ValueError(f"compactor={compactor!r}, but {name} has no compactor that could train")
-        if getattr(method, "split", None) is not None:
-            raise ValueError("training behind slots that are divided unevenly is not there: give the method no split")
+        if getattr(method, "split", None) is not None and policy.config._attn_implementation != "still":
+            raise ValueError("slots that are divided unevenly need a policy with attn_implementation='still'")
         if self.compactor is not None:
             self.compactor.trains(compactor != "frozen")
 
@@ -129,6 +129,10 @@ class RowModel(nn.Module):
                 self._behind_slots(out, share, known)
         return out
 
+    def method_of(self, row: WindowRow) -> Method | None:
+        """The method that makes a row's slots again."""
+        return self.method
+
     def logprobs(self, row: WindowRow, policy=None) -> torch.Tensor:
         """Log-probabilities of a row's trained tokens `[trained]`, at the temperature of the row.
 
@@ -136,7 +140,7 @@ class RowModel(nn.Module):
             row: behind text or slots.
             policy: another model behind the same slots: a reference.
         """
-        check_method(row, self.method)
+        check_method(row, self.method_of(row))
         cache = self._prefix(row, {}, False) if row.prefix_plan else None
         return self._picked(self._logits(row, policy or self.policy, cache), row)
 
@@ -155,7 +159,7 @@ class RowModel(nn.Module):
 
     def _behind_slots(self, out: Outcome, share: Share, known: dict) -> None:
         row = share.row
-        check_method(row, self.method)
+        check_method(row, self.method_of(row))
         flows = self.mode in ("rl", "joint")
         if self.trains_policy or flows:
             cache = self._prefix(row, known, flows)
@@ -173,7 +177,7 @@ class RowModel(nn.Module):
         training = self.policy.training
         self.policy.eval()
         try:
-            return rebuild(self.policy, self.method, row.prefix_ids, row.prefix_plan, gradients, known)
+            return rebuild(self.policy, self.method_of(row), row.prefix_ids, row.prefix_plan, gradients, known)
         finally:
             self.policy.train(training)
 

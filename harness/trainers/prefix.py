@@ -8,17 +8,19 @@ makes of them are not, so the loss of a later window reaches the compactor throu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ...cache import StillCache
 from ...cache_layer import CompactLayer
+from ...cache_ragged import RaggedSlots
 from ...cache_states import copy_state
 from ...methods.base import Method
 from ...reading import capture_queries
 from ...types import CompactKV
-from ..backends.slots import SlotMaker, exact_cache
+from ..backends.slots import SlotMaker, called, exact_cache
 
 
 def check_method(row: Any, method: Method | None) -> None:
@@ -27,8 +29,8 @@ def check_method(row: Any, method: Method | None) -> None:
     Raises:
         ValueError: names both.
     """
-    if row.prefix_method and (method is None or method.name != row.prefix_method):
-        given = "none was given" if method is None else f"{method.name} was given"
+    if row.prefix_method and (method is None or called(method) != row.prefix_method):
+        given = "none was given" if method is None else f"{called(method)} was given"
         raise ValueError(
             f"window {row.window} of {row.trajectory_id} goes on behind slots of {row.prefix_method}, and {given}"
         )
@@ -112,6 +114,10 @@ def _fresh(model, held: StillCache, base: int) -> StillCache:
     return StillCache.from_layers(model.config, layers, base, source=held, positions=torch.arange(base))
 
 
+STORED = ("keys", "values", "beta")
+"""Tensors of a layer, and of its ragged slots, that gradients reach."""
+
+
 class ReadOnlyLayer(CompactLayer):
     """A layer that shows its slots to a forward and stores nothing, so that a checkpoint's replay sees the same."""
 
@@ -136,7 +142,7 @@ def read_only(cache: StillCache) -> StillCache:
 
 def _shared(layer: CompactLayer) -> ReadOnlyLayer:
     other = ReadOnlyLayer(layer.index, layer.config)
-    for name in ("keys", "values", "beta", "slot_positions", "logical", "is_initialized", "dtype", "device"):
+    for name in (*STORED, "ragged", "slot_positions", "logical", "is_initialized", "dtype", "device"):
         setattr(other, name, getattr(layer, name))
     return other
 
@@ -156,17 +162,26 @@ def to_slots_alone(cache: StillCache, loss_of: Callable[[StillCache], torch.Tens
         return loss_of(cache)
     cut, pairs = read_only(cache), []
     for layer, own in zip(cache.layers, cut.layers, strict=True):
-        for name in ("keys", "values", "beta") if isinstance(own, ReadOnlyLayer) else ():
-            slots = getattr(layer, name)
-            if slots is not None and slots.requires_grad:
-                setattr(own, name, slots.detach().requires_grad_())
-                pairs.append((slots, getattr(own, name)))
+        if not isinstance(own, ReadOnlyLayer):
+            continue
+        for name, leaf in _cut(layer, pairs).items():
+            setattr(own, name, leaf)
+        if layer.ragged is not None:
+            own.ragged = replace(layer.ragged, **_cut(layer.ragged, pairs))
     loss = loss_of(cut)
     if not pairs:  # slots that no compactor made
         return loss.detach()
     slopes = torch.autograd.grad(loss, [leaf for _, leaf in pairs])
     reach = sum((slots * slope).sum() for (slots, _), slope in zip(pairs, slopes, strict=True))
     return loss.detach() + (reach - reach.detach())
+
+
+def _cut(holder: CompactLayer | RaggedSlots, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Leaves in the place of what a compactor made, by name; each is noted beside what it stands for."""
+    made = {name: x for name in STORED if (x := getattr(holder, name)) is not None and x.requires_grad}
+    leaves = {name: x.detach().requires_grad_() for name, x in made.items()}
+    pairs += [(x, leaves[name]) for name, x in made.items()]
+    return leaves
 
 
 def let_checkpoint_read(model) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from still.compactor import StillCompactor
+from still.distill.placing import fit_placement
 from still.harness.episodes import KINDS
-from still.harness.pocket.agent_compactor import EpisodeSteps
+from still.harness.pocket import agent_compactor
+from still.harness.pocket.agent_compactor import RATIOS, EpisodeSteps, train_agent_compactor
 from still.harness.pocket.agent_rows import AGENT_STAGES, AgentRows, agent_rows
 from still.harness.trainers.config import TrainSettings
-from still.models import find
+from still.models import find, load
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +57,42 @@ def test_a_placement_is_fitted_to_windows_and_to_what_follows_them(tokenizer):
         first, end = text.context
         assert 0 < first < end < min(text.asked)
         assert tokenizer.convert_tokens_to_ids("<|end|>") in {text.ids[place + 1] for place in text.asked}
+
+
+def test_windows_of_the_compactors_training(tokenizer):
+    source = EpisodeSteps(tokenizer, TrainSettings(), seed=3, divided=0.5)
+    rows = [share.row for number in range(3) for share in source.step(number)]
+    assert {row.prefix_method for row in rows} == {"still", "still-uneven"}
+    assert {row.backend for row in rows} == {"kv", "hybrid"}
+    for row in rows:
+        exact, *spans = row.prefix_plan
+        assert exact["keep"] == "exact"
+        (ratio,) = {
+            next(r for r in RATIOS if step["slots"] == max(1, int((step["end"] - step["start"]) / r))) for step in spans
+        }  # every window of an episode is compacted alike
+        assert spans[-1]["end"] == len(row.prefix_ids)
+        assert ratio in RATIOS
+
+
+@pytest.mark.full
+def test_the_compactors_recipe_fits_places_and_trains_behind_both_kinds_of_slots(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent_compactor, "PLACED", 3)
+    monkeypatch.setattr(agent_compactor, "fit_placement", partial(fit_placement, steps=20))
+    base = load("pocket-agent", device="cpu", dtype="float32")
+    start = StillCompactor.from_pretrained(find("pocket").compactors[0], model=base.model)
+    before = {name: weight.clone() for name, weight in start.state_dict().items()}
+    split, seen = start.config.split, []
+    method_of = agent_compactor.DividedRows.method_of
+    monkeypatch.setattr(agent_compactor.DividedRows, "method_of", lambda self, row: seen.append(
+        method_of(self, row)) or seen[-1])  # fmt: skip
+    place = train_agent_compactor(base, start, tmp_path, steps=2)
+    assert {method.split is None for method in seen} == {True, False}
+    assert len({str(method.split.weights) for method in seen if method.split}) > 1
+    assert base.model.config._attn_implementation == "sdpa"
+    made = StillCompactor.from_pretrained(place, model=base.model)
+    moved = {name for name, weight in made.state_dict().items() if not torch.equal(weight, before[name])}
+    assert any(".placement." in name for name in moved)
+    assert any(".placement." not in name for name in moved)
+    assert made.config.split != split
+    assert set(RATIOS) <= set(made.config.trained_ratios)
+    assert made.config.base_model == "pocket-agent-1"

@@ -12,6 +12,8 @@ from agent_cases import tiny_agent
 from trainer_cases import assert_close, gradients, kept_bytes, rollout
 
 from still import methods
+from still.attention import register
+from still.budgets import Split
 from still.compactor import StillCompactor
 from still.harness.backends.slots import fingerprint
 from still.harness.trainers.attention import NAME, attending_rows, row_attention
@@ -21,14 +23,22 @@ from still.harness.trainers.prefix import let_checkpoint_read, rebuild
 from still.harness.windows import IGNORE, check_rows
 
 
-def still(model, seed: int = 0):
-    """A fresh compactor, shaken so that it is no strided copy."""
+def still(model, seed: int = 0, uneven: bool = False):
+    """A fresh compactor, shaken so that it is no strided copy; `uneven`: its heads get unequal numbers of slots."""
     compactor = StillCompactor.for_model(model, ratio=4, chunk=512)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in compactor.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=draw)
-    return methods.get("still", compactor=compactor.eval())
+    weights = {layer: (1.0, 3.0 + layer) for layer in map(int, compactor.layers)}
+    return methods.get("still", compactor=compactor.eval(), split=Split(weights) if uneven else None)
+
+
+def attentive(loaded):
+    """The model with the attention that ragged slots need."""
+    register()
+    loaded.model.set_attn_implementation("still")
+    return loaded.model
 
 
 def sampled_of(row) -> torch.Tensor:
@@ -36,10 +46,12 @@ def sampled_of(row) -> torch.Tensor:
 
 
 def setting(root, backend="kv", method="still", kind="qwen3", documents=4, **settings):
-    loaded = tiny_agent(kind)
+    loaded, uneven = tiny_agent(kind), method == "still-uneven"
     made = None
+    if uneven:
+        attentive(loaded)
     if backend in ("kv", "hybrid"):
-        made = still(loaded.model) if method == "still" else methods.get(method)
+        made = still(loaded.model, uneven=uneven) if method.startswith("still") else methods.get(method)
     if backend in ("kv", "hybrid") and not settings:
         settings = {"ratio": 4.0}
     rows = rollout(root, loaded, documents=documents, backend=backend, method=made, **settings)
@@ -50,7 +62,9 @@ full = pytest.mark.full
 CASES = [
     ("memo", "", "qwen3", {"budget": "80t"}), ("kv", "still", "qwen3", {"ratio": 4.0}),
     pytest.param("kv", "still", "qwen3", {"budget": "60t", "mode": "recompact"}, marks=full),
+    ("kv", "still-uneven", "qwen3", {"ratio": 4.0}),
     pytest.param("hybrid", "still", "qwen3", {"ratio": 4.0}, marks=full),
+    pytest.param("hybrid", "still-uneven", "gemma3", {"ratio": 4.0}, marks=full),
     pytest.param("memo_kv", "", "qwen3", {"budget": "150t"}, marks=full),
     pytest.param("kv", "streaming_llm", "qwen3", {"budget": "60t"}, marks=full),
     pytest.param("kv", "still", "gemma3", {"ratio": 4.0}, marks=full),
@@ -84,9 +98,13 @@ def step(module, rows, advantages=None, together=True):
     return gradients(module)
 
 
-@pytest.mark.parametrize("mode", ["rl", pytest.param("joint", marks=full)])
-def test_gradients_are_the_same_with_checkpointing_and_however_the_step_is_cut(tmp_path, mode):
-    loaded, made, rows = setting(tmp_path)
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [("rl", "still"), ("rl", "still-uneven"), pytest.param("joint", "still", marks=full),
+     pytest.param("joint", "still-uneven", marks=full)],
+)  # fmt: skip
+def test_gradients_are_the_same_with_checkpointing_and_however_the_step_is_cut(tmp_path, mode, method):
+    loaded, made, rows = setting(tmp_path, method=method)
     loaded.model.requires_grad_(True)
     plain = RowModel(loaded.model, made, compactor=mode)
     reference = step(plain, rows)
@@ -101,9 +119,10 @@ def test_gradients_are_the_same_with_checkpointing_and_however_the_step_is_cut(t
         assert max(float((other.logprobs(row) - sampled_of(row)).abs().max()) for row in rows) < 1e-4
 
 
+@pytest.mark.parametrize("method", ["still", "still-uneven"])
 @pytest.mark.parametrize("mode", ["distill", "rl", "joint"])
-def test_with_a_frozen_base_the_compactor_alone_receives_gradient(tmp_path, mode):
-    loaded, made, rows = setting(tmp_path)
+def test_with_a_frozen_base_the_compactor_alone_receives_gradient(tmp_path, mode, method):
+    loaded, made, rows = setting(tmp_path, method=method)
     kind = {"loss": "policy"} if mode == "rl" else {}
     module = RowModel(loaded.model, made, compactor=mode, **kind)
     advantages = {rows[0].trajectory_id: 0.5} if mode == "rl" else None
@@ -157,6 +176,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         RowModel(loaded.model, methods.get("knorm"), compactor="rl")
     with pytest.raises(ValueError, match="slots of still, and none was given"):
         RowModel(loaded.model).logprobs(rows[1])
+    with pytest.raises(ValueError, match="slots of still, and still-uneven was given"):
+        RowModel(attentive(loaded), still(loaded.model, uneven=True)).logprobs(rows[1])
+    with pytest.raises(ValueError, match="need a policy with attn_implementation='still'"):
+        RowModel(tiny_agent().model, still(loaded.model, uneven=True))
     check_rows(rows, compactor=fingerprint(made))
     other = fingerprint(still(loaded.model, seed=1))
     with pytest.raises(ValueError, match=f"behind slots of compactor {fingerprint(made)}, and {other} is the one"):
