@@ -1,10 +1,12 @@
 """What the harness itself costs a turn, as episodes grow: scripted turns, no model, real files and a real event log.
 
     python bench/harness_overhead.py --output bench/rows/harness_overhead.csv
+    python bench/harness_overhead.py --shape qwen3-0.6b      # and its share of such a model's turn: a minute
 
 A script reads one document a turn and writes a memo every four. The seconds of a turn are everything but the script:
 rendering, tokenising, tools, rules, boundaries, hashing and the log's writes. CPU seconds are of this process, so that
-other work on the machine does not count; wall seconds do count it, and the disk's.
+other work on the machine does not count; wall seconds do count it, and the disk's. A model's turn is what a random one
+takes to read the document and to sample the call, token by token.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+from shapes import SHAPES, random_model
 from transformers import AutoTokenizer
 
 from still.eval.tasks import load_task
@@ -85,27 +88,49 @@ def seconds_of_turns(root: Path, count: int, backend: str, tokenizer, words: int
         answer = request.session.sample(request.limit)
 
 
+def seconds_of_model(shape: str, read: int, sampled: int) -> float:
+    """CPU seconds over the threads used: a forward over `read` tokens, then one for each of `sampled` tokens."""
+    import torch
+    from transformers import DynamicCache
+
+    model = random_model(shape)
+    ids = torch.randint(3, model.config.vocab_size, (1, read), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache(config=model.config)
+    started = time.process_time()
+    with torch.no_grad():
+        for _ in range(sampled + 1):
+            ids = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    return (time.process_time() - started) / torch.get_num_threads()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", default="16,64,256", help="episodes of so many documents")
     parser.add_argument("--words", type=int, default=600, help="in each document")
+    parser.add_argument("--shape", choices=SHAPES, help="measure a model of this shape beside it")
     parser.add_argument("--output", type=Path, default=Path("bench/rows/harness_overhead.csv"))
     args = parser.parse_args()
     tokenizer, record = AutoTokenizer.from_pretrained(find("pocket").path), provenance()
     git = record["git"] or {"commit": "", "dirty": False}
+    text = " ".join((WORDS.split() * (1 + args.words // 17))[: args.words])
+    call = '<|call|>read {"path": "documents/0000.txt"}'
+    read, sampled = (len(tokenizer(written)["input_ids"]) for written in (text, call))
+    model_ms = 1e3 * seconds_of_model(args.shape, read, sampled) if args.shape else 0.0
     rows = []
     for backend in ("memo", "none", "full"):
         for count in map(int, args.documents.split(",")):
             with tempfile.TemporaryDirectory() as folder:
                 cpu, wall = seconds_of_turns(Path(folder), count, backend, tokenizer, args.words)
             cpu, wall = cpu[1:], wall[1:]  # the first opens the run
+            mean = 1e3 * sum(cpu) / len(cpu)
             fifth = max(1, len(cpu) // 5)
             rows.append({
                 "backend": backend, "documents": count, "words": args.words, "turns": len(cpu),
-                "cpu_ms_median": 1e3 * median(cpu), "cpu_ms_mean": 1e3 * sum(cpu) / len(cpu),
+                "cpu_ms_median": 1e3 * median(cpu), "cpu_ms_mean": mean,
                 "cpu_ms_first_fifth": 1e3 * sum(cpu[:fifth]) / fifth,
                 "cpu_ms_last_fifth": 1e3 * sum(cpu[-fifth:]) / fifth,
-                "wall_ms_median": 1e3 * median(wall), "device": record["device"]["name"],
+                "wall_ms_median": 1e3 * median(wall), "model": args.shape or "", "model_ms": model_ms,
+                "share_percent": 100 * mean / (mean + model_ms) if args.shape else "", "device": record["device"]["name"],
                 "commit": git["commit"][:12] + "-dirty" * git["dirty"], "python": record["versions"]["python"],
             })  # fmt: skip
             rows[-1] = {name: round(v, 3) if isinstance(v, float) else v for name, v in rows[-1].items()}
