@@ -130,7 +130,8 @@ def main() -> None:
                 "cpu_ms_first_fifth": 1e3 * sum(cpu[:fifth]) / fifth,
                 "cpu_ms_last_fifth": 1e3 * sum(cpu[-fifth:]) / fifth,
                 "wall_ms_median": 1e3 * median(wall), "model": args.shape or "", "model_ms": model_ms,
-                "share_percent": 100 * mean / (mean + model_ms) if args.shape else "", "device": record["device"]["name"],
+                "share_percent": 100 * mean / (mean + model_ms) if args.shape else "",
+                "device": record["device"]["name"],
                 "commit": git["commit"][:12] + "-dirty" * git["dirty"], "python": record["versions"]["python"],
             })  # fmt: skip
             rows[-1] = {name: round(v, 3) if isinstance(v, float) else v for name, v in rows[-1].items()}

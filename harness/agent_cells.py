@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, Literal, get_args
 
 from ..eval.matters.assignments import Assignment
-from .cells import CEILING, FLOOR, CellStore, _safe, digest
+from .cells import CEILING, FLOOR, UNEVEN, CellStore, _safe, digest
 from .run_config import BackendName, RunConfig, budget_bytes
 
 UNSIZED = (CEILING, FLOOR, "plain")
@@ -32,7 +32,8 @@ class AgentSweepConfig:
         documents: in each synthetic matter
         backends: what crosses a boundary; `full` and `none` are always among them
         methods: how slots are made, for kv and hybrid
-        modes: append (each window adds slots) and recompact (one size, again and again), for kv and hybrid
+        modes: append (each window adds slots) and recompact (one size, again and again; not for unequal slots), for kv
+            and hybrid
         budgets: peak of attended compacted context: bytes (64KiB), or as many as N raw tokens take (128t)
         seeds: of the compactors' training, and of the sampling
         count: synthetic matters at each relevance
@@ -100,6 +101,11 @@ class AgentSweepConfig:
         if unknown := [mode for mode in self.modes if mode not in ("append", "recompact")]:
             raise ValueError(f"there is no mode {unknown[0]!r}; choose append, recompact or both")
         object.__setattr__(self, "backends", tuple(dict.fromkeys((CEILING, FLOOR, *self.backends))))
+        if set(self.backends) & set(SLOTS) and not self._ways:
+            raise ValueError(
+                f"{self.methods[0]} with mode recompact: slots that are divided unevenly cannot be compacted again; "
+                f"take append"
+            )
         for budget in self.budgets:
             budget_bytes(budget, 1)
         if self.count < 1 or self.together < 1:
@@ -114,10 +120,16 @@ class AgentSweepConfig:
         """Everything that is compared, ceiling and floor first."""
         found = []
         for backend in self.backends:
-            ways = [(m, mode) for m in self.methods for mode in self.modes] if backend in SLOTS else [("", "")]
+            ways = self._ways if backend in SLOTS else [("", "")]
             budgets = [""] if backend in UNSIZED else self.budgets
             found += [Condition(backend, method, mode, budget) for method, mode in ways for budget in budgets]
         return tuple(found)
+
+    @property
+    def _ways(self) -> list[tuple[str, str]]:
+        """Methods and modes that go together: unequal slots are not compacted again."""
+        every = ((method, mode) for method in self.methods for mode in self.modes)
+        return [(method, mode) for method, mode in every if not (method.endswith(UNEVEN) and mode == "recompact")]
 
     def run_config(self, condition: Condition, seed: int = 0) -> RunConfig:
         """The settings of a run under a condition."""
@@ -221,7 +233,7 @@ def agent_cells(
 
 AGENT_PRESETS = {
     "quickstart": AgentSweepConfig(
-        relevance=(1.0, 0.25), backends=("memo", "memo_oracle", "kv", "trim"), budgets=("128t",), count=2, together=6,
-        probe=False,
+        relevance=(1.0, 0.25), backends=("memo", "memo_oracle", "kv", "trim"), methods=("still-uneven", "still"),
+        budgets=("128t",), count=2, together=6, probe=False,
     )
 }

@@ -159,6 +159,7 @@ def test_the_report_shows_all_shares_and_conditions(swept, capsys):
 @pytest.mark.parametrize(("flags", "complaint"), [
     (["--agent", "--ratios", "2,4"], "--ratios means nothing"), (["--budgets", "64t"], "--budgets means nothing"),
     (["--agent", "--preset", "uneven"], "sweeps of questions"), (["--agent", "--backends", "telepathy"], "telepathy"),
+    (["--agent", "--methods", "still-uneven", "--modes", "recompact"], "still-uneven with mode recompact"),
     (["--agent", "--budgets", "lots"], "budget is 'lots'"), (["--agent", "--relevance", "0"], "relevance is 0"),
 ])  # fmt: skip
 def test_refusals(tmp_path, capsys, flags, complaint):
@@ -177,6 +178,13 @@ def test_assignments_differ_in_relevance_alone(tmp_path):
         assert all(c.expect["value"] in text and c.expect["value"] not in task.instructions for c in task.criteria)
         assert len(task.documents) == 4
     assert len(tasks[1].criteria) == 7
+
+
+def test_unequal_slots_are_appended_alone():
+    config = AgentSweepConfig(backends=("kv",), methods=("still-uneven", "still"), modes=("append", "recompact"),
+                              budgets=("64t",))  # fmt: skip
+    names = [condition.name for condition in config.conditions]
+    assert names == ["full", "none", "kv still-uneven", "kv still", "kv still recompact"]
 
 
 def test_methods_are_made_and_seeds_are_those_that_matter():
