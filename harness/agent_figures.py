@@ -7,13 +7,15 @@ from typing import Any
 
 from .agent_cells import SLOTS, UNSIZED
 from .agent_table import NAMES, Row, conditions, held, label
-from .cells import CEILING, FLOOR
+from .cells import CEILING, FLOOR, OURS
 from .figures import FAINT, GRID, INK, RC, Style, _bytes_axis, _level, _note, style_of
 
 LOOK = {
     "memo": Style("#0072b2", "s", NAMES["memo"]), "memo_oracle": Style("#332288", "*", NAMES["memo_oracle"]),
     "memo_kv": Style("#56b4e9", "P", NAMES["memo_kv"]), "trim": Style("#999933", ">", NAMES["trim"]),
 }  # fmt: skip
+HYBRID = dict(zip(OURS, ("#882255", "#cc6677"), strict=True))
+"""Colours of memo and STILL."""
 DODGE = 0.025
 """By which share of their bytes neighbouring conditions stand apart, so that equal ones do not cover each other."""
 WITHOUT_TEXT = ("kv", "memo_kv")
@@ -27,8 +29,8 @@ def look(row: Row) -> Style:
         return LOOK[row["backend"]]
     found = style_of(row["method"])
     marker = "D" if row["backend"] == "hybrid" else found.marker
-    colour = "#882255" if row["backend"] == "hybrid" and row["method"] == "still" else found.colour
-    return Style(colour, marker, label(row))
+    colours = HYBRID if row["backend"] == "hybrid" else {}
+    return Style(colours.get(row["method"], found.colour), marker, label(row))
 
 
 def draw_agent(rows: Sequence[Row]) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def _stroke(row: Row, style: Style) -> dict[str, Any]:
         "color": style.colour, "marker": style.marker, "markersize": 9 if bound else 5.5,
         "markeredgecolor": style.colour if again else "white", "markeredgewidth": 1.2 if again else 0.6,
         "markerfacecolor": "white" if again else style.colour,
-        "linewidth": 2.2 if row["backend"] in SLOTS and row["method"] == "still" and not again else 1.3,
+        "linewidth": 2.2 if row["backend"] in SLOTS and row["method"] in OURS and not again else 1.3,
         "linestyle": ":" if bound else (0, (4, 2)) if again else "-",
     }  # fmt: skip
 

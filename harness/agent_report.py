@@ -10,7 +10,7 @@ from pathlib import Path
 from .agent_cells import UNSIZED, AgentStore
 from .agent_figures import draw_agent
 from .agent_table import Row, agent_rows, agent_table, label, notes
-from .cells import CEILING, FLOOR, write_file, write_json
+from .cells import CEILING, FLOOR, OURS, write_file, write_json
 from .figures import save, size
 from .page import STYLE, _table
 from .report import to_csv
@@ -97,7 +97,7 @@ def agent_page(header: dict, rows: Sequence[Row], figures: dict[str, str]) -> st
 def _class(row: Row) -> str:
     if row["backend"] in (CEILING, FLOOR):
         return "end"
-    ours = row["method"] == "still" and row["backend"] == "kv"
+    ours = row["method"] in OURS and row["backend"] == "kv"
     return "ours" if ours else "control" if row["backend"] in (*UNSIZED, "memo_oracle") else ""
 
 

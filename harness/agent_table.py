@@ -9,7 +9,7 @@ from typing import Any
 
 from ..eval.stats import clustered_rate, wilson
 from .agent_cells import UNSIZED, AgentCell, AgentSweepConfig
-from .cells import CEILING
+from .cells import CEILING, OURS
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -148,7 +148,7 @@ def label(row: Row) -> str:
     """A condition for people."""
     if row["backend"] in NAMES:
         return NAMES[row["backend"]]
-    method = {"still": "STILL"}.get(row["method"], row["method"])
+    method = OURS.get(row["method"], row["method"])
     again = ", recompacted" if row["mode"] == "recompact" else ""
     return f"memo + {method}{again}" if row["backend"] == "hybrid" else f"KV by {method}{again}"
 

@@ -21,10 +21,13 @@ CONTROLS = ("still-untrained", "still-wrong-matter")
 UNEVEN = "-uneven"
 """Ending of a method whose slots are divided over the heads by a split: `still-uneven`, `snapkv-uneven`."""
 
+OURS = {"still": "STILL", f"still{UNEVEN}": "STILL, uneven heads"}
+"""Trained compactors, as people call them."""
+
 PLACED = "still-placed"
 """A compactor that stands where the trained one stands, and copies: what its placement brings without its training."""
 
-LEARNED = ("still", f"still{UNEVEN}", PLACED, *CONTROLS)
+LEARNED = (*OURS, PLACED, *CONTROLS)
 """Rows made by a STILL compactor: trained, with a split, placed, untrained, and asked about another matter."""
 
 WITHOUT_RATIO = (FLOOR, CEILING, *QUANTISED)

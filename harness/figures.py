@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cells import CEILING, CONTROLS, FLOOR, QUANTISED, UNEVEN, write_file
+from .cells import CEILING, CONTROLS, FLOOR, OURS, QUANTISED, UNEVEN, write_file
 from .rows import COMPUTED, Row
 
 INK, FAINT, GRID = "#1f2328", "#6e7681", "#e6e8eb"
@@ -27,8 +27,7 @@ class Style:
 
 # Hues of Okabe and Ito and of Tol's muted scheme; markers tell apart what a grey print cannot.
 STYLES = {
-    "still": Style(ACCENT, "o", "STILL"),
-    "still-uneven": Style("#7a1fa2", "o", "STILL, uneven heads"),
+    **{name: Style(colour, "o", OURS[name]) for name, colour in (("still", ACCENT), ("still-uneven", "#7a1fa2"))},
     "still-placed": Style("#b08968", "o", "STILL, placed but untrained"),
     "still-untrained": Style("#8a8f98", "o", "STILL, untrained"),
     "still-wrong-matter": Style("#8a8f98", "x", "STILL, wrong matter"),

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..flags import add_flags, add_pass_through, from_flags
-from .cells import UNEVEN
+from .cells import OURS, UNEVEN
 from .run_config import RunConfig
 from .sandbox import find_sandbox
 
 SERVED = "server:"
-OURS = ("still", f"still{UNEVEN}")
-"""Methods that need a compactor."""
 
 
 @dataclass(frozen=True)
