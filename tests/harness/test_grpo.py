@@ -13,6 +13,8 @@ from agent_cases import Reader, of, tiny_agent
 from trainer_cases import RUN, Honest, exact, matters
 
 from still import methods
+from still.attention import register
+from still.budgets import Split
 from still.cli import main
 from still.compactor import StillCompactor
 from still.harness.runs import read_run
@@ -84,15 +86,22 @@ def scripted(loaded, window):
     return Honest(loaded.tokenizer, lambda: Wordy(next(numbers)), window, loaded)
 
 
-@pytest.mark.parametrize("mode", ["rl", pytest.param("distill", marks=pytest.mark.full)])
-def test_the_compactor_trains_in_the_loop_behind_a_frozen_base(tmp_path, mode):
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [("rl", "still"), ("distill", "still-uneven"), pytest.param("distill", "still", marks=pytest.mark.full)],
+)
+def test_the_compactor_trains_in_the_loop_behind_a_frozen_base(tmp_path, mode, name):
     loaded, tasks = tiny_agent(layers=1), matters(tmp_path / "lab", (1,))
-    compactor = StillCompactor.for_model(loaded.model, ratio=4, chunk=2048)
+    compactor, split = StillCompactor.for_model(loaded.model, ratio=4, chunk=2048), None
+    if name == "still-uneven":
+        register()
+        loaded.model.set_attn_implementation("still")
+        split = Split({0: (1.0, 4.0)})
     before = {name: p.clone() for name, p in compactor.named_parameters()}
     base = {name: p.clone() for name, p in loaded.model.named_parameters()}
-    run = replace(RUN, backend="kv", budget=None, ratio=4.0)
+    run = replace(RUN, backend="kv", method=name, budget=None, ratio=4.0)
     settings = replace(SETTINGS, train_policy="frozen", compactor_mode=mode)
-    method = methods.get("still", compactor=compactor)
+    method = methods.get("still", compactor=compactor, split=split)
     grpo(tmp_path / "run", tasks, replace(CONFIG, steps=1), run, settings, loaded, method=method, policy_of=scripted)
     (line,) = lines(tmp_path / "run")
     assert line["gap"] < 1e-4
