@@ -4,7 +4,8 @@
     python bench/iterated.py --difficulty long --chunk 1152 --count 8          # 4 trained chunks
 
 Prints pass rates with intervals clustered by matter, by depth of the fact, beside floor and ceiling; appends the
-rows to bench/rows/iterated.csv.
+rows to bench/rows/iterated.csv. "single chunks" asks for each fact behind its own chunk alone, compacted from
+the full cache, with nothing beside it but the instruction: what a chunk's compaction loses before anything is iterated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from still import models
+from still import models, slots_for
+from still.cache import StillCache
 from still.eval.judge import exact_judge
 from still.eval.stats import clustered_rate
 from still.harness.ask import Prompt, ask
@@ -25,21 +27,51 @@ from still.harness.question_sets import question_sets
 from still.harness.sweep import Bench
 from still.prompts import render, render_alone, render_answer
 from still.provenance import provenance
+from still.types import CompactKV
 
 ROWS = Path(__file__).parent / "rows" / "iterated.csv"
 QUARTERS = ("0-25 %", "25-50 %", "50-75 %", "75-100 %")
 
 
-def caches(bench: Bench, compactor, ids: torch.Tensor, chunk: int, ratio: float) -> dict:
-    """Every way to a cache of this context, by name."""
-    model, tokens = bench.model, ids.shape[1]
-    ways = {"full": bench.read(ids[0].tolist()).cache}
+def caches(
+    bench: Bench, compactor, ids: torch.Tensor, chunk: int, ratio: float, head: int, depths: list[float]
+) -> dict:
+    """Every way to a cache of this context, by name: caches, each with the facts that are asked of it.
+
+    Args:
+        head: tokens of the instruction before the documents.
+        depths: of the facts.
+    """
+    model, tokens, every = bench.model, ids.shape[1], range(len(depths))
+    full = bench.read(ids[0].tolist()).cache
+    ways = {"full": [(full, every)]}
     if tokens <= compactor.config.chunk:
-        ways["one pass"] = compactor.prefill(model, ids, ratio=ratio)
+        ways["one pass"] = [(compactor.prefill(model, ids, ratio=ratio), every)]
+    places = [int(depth * tokens) for depth in depths]
+    spans = [range(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+    inside = [[fact for fact in every if places[fact] in span] for span in spans]
+    ways["single chunks"] = [(one_chunk(compactor, full, ids, span, ratio, head), facts)
+                             for span, facts in zip(spans, inside, strict=True) if facts]  # fmt: skip
     for keep, name in ((chunk, "append"), (0, "append, no raw chunk held back")):
-        ways[name] = compactor.prefill(model, ids, ratio=ratio, chunk=chunk, keep_last=keep)
-    ways["recompact"] = compactor.prefill(model, ids, slots=int(chunk / ratio), chunk=chunk, mode="recompact")
-    return ways
+        ways[name] = [(compactor.prefill(model, ids, ratio=ratio, chunk=chunk, keep_last=keep), every)]
+    again = compactor.prefill(model, ids, slots=int(chunk / ratio), chunk=chunk, mode="recompact")
+    return {**ways, "recompact": [(again, every)]}
+
+
+def one_chunk(compactor, full, ids: torch.Tensor, span: range, ratio: float, head: int) -> StillCache:
+    """The first `head` tokens of a full cache, and the slots of one span of it."""
+    where, count = torch.arange(max(head, span.start), span.stop), slots_for(len(span), ratio)
+    layers = {}
+    for layer in map(int, compactor.layers):
+        whole = full.layers[layer].keys, full.layers[layer].values
+        made = compactor.compact_layer(layer, *(x[:, :, where] for x in whole), where, count)
+        layers[layer] = CompactKV(*(
+            torch.cat((x[:, :, :head], part), dim=2) for x, part in zip(whole, made[:2], strict=True)
+        ))  # fmt: skip
+    positions = torch.cat((torch.arange(head), compactor.slot_positions(where, count)[0]))
+    return StillCache.from_layers(
+        compactor.model_config, layers, ids.shape[1], source=full, token_ids=ids, positions=positions
+    )
 
 
 def main() -> None:
@@ -68,20 +100,23 @@ def main() -> None:
         context = torch.tensor([ids])
         tokens.append(len(ids))
         alone, floor_questions = render_alone(bench.tokenizer, [q.text for q in each.questions], bench.form)
-        ways = {("none", 0): (bench.read(alone).cache, floor_questions)}
-        for seed, compactor in bench.compactors.items():
-            for name, cache in caches(bench, compactor, context, args.chunk, args.ratio).items():
-                ways[name, seed] = (cache, questions)
+        head = next(place for place, pair in enumerate(zip(ids, [*alone, -1], strict=False)) if len(set(pair)) > 1)
+        depths = [question.tags["depth"] for question in each.questions]
+        ways = [("none", [(bench.read(alone).cache, range(len(depths)))], floor_questions)]
+        for compactor in bench.compactors.values():
+            made = caches(bench, compactor, context, args.chunk, args.ratio, head, depths)
+            ways += [(name, parts, questions) for name, parts in made.items()]
         seen: dict[str, list[bool]] = {}
-        for (name, _), (cache, asked) in ways.items():
-            out = ask(bench.model, cache, Prompt(asked, answers, ends)).outputs
-            right = [exact_judge(bench.text(o), q).passed for o, q in zip(out, each.questions, strict=True)]
-            seen.setdefault(name, []).extend(right)
-            parts = deep.setdefault(name, [[] for _ in QUARTERS])
-            for question, passed in zip(each.questions, right, strict=True):
-                parts[min(3, int(4 * question.tags["depth"]))].append(passed)
-            physical = getattr(cache, "physical_length", None) or cache.get_seq_length()
-            sizes.setdefault(name, []).append(physical)
+        for name, parts, texts in ways:
+            for cache, facts in parts:
+                prompt = Prompt([texts[i] for i in facts], [answers[i] for i in facts], ends)
+                for fact, out in zip(facts, ask(bench.model, cache, prompt).outputs, strict=True):
+                    passed = exact_judge(bench.text(out), each.questions[fact]).passed
+                    seen.setdefault(name, []).append(passed)
+                    quarters = deep.setdefault(name, [[] for _ in QUARTERS])
+                    quarters[min(3, int(4 * depths[fact]))].append(passed)
+                physical = getattr(cache, "physical_length", None) or cache.get_seq_length()
+                sizes.setdefault(name, []).append(physical)
         for name, right in seen.items():
             rates.setdefault(name, []).append(right)
     made = provenance(vars(args), args.seeds[0], "cpu", model=loaded.name)
