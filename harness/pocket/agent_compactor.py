@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from ... import methods
 from ...attention import attending
 from ...compactor import StillCompactor
+from ...distill.checkpoints import newest_complete
 from ...distill.placing import Asked, fit_placement
 from ...eval.matters.assignments import write_assignments
 from ...eval.tasks import load_task
@@ -30,6 +31,7 @@ from ..trainers.config import TrainSettings
 from ..trainers.loop import RowTrainer
 from ..trainers.model import RowModel, Share
 from ..trainers.steps import shares_of
+from ..trainers.weights import COMPACTOR
 from ..windows import IGNORE, WindowRow, rows_of_events
 from .agent_rows import AgentStage, draw
 
@@ -129,7 +131,10 @@ def train_agent_compactor(
     base.model.requires_grad_(False)
     source, kind, attention = EpisodeSteps(base.tokenizer, settings, seed=seed), RowModel, nullcontext()
     if compactor.config.placement:
-        fit_placement(compactor, base.model, source.texts(PLACED), seed)
+        if (checkpoint := newest_complete(output)) is None:
+            fit_placement(compactor, base.model, source.texts(PLACED), seed)
+        else:  # it was fitted before that
+            compactor = StillCompactor.from_pretrained(checkpoint / COMPACTOR, model=base.model)
         source, kind, attention = replace(source, divided=DIVIDED), DividedRows, attending(base.model)
         compactor = compactor.with_split()
     with attention:

@@ -96,9 +96,12 @@ examples:
 
 
 def _ratios(text: str) -> list[float]:
-    ratios = [float(part) for part in text.split(",")]
+    try:
+        ratios = [float(part) for part in text.split(",")]
+    except ValueError:
+        ratios = [0.0]
     if min(ratios) < 1:
-        raise argparse.ArgumentTypeError(f"{text} has a ratio below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of ratios of 1 or more, such as 8,16")
     return ratios
 
 

@@ -96,3 +96,8 @@ def test_the_compactors_recipe_fits_places_and_trains_behind_both_kinds_of_slots
     assert made.config.split != split
     assert set(RATIOS) <= set(made.config.trained_ratios)
     assert made.config.base_model == "pocket-agent-1"
+    monkeypatch.setattr(agent_compactor, "fit_placement", None)  # a run that goes on fits nothing again
+    fresh = StillCompactor.from_pretrained(find("pocket").compactors[0], model=base.model)
+    again = StillCompactor.from_pretrained(train_agent_compactor(base, fresh, tmp_path, steps=2), model=base.model)
+    assert all(torch.equal(weight, made.state_dict()[name]) for name, weight in again.state_dict().items())
+    assert again.config.split == made.config.split
