@@ -207,10 +207,13 @@ def _no_ticks():
 
 
 def _bytes_axis(axis, rows: Sequence[Row]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator
 
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0,), numticks=12))
+    powers = LogLocator(base=2, subs=(1.0,), numticks=12)
+    low, high = axis.get_xlim()
+    few = sum(low <= tick <= high for tick in powers.tick_values(low, high)) < 2
+    axis.xaxis.set_major_locator(FixedLocator(sorted({*axis.dataLim.intervalx})) if few else powers)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value).replace("iB", "").replace(" ", "")))
     axis.xaxis.set_minor_locator(_no_ticks())
     axis.set_xlabel("measured bytes of the cache (log scale)")

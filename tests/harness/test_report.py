@@ -10,6 +10,7 @@ import pytest
 
 from still.harness.cells import Cell, CellStore, SweepConfig
 from still.harness.commands import COMMANDS
+from still.harness.figures import _bytes_axis
 from still.harness.report import conditions, table, write_report
 from still.harness.rows import breakdown, committed_rows, compare, make_rows
 
@@ -242,3 +243,17 @@ def _args(**values):
     from argparse import Namespace
 
     return Namespace(**values)
+
+
+def test_an_axis_of_bytes_has_ticks_however_narrow_it_is():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    shown = {}
+    for name, places in (("narrow", (595_000, 672_000)), ("wide", (100_000, 900_000))):
+        axis = Figure().subplots()
+        axis.plot(places, (1, 2))
+        _bytes_axis(axis, ())
+        high, low = axis.get_xlim()
+        shown[name] = [tick for tick in axis.get_xticks() if low <= tick <= high]
+    assert shown == {"narrow": [595_000, 672_000], "wide": [2.0**17, 2.0**18, 2.0**19]}
