@@ -28,9 +28,9 @@ def look(row: Row) -> Style:
     if row["backend"] in LOOK:
         return LOOK[row["backend"]]
     found = style_of(row["method"])
-    marker = "D" if row["backend"] == "hybrid" else found.marker
-    colours = HYBRID if row["backend"] == "hybrid" else {}
-    return Style(colours.get(row["method"], found.colour), marker, label(row))
+    if row["backend"] == "hybrid":
+        return Style(HYBRID.get(row["method"], found.colour), "D", label(row))
+    return Style(found.colour, found.marker, label(row))
 
 
 def draw_agent(rows: Sequence[Row]) -> dict[str, Any]:

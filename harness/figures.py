@@ -27,7 +27,8 @@ class Style:
 
 # Hues of Okabe and Ito and of Tol's muted scheme; markers tell apart what a grey print cannot.
 STYLES = {
-    **{name: Style(colour, "o", OURS[name]) for name, colour in (("still", ACCENT), ("still-uneven", "#7a1fa2"))},
+    "still": Style(ACCENT, "o", OURS["still"]),
+    "still-uneven": Style("#7a1fa2", "o", OURS["still-uneven"]),
     "still-placed": Style("#b08968", "o", "STILL, placed but untrained"),
     "still-untrained": Style("#8a8f98", "o", "STILL, untrained"),
     "still-wrong-matter": Style("#8a8f98", "x", "STILL, wrong matter"),

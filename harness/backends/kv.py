@@ -20,7 +20,7 @@ from ..policies.local import LocalPolicy, LocalSession, Window
 from ..run_config import RunConfig, budget_bytes
 from ..runs import sha256_of
 from ..types import Artifact, Boundary, Message
-from .slots import SlotMaker, called, fingerprint
+from .slots import SlotMaker, called, check_attention, fingerprint
 from .text import DEFAULT_TOKENS
 
 
@@ -85,16 +85,12 @@ class Kv(KvBackend):
             if config.mode == "recompact":
                 raise ValueError(f"{name} looks at queries, and slots have none: take mode='append'")
         self.bytes_per_slot = policy.bytes_per_token
-        if self.method.split is not None:
-            if config.mode == "recompact":
-                raise ValueError("slots that are divided unevenly cannot be compacted again: take mode='append'")
-            if policy.model.config._attn_implementation != "still":
-                raise ValueError("slots that are divided unevenly need a model with attn_implementation='still'")
+        if self.method.split is not None and config.mode == "recompact":
+            raise ValueError("slots that are divided unevenly cannot be compacted again: take mode='append'")
+        if self.method.uses_beta and config.mode == "recompact":
+            raise ValueError(f"mode='recompact' would lose the beta of {name}; take mode='append'")
+        check_attention(self.method, policy.model)
         if self.method.uses_beta:
-            if config.mode == "recompact":
-                raise ValueError(f"mode='recompact' would lose the beta of {name}; take mode='append'")
-            if policy.model.config._attn_implementation != "still":
-                raise ValueError(f"the slots of {name} carry a bias: load the model with attn_implementation='still'")
             if self.method.needs_queries:
                 raise ValueError(f"{name} needs queries and a bias at once, which no attention gives past one window")
             text = policy.model.config.get_text_config(decoder=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ...attention import NAME as ATTENTION
 from ...cache import StillCache
 from ...methods.base import Method, attention_scale
 from ...reading import read
@@ -42,6 +43,17 @@ def fingerprint(method: Method | None) -> str:
 def called(method: Method) -> str:
     """What commands and rows call a method: with a split of its slots it is another one."""
     return method.name if method.split is None else method.name + UNEVEN
+
+
+def check_attention(method: Method, model) -> None:
+    """Refuse a model whose attention cannot serve a method's slots.
+
+    Raises:
+        ValueError: says why, and how to load it.
+    """
+    if method.needs_still_attention and model.config._attn_implementation != ATTENTION:
+        why = "are divided unevenly" if method.split is not None else "carry a bias"
+        raise ValueError(f"the slots of {method.name} {why}: load the model with attn_implementation='still'")
 
 
 class SlotMaker:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...distill.objective import top_k_kl
 from ...methods.base import Method
+from ..backends.slots import check_attention
 from ..windows import IGNORE, KINDS, WindowRow
 from .losses import policy_loss, sft_loss, token_weights
 from .prefix import check_method, let_checkpoint_read, read_only, rebuild, to_slots_alone
@@ -83,8 +84,8 @@ class RowModel(nn.Module):
         if compactor != "frozen" and self.compactor is None:
             name = "no method" if method is None else f"the method {method.name}"
             raise ValueError(f"compactor={compactor!r}, but {name} has no compactor that could train")
-        if getattr(method, "split", None) is not None and policy.config._attn_implementation != "still":
-            raise ValueError("slots that are divided unevenly need a policy with attn_implementation='still'")
+        if method is not None:
+            check_attention(method, policy)
         if self.compactor is not None:
             self.compactor.trains(compactor != "frozen")
 

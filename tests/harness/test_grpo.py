@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 from agent_cases import Reader, of, tiny_agent
-from trainer_cases import RUN, Honest, exact, matters
+from trainer_cases import RUN, Honest, attentive, exact, matters
 
 from still import methods
-from still.attention import register
 from still.budgets import Split
 from still.cli import main
 from still.compactor import StillCompactor
@@ -94,8 +93,7 @@ def test_the_compactor_trains_in_the_loop_behind_a_frozen_base(tmp_path, mode, n
     loaded, tasks = tiny_agent(layers=1), matters(tmp_path / "lab", (1,))
     compactor, split = StillCompactor.for_model(loaded.model, ratio=4, chunk=2048), None
     if name == "still-uneven":
-        register()
-        loaded.model.set_attn_implementation("still")
+        attentive(loaded)
         split = Split({0: (1.0, 4.0)})
     before = {name: p.clone() for name, p in compactor.named_parameters()}
     base = {name: p.clone() for name, p in loaded.model.named_parameters()}

@@ -9,10 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from agent_cases import tiny_agent
-from trainer_cases import assert_close, gradients, kept_bytes, rollout
+from trainer_cases import assert_close, attentive, gradients, kept_bytes, rollout
 
 from still import methods
-from still.attention import register
 from still.budgets import Split
 from still.compactor import StillCompactor
 from still.harness.backends.slots import fingerprint
@@ -32,13 +31,6 @@ def still(model, seed: int = 0, uneven: bool = False):
             parameter += 0.02 * torch.randn(parameter.shape, generator=draw)
     weights = {layer: (1.0, 3.0 + layer) for layer in map(int, compactor.layers)}
     return methods.get("still", compactor=compactor.eval(), split=Split(weights) if uneven else None)
-
-
-def attentive(loaded):
-    """The model with the attention that ragged slots need."""
-    register()
-    loaded.model.set_attn_implementation("still")
-    return loaded.model
 
 
 def sampled_of(row) -> torch.Tensor:
@@ -178,7 +170,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         RowModel(loaded.model).logprobs(rows[1])
     with pytest.raises(ValueError, match="slots of still, and still-uneven was given"):
         RowModel(attentive(loaded), still(loaded.model, uneven=True)).logprobs(rows[1])
-    with pytest.raises(ValueError, match="need a policy with attn_implementation='still'"):
+    with pytest.raises(ValueError, match="are divided unevenly: load the model with attn_implementation='still'"):
         RowModel(tiny_agent().model, still(loaded.model, uneven=True))
     check_rows(rows, compactor=fingerprint(made))
     other = fingerprint(still(loaded.model, seed=1))

@@ -20,6 +20,7 @@ from agent_cases import (
     tiny_agent_tokenizer,
 )
 
+from still.attention import register
 from still.eval.judges import find_judge
 from still.eval.matters.generate import Difficulty
 from still.eval.matters.lab_format import write_lab_tasks
@@ -51,6 +52,13 @@ class HonestSession(SteeredSession):
         """The script's token with the model's log-probability."""
         wanted = self.script[len(turn.output)]
         turn.take(wanted, logits.log_softmax(-1)[wanted].item(), 0.0)
+
+
+def attentive(loaded):
+    """The model, with the attention that unequal slots need."""
+    register()
+    loaded.model.set_attn_implementation("still")
+    return loaded.model
 
 
 def rollout(root, loaded=None, player=None, documents=4, train_on="own", version=None, **settings) -> list[WindowRow]:
