@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--chunk", type=int, help="compact so many tokens at a time (default: all in one pass)")
     parser.add_argument("--placement", type=int, default=0, metavar="WIDTH", help="of the scorers (default: 0, none)")
+    parser.add_argument("--scout", type=int, metavar="LAYER", help="that scores for all (default: each for itself)")
     parser.add_argument("--device", default="cpu", choices=BARS)
     parser.add_argument("--dtype", help="of the model (default: float32, bfloat16 on a GPU)")
     parser.add_argument("--repeats", type=int, default=9)
@@ -48,7 +49,8 @@ def main() -> int:
     chunk = min(args.chunk or tokens, tokens)
     spans = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
     model = random_model(args.shape, device=args.device, dtype=dtype)
-    compactor = StillCompactor.for_model(model, ratio=8, chunk=chunk, placement=args.placement).trains(False)
+    compactor = StillCompactor.for_model(model, ratio=8, chunk=chunk, placement=args.placement, scout=args.scout)
+    compactor.trains(False)
     ids = torch.randint(3, SHAPES[args.shape]["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(args.device)
     reading, arithmetic = read(model, ids), prefill_flops(args.shape, tokens)
@@ -69,6 +71,7 @@ def main() -> int:
     width = 2 * compactor.layers["0"].key_head.out_features
     again = listed(tokens)
     looks = tokens * (width + 1) + again * (width + LATER + 1)
+    heads = heads if args.scout is None else compactor.kv_heads
     scoring = 2 * heads * (args.placement * looks + again * COMPARED * (width + again))
     rows, results = [], []
     for ratio in args.ratios:
@@ -94,7 +97,7 @@ def main() -> int:
             f"{time_share / share:.2f} times its share"
         )
     config = {"shape": args.shape, "tokens": tokens, "chunk": chunk, "batch": 1, "dtype": dtype,
-              "repeats": args.repeats, "placement": args.placement}  # fmt: skip
+              "repeats": args.repeats, "placement": args.placement, "scout": args.scout}  # fmt: skip
     if not args.no_rows:
         append_rows("compaction_time", rows, config, on=args.device)
     bar = BARS[args.device]

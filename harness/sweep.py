@@ -165,7 +165,8 @@ class Bench:
         if not trained.config.placement:
             name = self.compactor_names[seed]
             raise ValueError(f"{name} spreads its latents evenly: {PLACED} is for one with a placement")
-        fresh = StillCompactor.for_model(self.model, bank=1, placement=trained.config.placement)
+        own = trained.config
+        fresh = StillCompactor.for_model(self.model, bank=1, placement=own.placement, scout=own.scout)
         for name, part in fresh.layers.items():
             part.placement.load_state_dict(trained.layers[name].placement.state_dict())
         return fresh.eval().trains(False)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from .budgets import slots_for
-from .cache_heads import ragged_slots, recompact_heads, slot_positions
+from .cache_heads import mute_heads, ragged_slots, recompact_heads, slot_positions
 from .cache_ragged import RaggedSlots
 from .types import CompactKV
 
@@ -19,7 +20,8 @@ class LayerCompactor(Protocol):
     """Anything that compacts one layer: a `StillCompactor`, or a method that looks at keys and values alone.
 
     It may also have `slot_positions(positions, slots)`, the logical positions `[batch or 1, slots]` at which the slots
-    are rotated, or return them as an attribute `positions` of its result; evenly spread ones are taken otherwise.
+    are rotated, or return them as an attribute `positions` of its result; evenly spread ones are taken otherwise. If it
+    has `taken_back(layer, slots, later, heads=None)`, slots so far that it names when a chunk is appended fall silent.
     """
 
     def compact_layer(
@@ -90,8 +92,8 @@ class SelfCompaction:
         ratio: tokens per slot.
         slots: slots of a whole chunk; overrides `ratio` there.
         keep_last: newest tokens that stay raw.
-        mode: `"append"` compacts each chunk once, and the slots grow with the context; `"recompact"` compacts the slots
-            so far and the next chunk together to one fixed size.
+        mode: `"append"` compacts each chunk once, and the slots grow with the context; those that a later chunk takes
+            back fall silent. `"recompact"` compacts the slots so far and the next chunk together to one fixed size.
     """
 
     compactor: LayerCompactor
@@ -142,6 +144,8 @@ class SelfCompaction:
             first, positions = 0, torch.cat((before, positions.expand(len(before), -1).to(before.dtype)), dim=1)
             positions = positions[0] if len(before) == 1 else positions
             slots = max(t, self.budget(min(self.chunk, t + tokens)))
+        if self.mode == "append":
+            rows = self._mute(layer, rows, tokens)
         old = rows.keys[:, :, first:end], rows.values[:, :, first:end]
         compact = self.compactor.compact_layer(layer, *old, positions, slots)
         if compact.counts is not None or rows.ragged is not None:
@@ -161,6 +165,26 @@ class SelfCompaction:
             slot_positions=_join(rows.slot_positions[:, :first], where),
             beta=_join_beta(rows, first, compact),
         )
+
+    def _mute(self, layer: int, rows: Packed, tokens: int) -> Packed:
+        """Silence the slots that the next tokens take back: they keep their place, with zeros for key and value.
+
+        A value that was amended chunks later would else stand against the new one, in heads that kept no slot of that.
+        """
+        t = rows.slots
+        taken_back = getattr(self.compactor, "taken_back", None)
+        if taken_back is None or (rows.ragged is None and not t):
+            return rows
+        where = rows.raw_positions()[:tokens][None]
+        later = rows.keys[:, :, t : t + tokens], rows.values[:, :, t : t + tokens], where
+        if rows.ragged is not None:
+            return replace(rows, ragged=mute_heads(taken_back, layer, rows.ragged, later))
+        gone = taken_back(layer, (rows.keys[:, :, :t], rows.values[:, :, :t], rows.slot_positions), later)
+        if gone is None:
+            return rows
+        beta = None if rows.beta is None else rows.beta.masked_fill(gone, 0)
+        gone = F.pad(gone, (0, rows.raw))[..., None]
+        return replace(rows, keys=rows.keys.masked_fill(gone, 0), values=rows.values.masked_fill(gone, 0), beta=beta)
 
     def _recompact_heads(self, layer: int, rows: Packed, tokens: int) -> Packed:
         slots = self.budget(min(self.chunk, rows.logical - rows.raw + tokens))

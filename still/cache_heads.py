@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
 import torch
 
 from .cache_ragged import RaggedSlots, as_ragged, check_record, even_positions
@@ -100,3 +104,28 @@ def recompact_heads(
         made.append(ragged_slots(compactor, layer, record, where, old_keys))
         source[:, group] = torch.arange(batch)[:, None] + index * batch
     return RaggedSlots.join(made).rows(source)
+
+
+def mute_heads(
+    taken_back: Callable[..., torch.Tensor | None], layer: int, old: RaggedSlots, later: Sequence[torch.Tensor]
+) -> RaggedSlots:
+    """Slots with zeros in the place of those that the next tokens take back. The heads differ, but the rows do not.
+
+    Args:
+        taken_back: a layer compactor's, asked for one head after the other.
+        layer: index of the layer.
+        old: the slots so far.
+        later: keys and values `[batch, kv_heads, tokens, head_dim]` of the next tokens, and positions `[1, tokens]`.
+    """
+    keys, values, where = (x.unflatten(0, (old.batch, -1)) for x in (old.keys, old.values, old.positions))
+    gone = []
+    for head, (a, b) in enumerate(pairwise(old.offsets[: old.counts.shape[1] + 1])):
+        own = keys[:, None, a:b], values[:, None, a:b], where[:, a:b]
+        new = (*(x[:, head : head + 1] for x in later[:2]), later[2])
+        gone.append(taken_back(layer, own, new, [head]))
+    if any(x is None for x in gone):
+        return old
+    mask = torch.cat(gone, dim=2).flatten()
+    beta = None if old.beta is None else old.beta.masked_fill(mask, 0)
+    keys, values = (x.masked_fill(mask[:, None], 0) for x in (old.keys, old.values))
+    return replace(old, keys=keys, values=values, beta=beta)

@@ -73,6 +73,10 @@ class StillCompactor(nn.Module, ModelHubMixin):
     def __init__(self, config: StillConfig, head_dim: int, kv_heads: int, layers: list[int]):
         super().__init__()
         self.config = config
+        if config.scout is not None and not (config.placement and config.scout in layers):
+            raise ValueError(
+                f"scout is {config.scout}; it must be a full-attention layer ({layers}) of a compactor with a placement"
+            )
         self.layers = nn.ModuleDict({str(i): LayerPerceiver(head_dim, kv_heads, config) for i in layers})
         self.kv_heads = kv_heads
         self.split: Split | None = None
@@ -209,18 +213,19 @@ class StillCompactor(nn.Module, ModelHubMixin):
         slots: int | tuple[int, ...],
         positions: torch.Tensor,
         known: dict,
+        worth: torch.Tensor | None = None,
     ) -> CompactKV:
         """Compact one layer: `slots` for every head, or a number for each of them."""
         if isinstance(slots, int):
             tables = self._tables(layer, positions, slots, known)
-            return self._mix(layer, keys, values, slots, tables)
+            return self._mix(layer, keys, values, slots, tables, worth=worth)
         heads: dict[int, tuple[CompactKV, torch.Tensor]] = {}
         for count in set(slots):
             which = [head for head, n in enumerate(slots) if n == count]
             tables = self._tables(layer, positions, count, known)
             own = keys[:, which], values[:, which]
             # Where every token has a slot there is nothing to mix.
-            part = CompactKV(*own) if count == keys.shape[2] else self._mix(layer, *own, count, tables, which)
+            part = CompactKV(*own) if count == keys.shape[2] else self._mix(layer, *own, count, tables, which, worth)
             if part.beta is None and self.config.beta:
                 part = part._replace(beta=part.keys.new_zeros(part.keys.shape[:3]))
             for place, head in enumerate(which):
@@ -231,11 +236,15 @@ class StillCompactor(nn.Module, ModelHubMixin):
         packed = [None if xs[0] is None else torch.cat(xs, dim=1) for xs in tables]
         return CompactKV(*packed, counts=slots, positions=torch.cat([where for _, where in parts], dim=1))
 
-    def _mix(self, layer, keys, values, slots: int, tables: Tables, heads: list[int] | None = None) -> CompactKV:
+    def _mix(
+        self, layer, keys, values, slots: int, tables: Tables, heads: list[int] | None = None, worth=None
+    ) -> CompactKV:
         dtype = keys.dtype
         with torch.autocast(keys.device.type, enabled=False):
             phase = self._phase(layer, heads)
-            small, mixed, beta = self.layers[str(layer)](keys, values, slots, tables.turns, tables.tokens, heads, phase)
+            small, mixed, beta = self.layers[str(layer)](
+                keys, values, slots, tables.turns, tables.tokens, heads, phase, worth
+            )
             small = rotate(small, *tables.slots)
         return CompactKV(small.to(dtype), mixed.to(dtype), None if beta is None else beta.to(dtype))
 
@@ -252,6 +261,30 @@ class StillCompactor(nn.Module, ModelHubMixin):
     ) -> torch.Tensor:
         """Un-rotated keys and values side by side, `[batch, kv_heads, tokens, 2 * head_dim]`; see `compact_layer`."""
         return LayerPerceiver.plain(keys, values, self.rotary.cos_sin(layer, positions))
+
+    def taken_back(
+        self,
+        layer: int,
+        slots: Sequence[torch.Tensor],
+        later: Sequence[torch.Tensor],
+        heads: Sequence[int] | None = None,
+    ) -> torch.Tensor | None:
+        """Which slots of earlier chunks the tokens of a later one repeat or take back; see `Placement.taken_back`.
+
+        Args:
+            layer: index of a full-attention layer.
+            slots: rotated keys and values `[batch, heads, slots, head_dim]`, and positions `[batch or 1, slots]`.
+            later: likewise of the later tokens.
+            heads: the KV heads that these are; None for all.
+
+        Returns:
+            `[batch, heads, slots]`, or None: a compactor without a placement cannot tell.
+        """
+        placement = self.layers[str(layer)].placement
+        if placement is None:
+            return None
+        with torch.autocast(slots[0].device.type, enabled=False):
+            return placement.taken_back(self.plain(layer, *slots), self.plain(layer, *later), heads)
 
     def note_mass(self, mass: Mapping[int, torch.Tensor]) -> None:
         """Set what each head is known to contribute, and divide slots by it in the split that the checkpoint carries.
@@ -392,36 +425,54 @@ class StillCompactor(nn.Module, ModelHubMixin):
         split = {} if self.split is None else {"split": self.split.to_dict()}
         return {"method": "still", "compactor": json.loads(self.config.to_json()), **split}
 
-    def compact_rows(self, cache: Cache, rows: list[int], slots=None, ratio=None) -> dict[int, CompactKV]:
+    def compact_rows(
+        self, cache: Cache, rows: list[int], slots: int | Sequence[int] | None = None, ratio: float | None = None
+    ) -> dict[int, CompactKV]:
         """Compact every full-attention layer of left-padded rows, each from its own tokens.
 
         Args:
+            cache: full, of the rows alone.
             rows: real tokens in each row of the batch.
-            slots: slots per KV head, or
+            slots: slots per KV head, of each row if there are several numbers, or
             ratio: tokens per slot.
 
         Returns:
             For each layer `CompactKV` as wide as the row with most slots; shorter rows stand on the right. Ragged where
             the compactor has a split.
         """
-        budgets = [resolve_slots(n, None if slots is None else min(slots, n), ratio) for n in rows]
+        each = slots if isinstance(slots, Sequence) else [slots] * len(rows)
+        budgets = [resolve_slots(n, t and min(t, n), ratio) for n, t in zip(rows, each, strict=True)]
         groups: dict[tuple[int, int], list[int]] = {}
         for row, key in enumerate(zip(rows, budgets, strict=True)):
             groups.setdefault(key, []).append(row)
         out, known = {}, {}  # full-attention layers share their tables
         counts = {key: self._counts(self.split, *key) for key in groups}
         ragged = any(counts.values())
+
+        def states(layer: int, length: int, members: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            keys, values = cache.layers[layer].keys, cache.layers[layer].values
+            which = slice(None) if len(groups) == 1 else torch.tensor(members, device=keys.device)
+            return keys[which, :, -length:], values[which, :, -length:], torch.arange(length, device=keys.device)
+
+        worths = {key: self._scouted(states, key[0], members) for key, members in groups.items()}
         for name in self.layers:
             layer = int(name)
-            keys, values = cache.layers[layer].keys, cache.layers[layer].values
             parts = []
             for (length, count), members in groups.items():
-                which = slice(None) if len(groups) == 1 else torch.tensor(members, device=keys.device)
-                old = keys[which, :, -length:], values[which, :, -length:]
                 heads = counts[length, count].get(layer, (count,) * self.kv_heads if ragged else count)
-                parts.append(self._compact(layer, *old, heads, torch.arange(length, device=keys.device), known))
+                keys, values, where = states(layer, length, members)
+                parts.append(self._compact(layer, keys, values, heads, where, known, worths[length, count]))
             out[layer] = join_rows(parts, list(groups.values()))
         return out
+
+    def _scouted(self, states, length: int, members: list[int]) -> torch.Tensor | None:
+        """What the tokens of some rows are worth to all layers; None where every layer looks for itself."""
+        scout = self.config.scout
+        if scout is None:
+            return None
+        keys, values, where = states(scout, length, members)
+        with torch.autocast(keys.device.type, enabled=False):
+            return self.layers[str(scout)].placement.common_worth(self.plain(scout, keys, values, where))
 
     def check_trained(self, tokens: int, ratio: float) -> list[str]:
         """Warn where a context or a ratio lies outside what was trained; returns the warnings' texts."""

@@ -31,6 +31,12 @@ class StillConfig:
         placement: hidden width of a scorer that chooses the tokens at which latents stand (`still.placement`), so that
             heads share the tokens worth keeping among them; 0 spreads latents evenly, alike in all heads, as published.
             Slots are rotated at even positions either way.
+        scout: full-attention layer whose scores place the latents of all layers, wherever whole contexts are compacted
+            at once; layers that compact by themselves, as a cache grows, look for themselves. Fitting a placement
+            chooses it; None if every layer always looks for itself.
+        gain: learn, per KV head, how much louder a slot speaks the more tokens it stands for: keys and values are
+            scaled by powers of `tokens / slots`, both 0 at the start. What one slot has to say for several heads or
+            tokens depends on the ratio, which nothing else in a compactor sees.
         rms_eps: added to the mean square of a latent before its root.
         rope_base: base of the compactor's own rotary embedding.
         split: how slots are divided over layers and KV heads, as `still.budgets.Split.to_dict` has it, that the
@@ -54,6 +60,8 @@ class StillConfig:
     open_start: bool = False
     first_scale: float | None = None
     placement: int = 0
+    scout: int | None = None
+    gain: bool = False
     rms_eps: float = 1e-3
     rope_base: float = 10.0
     split: dict | None = None

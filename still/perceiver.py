@@ -17,9 +17,10 @@ from torch import nn
 from .config import StillConfig
 from .kernels import latent_attention
 from .kernels.rope import strip_rope
-from .placement import Placement
+from .placement import Placement, choose
 
 SCALE_GAIN = 10.0  # a scale is learned in its logarithm, at ten times the rate of the weights: it has far to go
+POWER_GAIN = 30.0  # likewise the powers of `gain`
 OPEN_SCALE = 8.0
 
 
@@ -152,6 +153,7 @@ class LayerPerceiver(nn.Module):
         self.key_head = nn.Linear(width, head_dim, bias=False)
         self.value_head = nn.Linear(width, head_dim, bias=False)
         self.beta_head = nn.Linear(width, 1, bias=False) if config.beta else None
+        self.gain = nn.Parameter(torch.zeros(2, kv_heads, 1, 1)) if config.gain else None  # powers: of keys, of values
         self.fractional = config.fractional_positions
         self.rope_base = config.rope_base
         self.kv_heads = kv_heads
@@ -183,6 +185,8 @@ class LayerPerceiver(nn.Module):
         self.value_head.weight[:, head_dim : 2 * head_dim] = torch.eye(head_dim)
         if self.beta_head is not None:
             nn.init.zeros_(self.beta_head.weight)
+        if self.gain is not None:
+            nn.init.zeros_(self.gain)
         if self.first_scale is not None:
             nn.init.constant_(self.blocks[0].cross.log_scale, math.log(self.first_scale) / SCALE_GAIN)
         if self.open_start:
@@ -223,7 +227,7 @@ class LayerPerceiver(nn.Module):
         keys = keys.float() if strip is None else strip_rope(keys.float(), *strip)
         return torch.cat((keys, values.float()), dim=-1)
 
-    def forward(self, keys, values, slots, turns, strip=None, heads=None, phase=None):
+    def forward(self, keys, values, slots, turns, strip=None, heads=None, phase=None, worth=None):
         """Compact some heads of one layer.
 
         The Triton kernels read keys and values as they are cached, in their dtype; where those do not run, PyTorch
@@ -237,15 +241,17 @@ class LayerPerceiver(nn.Module):
             strip: the model's cos and sin at the tokens `[batch or 1, T, rotary_dim]`; None where keys are un-rotated.
             heads: indices of these KV heads; None for all of them.
             phase: of these heads, as `still.placement.phases` gives it; needed where latents are placed by worth.
+            worth: of the tokens, `[batch, 1 or heads, tokens]`, from another layer; None to look here.
 
         Returns:
             Un-rotated compact keys and values `[batch, heads, slots, head_dim]`, and beta `[batch, heads, slots]` or
             None.
         """
         fused = latent_attention.takes(keys, values, self.bank.shape[-1])
-        source = None if fused and self.placement is None else self.plain(keys, values, strip)
+        looks = self.placement is not None and worth is None
+        source = None if fused and not looks else self.plain(keys, values, strip)
         if self.placement is not None:
-            at = self.placement(source, slots, phase, heads)[..., None]
+            at = choose(self.placement.worth(source, heads) if looks else worth, slots, phase)[..., None]
             own = turns[1].expand(len(keys), keys.shape[1], -1, -1)
             turns = own.gather(2, at.expand(-1, -1, -1, own.shape[-1])), turns[1]  # a latent turns as its token does
         if fused:
@@ -254,4 +260,9 @@ class LayerPerceiver(nn.Module):
         for block in self.blocks:
             z = block(z, source, turns)
         beta = None if self.beta_head is None else self.beta_head(z).squeeze(-1)
-        return self.key_head(z), self.value_head(z), beta
+        small, mixed = self.key_head(z), self.value_head(z)
+        if self.gain is not None:
+            powers = self.gain if heads is None else self.gain[:, list(heads)]
+            louder = (POWER_GAIN * powers * math.log(keys.shape[2] / slots)).exp()
+            small, mixed = small * louder[0], mixed * louder[1]
+        return small, mixed, beta

@@ -24,6 +24,7 @@ SHORTLIST = 4  # one token in so many is looked at a second time: their comparis
 COMPARED = 16  # directions in which two tokens are compared
 LATER = 2  # later tokens whose likeness counts: what is said twice more is surely not needed here
 USUAL, STEEP = 0.8, 10.0  # cosines of what is alike crowd near 1: what matters of them lies in the last tenth
+LEFT = 0.85  # of a slot's worth that later tokens leave it, if it is not taken back
 SHARPNESS = 2.0  # power of the worths; above 1 since an unsure scorer's worths are flatter than the truth
 
 
@@ -46,11 +47,16 @@ def inclusion(worth: torch.Tensor, slots: int) -> torch.Tensor:
     return torch.where(sure >= tokens, 1.0, (scale * worth).clamp(0, 1))
 
 
+def worth_of(logits: torch.Tensor) -> torch.Tensor:
+    """Worths from a scorer's logits of any shape."""
+    return (logits.sigmoid() + LEAST_WORTH) ** SHARPNESS
+
+
 def choose(worth: torch.Tensor, slots: int, phase: torch.Tensor) -> torch.Tensor:
     """Tokens `[batch, heads, slots]`, ascending, that each head keeps.
 
     Args:
-        worth: `[batch, heads, tokens]`, all above 0.
+        worth: `[batch, heads, tokens]`, all above 0, or `[batch, 1, tokens]` for all heads.
         slots: of each head, at most the number of tokens.
         phase: where each head's numbers begin, `[heads]`, in 0..1.
     """
@@ -192,14 +198,30 @@ class Placement(nn.Module):
         return logits.scatter(2, places, self.second(again, heads))
 
     @torch.no_grad()
-    def forward(
-        self, source: torch.Tensor, slots: int, phase: torch.Tensor, heads: Sequence[int] | None = None
+    def taken_back(
+        self, slots: torch.Tensor, later: torch.Tensor, heads: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """The tokens at which latents stand, `[batch, heads, slots]`, ascending; for `source` see `logits`.
+        """Which slots the tokens of a later chunk repeat or take back, `[batch, heads, slots]`.
+
+        A second look at the slots, once by themselves and once beside the later tokens that a first look ranks highest.
 
         Args:
-            slots: of each head.
-            phase: of these heads, see `phases`.
+            slots: un-rotated keys and values `[batch, heads, slots, 2 * head_dim]`, fp32: as good as their tokens'.
+            later: likewise of the later tokens.
+            heads: which heads these are; None for all of them.
         """
-        worth = (self.logits(source, heads).sigmoid() + LEAST_WORTH) ** SHARPNESS
-        return choose(worth, slots, phase)
+        own, new = self.features(slots), self.features(later)
+        _, new = self.shortlist(new, self.first(new, heads))
+        alone = self.second(own, heads).sigmoid()
+        beside = self.second(torch.cat((own, new), dim=2), heads)[..., : own.shape[2]].sigmoid()
+        return beside < LEFT * alone
+
+    @torch.no_grad()
+    def worth(self, source: torch.Tensor, heads: Sequence[int] | None = None) -> torch.Tensor:
+        """What the tokens are worth to each head `[batch, heads, tokens]`; for the arguments see `logits`."""
+        return worth_of(self.logits(source, heads))
+
+    @torch.no_grad()
+    def common_worth(self, source: torch.Tensor) -> torch.Tensor:
+        """What the tokens are worth by the opinion of all heads `[batch, 1, tokens]`; see `logits`."""
+        return worth_of(self.logits(source).mean(1, keepdim=True))

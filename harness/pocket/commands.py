@@ -81,8 +81,8 @@ examples:
     def _compactor(self, args: argparse.Namespace, base: LoadedModel, folder: Path) -> dict[str, float]:
         from .compactors import recipe, train_compactor
 
-        config = recipe(args.seed, **_given(steps=args.steps))
-        given = _given(start_from=args.start_from, split=args.split, uneven=args.uneven, ratios=args.ratios)
+        config = recipe(args.seed, args.steps, args.start_from)
+        given = _given(split=args.split, uneven=args.uneven, ratios=args.ratios)
         return train_compactor(base, folder, replace(config, **given))
 
     def _windows(self, args: argparse.Namespace, base: LoadedModel, folder: Path) -> Path:

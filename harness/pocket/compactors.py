@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
+from ...compactor import StillCompactor
 from ...distill.batches import Draw, Draws
 from ...distill.config import TrainConfig
 from ...distill.data import Row
@@ -14,6 +17,7 @@ from ...distill.rendering import Renderer
 from ...distill.train import train
 from ...eval.matters import Difficulty, Matter, generate_matter
 from ...models import LoadedModel
+from ...perceiver import POWER_GAIN
 from .dialogue import answer_text
 
 LENGTHS = {336: 16, 608: 32, 1152: 64}
@@ -22,10 +26,18 @@ LENGTHS = {336: 16, 608: 32, 1152: 64}
 OFTEN = (8.0, 16.0, 16.0, 32.0, 32.0)
 """Ratios that are drawn more often than once: these come on top, where they are trained at all."""
 
+OFTEN_LAST = (16.0, 32.0, 32.0, 32.0, 64.0)
+"""The same where a compactor goes on: lower ratios have nothing to learn by then."""
+
 OPTIONS = {"bank": 128, "chunk": max(LENGTHS), "learned_scale": True, "open_start": True, "placement": 64}
 
 SHORT = 0.5
-"""Share of the steps, at the beginning, that draw the shortest length alone: what is learnt there carries over."""
+"""Share of the steps, at the beginning, that draw the shortest length alone: what is learnt there carries over. A
+compactor that goes on has learnt it."""
+
+LOUDER = {2: 0.09, 3: 0.16, 4: 0.16}
+"""Powers of tokens per slot by which the values of a layer's slots are louder when a compactor goes on with a `gain`:
+the best of a few that were tried on it without training. One that has a gain from the first step on ends up worse."""
 
 READ_ON = 0.25
 """Share of the steps in which only a matter's first documents are compacted, and the others are read behind them."""
@@ -34,9 +46,9 @@ READ_ON = 0.25
 class Curriculum(Draws):
     """Short contexts first, then all lengths, the longest most often."""
 
-    def __init__(self, seed: int, ratios: Sequence[float], steps: int):
+    def __init__(self, seed: int, ratios: Sequence[float], short: int):
         super().__init__(seed, list(LENGTHS), ratios, weights=[1, 1, 3])
-        self.short = round(SHORT * steps)
+        self.short = short
 
     def at(self, step: int) -> Draw:
         """The draw of a step."""
@@ -44,13 +56,19 @@ class Curriculum(Draws):
         return replace(draw, length=min(LENGTHS)) if step < self.short else draw
 
 
-def recipe(seed: int, steps: int = 320) -> TrainConfig:
-    """How a compactor of the pocket is trained; only the seed differs between the three that ship."""
+def recipe(seed: int, steps: int | None = None, start_from: str | None = None) -> TrainConfig:
+    """How a compactor of the pocket is trained; only the seed differs between the three that ship.
+
+    Args:
+        seed: of the run.
+        steps: 320 for a fresh compactor, 160 for one that goes on, unless given.
+        start_from: a trained compactor, to which `train_compactor` gives a gain if it has none.
+    """
     return TrainConfig(
         ratios=[2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
         lengths=list(LENGTHS),
-        steps=steps,
-        lr=1.5e-4,
+        steps=steps or (160 if start_from else 320),
+        lr=1e-4 if start_from else 1.5e-4,
         schedule="cosine",
         warmup=20,
         batch=4,
@@ -58,13 +76,27 @@ def recipe(seed: int, steps: int = 320) -> TrainConfig:
         questions=32,
         uneven=0.5,
         place=256,
-        match=0.5,
+        match=0.0 if start_from else 0.5,
         eval_contexts=8,
         eval_every=0,
         save_every=50,
         log_every=10,
+        start_from=start_from,
         seed=seed,
     )
+
+
+def louder(start_from: str, base: LoadedModel) -> StillCompactor:
+    """A trained compactor with a gain that starts at `LOUDER`, if it has none yet."""
+    trained = StillCompactor.from_pretrained(start_from, model=base.model)
+    if trained.config.gain:
+        return trained
+    made = StillCompactor.for_model(base.model, **{**asdict(trained.config), "gain": True})
+    made.load_state_dict(trained.state_dict(), strict=False)
+    with torch.no_grad():
+        for layer, power in LOUDER.items():
+            made.layers[str(layer)].gain[1] = power / POWER_GAIN
+    return made
 
 
 class MatterRows:
@@ -72,8 +104,9 @@ class MatterRows:
 
     def __init__(self, tokenizer, config: TrainConfig):
         self.renderer = Renderer(tokenizer)
-        ratios = [*config.ratios, *(ratio for ratio in OFTEN if ratio in config.ratios)]
-        self.draws = Curriculum(config.seed, ratios, config.steps)
+        often, short = (OFTEN_LAST, 0) if config.start_from else (OFTEN, round(SHORT * config.steps))
+        ratios = [*config.ratios, *(ratio for ratio in often if ratio in config.ratios)]
+        self.draws = Curriculum(config.seed, ratios, short)
 
     def rows(self, draw: Draw, count: int, part: range) -> Sequence[Row]:
         """Matters as long as the draw says, from the training split."""
@@ -108,5 +141,7 @@ def train_compactor(base: LoadedModel, output: Path, config: TrainConfig, progre
     """Train, or go on training, one compactor of the pocket; returns its scores on held-out matters."""
     source = MatterRows(base.tokenizer, config)
     held_out = [source.row(generate_matter(seed, "standard"), held_out=True) for seed in range(config.eval_contexts)]
-    options = {} if config.start_from else OPTIONS
-    return train(base, source, output, config, held_out=held_out, compactor_options=options, progress=progress)
+    start = None if config.start_from is None else louder(config.start_from, base)
+    return train(
+        base, source, output, config, held_out=held_out, compactor=start, compactor_options=OPTIONS, progress=progress
+    )

@@ -32,6 +32,9 @@ MOST = 1 << 30
 """Bytes of tokens' features that are kept at most. Beyond, contexts are thinned out for the first look, and the second
 one, which compares tokens of a text, does without the last texts."""
 
+CANVASSED = 32
+"""Texts by which the layer that looks for all is chosen."""
+
 TOGETHER = 6
 """Texts whose shortlists are seen in one step."""
 
@@ -167,7 +170,7 @@ def fit_placement(
     lr: float = 4e-3,
     progress: bool = True,
 ) -> float:
-    """Fit the scorers of every layer and head, and note what each head contributes.
+    """Fit the scorers of every layer and head, note what each head contributes, and choose the layer that scouts.
 
     Args:
         compactor: with a placement, bound to the model.
@@ -213,16 +216,34 @@ def fit_placement(
         if room < 0 and seen:
             break
         seen.append(_seen_again(compactor, model, text, worth))
-    return fit({layer: part.second for layer, part in parts.items()}, seen, None, -(-steps // 2), name="second look")
+    last = fit({layer: part.second for layer, part in parts.items()}, seen, None, -(-steps // 2), name="second look")
+    compactor.config.scout = _scout(compactor, model, texts[:CANVASSED], worths)
+    return last
+
+
+@torch.no_grad()
+def _scout(compactor: StillCompactor, model, texts: Sequence[Asked], worths: Sequence[torch.Tensor]) -> int:
+    """The layer whose heads' common opinion comes nearest to the worths of these texts."""
+    missed = dict.fromkeys(map(int, compactor.layers), 0.0)
+    for text, worth in zip(texts, worths, strict=False):
+        for layer, tokens in _tokens(compactor, _read(model, text), text).items():
+            logits = compactor.layers[str(layer)].placement.logits(tokens[None]).mean(1)[0]
+            missed[layer] += F.binary_cross_entropy_with_logits(logits, worth).item()
+    return min(missed, key=missed.get)
+
+
+def _read(model, text: Asked) -> DynamicCache:
+    """The full cache of a text up to the end of its context."""
+    cache, ids = DynamicCache(config=model.config), torch.tensor([text.ids[: text.context[1]]], device=model.device)
+    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
 
 
 @torch.no_grad()
 def _seen_again(compactor: StillCompactor, model, text: Asked, worth: torch.Tensor) -> Shown:
     """What a second look will see of a text."""
-    cache, ids = DynamicCache(config=model.config), torch.tensor([text.ids[: text.context[1]]], device=model.device)
-    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
     shown = {}
-    for layer, tokens in _tokens(compactor, cache, text).items():
+    for layer, tokens in _tokens(compactor, _read(model, text), text).items():
         part = compactor.layers[str(layer)].placement
         features = part.features(tokens[None])
         places, again = part.shortlist(features, part.first(features))

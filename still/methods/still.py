@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from transformers.cache_utils import Cache
 
 from ..compactor import StillCompactor
@@ -44,6 +45,11 @@ class Still(Method):
         kept = self.budgets(rows, slots, ratio)
         self.compactor.check_trained(max(rows), max(rows) / max(kept) if ratio is None else ratio)
         return super().compact(model, reading, slots, ratio)
+
+    @torch.no_grad()
+    def compact_rows(self, model, reading, rows, budgets, most=None) -> dict[int, CompactKV]:
+        """All layers at once, since one of them may look for all."""
+        return self.compactor.with_split(self.split).compact_rows(reading.cache, rows, budgets)
 
     def even(self) -> Still:
         """This method, and its compactor, without a split."""

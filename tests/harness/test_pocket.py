@@ -21,7 +21,7 @@ from still.harness.ask import Prompt, ask
 from still.harness.cells import SweepConfig
 from still.harness.pocket import AGENT, SEEDS, VERSION, WEIGHTS, resolve
 from still.harness.pocket.base import STATE, BaseRecipe, train_base, whole_answers
-from still.harness.pocket.compactors import LENGTHS, MatterRows, recipe
+from still.harness.pocket.compactors import LENGTHS, LOUDER, OPTIONS, MatterRows, louder, recipe
 from still.harness.pocket.context_dropout import HIDDEN, ContextDropout
 from still.harness.pocket.curriculum import STAGES, Rows
 from still.harness.pocket.dialogue import context_messages
@@ -30,6 +30,7 @@ from still.harness.pocket.tokenizer import SPECIALS, train_tokenizer
 from still.harness.rows import make_rows
 from still.harness.runs import read_run
 from still.harness.sweep import run_sweep
+from still.perceiver import POWER_GAIN
 from still.prompts import PromptFormat, render, render_answer
 from still.reading import read
 
@@ -155,6 +156,33 @@ def test_matters_for_compactors_are_a_function_of_seed_and_step(tokenizer):
     assert set(drawn[: config.steps // 2]) == {min(LENGTHS)}
     assert set(drawn) == set(LENGTHS)
     assert rows[0].id != MatterRows(tokenizer, recipe(1)).rows(draw, 3, range(3))[0].id
+
+
+def test_a_compactor_that_goes_on_draws_all_lengths_and_higher_ratios(tokenizer):
+    config = recipe(0, start_from="somewhere")
+    assert (config.steps, config.match) == (160, 0)
+    draws = [MatterRows(tokenizer, config).draws.at(step) for step in range(config.steps)]
+    fresh = [MatterRows(tokenizer, recipe(0)).draws.at(step) for step in range(config.steps)]
+    assert max(LENGTHS) in {draw.length for draw in draws[:10]}
+    assert sum(draw.ratio > 16 for draw in draws) > sum(draw.ratio > 16 for draw in fresh)
+    assert recipe(0, steps=7, start_from="somewhere").steps == 7
+
+
+@shipped
+def test_a_compactor_that_goes_on_is_made_louder_once(tmp_path):
+    base = models.load("pocket", device="cpu", dtype="float32")
+    plain = StillCompactor.for_model(base.model, **OPTIONS, scout=2)
+    plain.save_pretrained(tmp_path / "plain")
+    made = louder(str(tmp_path / "plain"), base)
+    powers = {int(name): POWER_GAIN * part.gain[1].flatten() for name, part in made.layers.items()}
+    for layer, own in powers.items():
+        torch.testing.assert_close(own, torch.full_like(own, LOUDER.get(layer, 0)))
+    assert made.config.scout == 2
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(made.state_dict()[name], weight)
+    made.layers["3"].gain.data.zero_()
+    made.save_pretrained(tmp_path / "louder")
+    assert not louder(str(tmp_path / "louder"), base).layers["3"].gain.any()
 
 
 def test_documents_that_are_read_on_follow_the_compacted_ones(tokenizer):

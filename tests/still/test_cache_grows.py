@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -196,6 +197,39 @@ def test_beams_and_samples_compact_too(model):
     beams = {"num_beams": 3, "max_new_tokens": 12}
     whole = growing(model, ratio=1)
     assert torch.equal(model.generate(ids, past_key_values=whole, **beams), model.generate(ids, **beams))
+
+
+class TakingBack(StridedCompactor):
+    """Takes back the first slot of the last head, and notes what it was shown."""
+
+    def taken_back(self, layer, slots, later, heads=None):
+        self.shown = [tuple(x.shape) for x in (*slots, *later)]
+        gone = torch.zeros(slots[0].shape[:3], dtype=torch.bool)
+        gone[:, -1, 0] = True
+        return gone
+
+
+def test_slots_that_a_later_chunk_takes_back_fall_silent(model):
+    ids = random_ids(2, 2 * CHUNK + KEEP)
+    plain, silent = growing(model), growing(model)
+    silent.layers[0].policy = dataclasses.replace(silent.layers[0].policy, compactor=TakingBack(CHUNK))
+    for cache in (plain, silent):
+        feed(model, cache, ids)
+    for name in ("keys", "values"):
+        before, after = getattr(plain.layers[0], name), getattr(silent.layers[0], name)
+        assert not after[:, -1, 0].any()
+        assert before[:, -1, 0].all()
+        assert torch.equal(after[:, :-1], before[:, :-1])
+        assert torch.equal(after[:, -1, 1:], before[:, -1, 1:])
+    heads, width = model.config.num_key_value_heads, before.shape[-1]
+    columns = [(2, heads, 4, width), (2, heads, 4, width), (1, 4)]
+    assert silent.layers[0].policy.compactor.shown[:3] == columns
+    assert silent.layers[0].policy.compactor.shown[3:] == [*((2, heads, CHUNK, width),) * 2, (1, CHUNK)]
+    assert silent.nbytes == plain.nbytes
+    again = growing(model, mode="recompact")
+    again.layers[0].policy = dataclasses.replace(again.layers[0].policy, compactor=TakingBack(CHUNK))
+    feed(model, again, ids)
+    assert not hasattr(again.layers[0].policy.compactor, "shown")  # there every slot is chosen anew
 
 
 def test_a_compactor_with_a_bias():

@@ -265,6 +265,28 @@ def test_a_growing_cache_of_equal_counts_equals_the_uniform_one(model, mode):
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
+def test_unequal_slots_that_a_later_chunk_takes_back_fall_silent(model):
+    class TakingBack(RaggedStrided):
+        def taken_back(self, layer, slots, later, heads=None):
+            gone = torch.zeros(slots[0].shape[:3], dtype=torch.bool)
+            gone[1, :, 1] = heads == [1]  # the second slot of the second row's second head
+            return gone
+
+    ids = random_ids(2, 40)
+    caches = [StillCache(each, 4, keep_last=4, config=model.config) for each in (RaggedStrided(), TakingBack())]
+    for cache in caches:
+        read(model, ids[:, :20], cache=cache)
+        read(model, ids[:, 20:], cache=cache)
+    before, after = (cache.layers[0].ragged.heads(1) for cache in caches)
+    for part in (0, 1):
+        assert not after[1][part][1].any()
+        kept = [place for place in range(len(before[1][part])) if place != 1]
+        assert torch.equal(after[1][part][kept], before[1][part][kept])
+        assert torch.equal(after[0][part], before[0][part])
+    for one, other in zip(*(cache.layers[0].ragged.heads(0) for cache in caches), strict=True):
+        assert torch.equal(one[0], other[0])
+
+
 def test_slots_appended_to_what_was_read(model, context, question):
     """A second stretch of the context: its raw tokens give way to ragged slots."""
     cache = ragged(model, context[:1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from still import StillConfig
-from still.perceiver import LayerPerceiver, own_rope, own_turns
+from still.perceiver import POWER_GAIN, LayerPerceiver, own_rope, own_turns
 
 HEAD_DIM, HEADS = 64, 2
 OPTIONS = {
@@ -17,6 +17,7 @@ OPTIONS = {
     "fractional positions": {"fractional_positions": True},
     "wide latent": {"latent_width": 160},
     "learned scale": {"learned_scale": True},
+    "gain": {"gain": True},
     "open start": {"open_start": True, "learned_scale": True},
 }
 
@@ -168,3 +169,24 @@ def test_a_lower_first_scale_mixes_neighbours_and_keeps_the_place():
     assert similarity.argmax(-1).tolist() == [[[0, 8, 16, 24, 32]] * HEADS]
     with pytest.raises(ValueError, match="first_scale is 0"):
         StillConfig(first_scale=0)
+
+
+def test_a_gain_makes_slots_louder_by_powers_of_the_ratio():
+    keys, values = tokens(33, batch=1)
+    positions = torch.arange(33)[None]
+    layer, plain = perceiver(gain=True), perceiver()
+    with torch.no_grad():
+        layer.gain[1, 1] = 0.5 / POWER_GAIN  # the second head's values
+        layer.gain[0, 0] = -0.25 / POWER_GAIN  # the first head's keys
+        for slots in (33, 11, 3):
+            (loud_keys, loud_values), (own_keys, own_values) = (
+                run(each, keys, values, positions, slots)[:2] for each in (layer, plain)
+            )
+            ratio = 33 / slots
+            torch.testing.assert_close(loud_values[:, 1], own_values[:, 1] * ratio**0.5)
+            torch.testing.assert_close(loud_keys[:, 0], own_keys[:, 0] * ratio**-0.25)
+            torch.testing.assert_close(loud_values[:, 0], own_values[:, 0])
+            torch.testing.assert_close(loud_keys[:, 1], own_keys[:, 1])
+            where = layer.turns(positions, layer.latent_positions(positions, slots))
+            alone = layer(keys[:, 1:], values[:, 1:], slots, where, heads=[1])
+            torch.testing.assert_close(alone[1][:, 0], loud_values[:, 1])

@@ -5,7 +5,7 @@ import torch
 from test_compactor import answer, stirred
 from tiny_models import left_padded, random_ids, tiny_model
 
-from still import StillCompactor, StillConfig, read
+from still import StillCompactor, StillConfig, read, slots_for
 from still.attention import attending
 from still.placement import LATER, STEEP, USUAL, Placement, choose, inclusion, phases
 
@@ -90,6 +90,23 @@ def test_only_the_tokens_that_scored_highest_are_looked_at_again():
         assert part.logits(source[:, :, :tokens]).isfinite().all()
 
 
+def test_a_slot_whose_worth_a_later_chunk_lowers_is_taken_back():
+    torch.manual_seed(0)
+    part = Placement(16, 2, 4)
+    with torch.no_grad():
+        part.second.compared.zero_()
+        part.second.compared[:, :8, :8] = torch.eye(8)  # both heads compare keys
+        part.second.scorer.inner.zero_()
+        part.second.scorer.inner[:, 16, 0] = 1.0  # the likest later token, and nothing else, lowers a worth
+        part.second.scorer.outer[:, 0] = -1.0
+    slots, later = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 12, 16)
+    later[0, 0, :, :8] = slots[0, 0, 2, :8]  # to the first head all later tokens say again what slot 2 does
+    assert part.taken_back(slots, later)[0].tolist() == [[False, False, True, False, False, False], [False] * 6]
+    assert not part.taken_back(slots[:, :1], later[:, 1:], heads=[0]).any()
+    silent = slots.index_fill(2, torch.tensor(2), 0)  # one that was silenced before is not looked at again
+    assert not part.taken_back(silent, later).any()
+
+
 def test_heads_that_contribute_little_stand_close_together_on_the_circle():
     first, second = phases([torch.tensor([0.0, 0.0]), torch.tensor([1.0, 3.0])])
     assert first.tolist() == pytest.approx([0, 0])
@@ -115,13 +132,53 @@ def test_a_fresh_compactor_copies_the_tokens_it_stands_at():
     small = compactor.compact_layer(1, layer.keys, layer.values, positions, 10)
     part = compactor.layers["1"]
     source = compactor.plain(1, layer.keys, layer.values, positions)
-    kept = part.placement(source, 10, compactor._phase(1, None))
+    kept = choose(part.placement.worth(source), 10, compactor._phase(1, None))
     wanted = layer.values.gather(2, kept[..., None].expand(-1, -1, -1, layer.values.shape[-1]))
     torch.testing.assert_close(small.values, wanted, rtol=0, atol=1e-4)
     assert not torch.equal(kept[0, 0], kept[0, 1])  # heads keep different tokens
     assert not torch.equal(kept[0], kept[1])  # and so do rows
     whole = compactor.compact(reading, ratio=1)
     torch.testing.assert_close(whole.layers[1].keys, layer.keys, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("split", [None, "own"])
+def test_a_scout_places_the_latents_of_all_layers(split):
+    model = tiny_model("qwen3")
+    compactor = placed(model, scout=1)
+    compactor.note_mass({layer: torch.tensor([1.0, 2.0]) for layer in map(int, compactor.layers)})
+    compactor = compactor.with_split(split)
+    ids, mask = left_padded([random_ids(23), random_ids(40, seed=1)])
+    reading = read(model, ids, mask)
+    worths = [compactor.layers["1"].placement.common_worth(compactor.plain(
+        1, *(x[row : row + 1, :, -count:] for x in (reading.cache.layers[1].keys, reading.cache.layers[1].values)),
+        torch.arange(count),
+    )) for row, count in enumerate((23, 40))]  # fmt: skip
+    made = compactor.compact_rows(reading.cache, [23, 40], ratio=4)
+    for layer, record in made.items():  # a fresh compactor copies what it stands at
+        values = reading.cache.layers[layer].values
+        for row, (count, worth) in enumerate(zip((23, 40), worths, strict=True)):
+            slots = slots_for(count, 4)
+            counts = (slots, slots) if split is None else compactor.split.counts(count, slots)[layer]
+            for head in range(2):
+                phase = compactor._phase(layer, [head])
+                at = choose(worth, counts[head], phase)[0, 0]
+                if record.counts is None:
+                    own = record.values[row, head, -slots:]
+                else:
+                    start = sum(record.counts[:head]) + record.counts[head] - counts[head]
+                    own = record.values[row, start : start + counts[head]]
+                torch.testing.assert_close(own, values[row, head, -count:][at], rtol=0, atol=1e-4)
+    own = compactor.compact_layer(0, *(getattr(reading.cache.layers[0], n)[1:] for n in ("keys", "values")),
+                                  torch.arange(40), 10)  # fmt: skip
+    assert not torch.equal(own.values[0, -10:], made[0].values[1, -10:])  # alone it looks for itself
+
+
+def test_a_scout_is_a_layer_with_a_placement():
+    model = tiny_model("qwen3")
+    for options in ({"placement": 8, "scout": 7}, {"scout": 1}):
+        with pytest.raises(ValueError, match=f"scout is {options['scout']}"):
+            StillCompactor.for_model(model, **options)
 
 
 @pytest.fixture
@@ -162,6 +219,10 @@ def test_it_is_saved_loaded_iterated_and_divided_like_any_other(tmp_path):
     assert torch.equal(*logits)
     small = again.prefill(model, context, slots=16, mode="recompact")
     assert small.slots == 16
+    layer = again.prefill(model, context, ratio=4).layers[0]
+    gone = again.taken_back(0, (layer.keys[:, :, :16], layer.values[:, :, :16], layer.slot_positions[:, :16]),
+                            (layer.keys[:, :, 16:], layer.values[:, :, 16:], layer.slot_positions[:, 16:]))  # fmt: skip
+    assert gone.shape == (1, again.kv_heads, 16)
     with attending(model):
         again.split = None
         from still import Split

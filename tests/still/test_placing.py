@@ -13,6 +13,7 @@ from still.distill.config import TrainConfig
 from still.distill.data import Row
 from still.distill.placing import ENOUGH, REACH, Asked, fit_placement, informed, wanted
 from still.distill.train import train
+from still.placement import choose
 
 
 def test_what_is_wanted_is_the_attention_that_some_answer_gives():
@@ -96,8 +97,8 @@ def test_a_fitted_placement_keeps_what_answers_look_at():
     kept, left = [], []
     for one in found:
         for name, layer in compactor.layers.items():
-            chosen = layer.placement(one.tokens[int(name)][None], 10, compactor._phase(int(name), None))[0]
-            for head in chosen:
+            own = layer.placement.worth(one.tokens[int(name)][None])
+            for head in choose(own, 10, compactor._phase(int(name), None))[0]:
                 taken = torch.zeros(40, dtype=torch.bool).scatter(0, head, True)
                 kept.append(one.worth[taken].mean())
                 left.append(one.worth[~taken].mean())
@@ -105,6 +106,11 @@ def test_a_fitted_placement_keeps_what_answers_look_at():
     changed = {name for name, weight in compactor.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if ".placement." in name}
     assert not any(p.requires_grad for name, p in compactor.named_parameters() if ".placement." in name)
+    missed = {}
+    for name, layer in compactor.layers.items():
+        common = torch.cat([layer.placement.logits(one.tokens[int(name)][None]).mean(1)[0] for one in found])
+        missed[int(name)] = F.binary_cross_entropy_with_logits(common, worth).item()
+    assert compactor.config.scout == min(missed, key=missed.get)
     split = compactor.with_split().split
     assert split.source == "attention"
     total = sum(sum(shares) for shares in split.weights.values())
