@@ -383,8 +383,8 @@ class StillCompactor(nn.Module, ModelHubMixin):
             slots: slots per KV head in all, or
             ratio: tokens per slot.
             chunk: tokens compacted in one pass; the trained chunk unless given.
-            mode: "append" (each chunk gets the slots of its own length at the ratio, rounded down) or "recompact" (one
-                size for any context, at most a chunk).
+            mode: "append" (each chunk gets the slots of its own length at the ratio, rounded down; slots so far that it
+                takes back fall silent, see `taken_back`) or "recompact" (one size for any context, at most a chunk).
             keep_last: raw tokens held back while reading; one chunk unless given.
 
         Raises:
