@@ -49,7 +49,7 @@ ISFT = (
     "--epochs 2 --batch 4 --lr 2e-4 --schedule linear --start last --no-union"
 )
 UNFILTERED = ISFT.replace("--teacher oracle ", "").replace("--rollouts 2", "--rollouts 1") + " --select any"
-MEMO, KV = "--backend memo --budget 128t --evaluate-on memo", "--backend kv --ratio 8 --evaluate-on kv"
+MEMO, KV = "--backend memo --budget 128t --evaluate-on memo", "--backend kv --ratio 16 --evaluate-on kv"
 DISTILL = (
     "grpo --backend kv --ratio 16 --train-policy frozen --compactor-mode distill --steps 30 --tasks-per-step 6 "
     "--group 2 --lr 5e-4 --schedule linear --no-ask"
