@@ -71,8 +71,9 @@ def main() -> int:
     width = 2 * compactor.layers["0"].key_head.out_features
     again = listed(tokens)
     looks = tokens * (width + 1) + again * (width + LATER + 1)
-    heads = heads if args.scout is None else compactor.kv_heads
-    scoring = 2 * heads * (args.placement * looks + again * COMPARED * (width + again))
+    if args.scout is not None and len(spans) == 1:  # chunk after chunk, every layer looks for itself
+        heads = compactor.kv_heads
+    scoring = 2 * heads * (args.placement * looks + again * COMPARED * (width + again)) if args.placement else 0
     rows, results = [], []
     for ratio in args.ratios:
         # Both are measured side by side, so that whatever else slows the machine slows both.

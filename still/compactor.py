@@ -445,34 +445,27 @@ class StillCompactor(nn.Module, ModelHubMixin):
         groups: dict[tuple[int, int], list[int]] = {}
         for row, key in enumerate(zip(rows, budgets, strict=True)):
             groups.setdefault(key, []).append(row)
+        places = {key: slice(None) if len(groups) == 1 else torch.tensor(members) for key, members in groups.items()}
         out, known = {}, {}  # full-attention layers share their tables
         counts = {key: self._counts(self.split, *key) for key in groups}
         ragged = any(counts.values())
-
-        def states(layer: int, length: int, members: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            keys, values = cache.layers[layer].keys, cache.layers[layer].values
-            which = slice(None) if len(groups) == 1 else torch.tensor(members, device=keys.device)
-            return keys[which, :, -length:], values[which, :, -length:], torch.arange(length, device=keys.device)
-
-        worths = {key: self._scouted(states, key[0], members) for key, members in groups.items()}
+        worths: dict[tuple[int, int], torch.Tensor] = {}
+        if (scout := self.config.scout) is not None:
+            worths = {key: self._common_worth(scout, *_states(cache, scout, key[0], places[key])) for key in groups}
         for name in self.layers:
             layer = int(name)
             parts = []
-            for (length, count), members in groups.items():
+            for (length, count), which in places.items():
                 heads = counts[length, count].get(layer, (count,) * self.kv_heads if ragged else count)
-                keys, values, where = states(layer, length, members)
-                parts.append(self._compact(layer, keys, values, heads, where, known, worths[length, count]))
+                keys, values, where = _states(cache, layer, length, which)
+                parts.append(self._compact(layer, keys, values, heads, where, known, worths.get((length, count))))
             out[layer] = join_rows(parts, list(groups.values()))
         return out
 
-    def _scouted(self, states, length: int, members: list[int]) -> torch.Tensor | None:
-        """What the tokens of some rows are worth to all layers; None where every layer looks for itself."""
-        scout = self.config.scout
-        if scout is None:
-            return None
-        keys, values, where = states(scout, length, members)
+    def _common_worth(self, layer: int, keys, values, positions) -> torch.Tensor:
+        """What tokens are worth to all layers, as this one sees them; see `Placement.common_worth`."""
         with torch.autocast(keys.device.type, enabled=False):
-            return self.layers[str(scout)].placement.common_worth(self.plain(scout, keys, values, where))
+            return self.layers[str(layer)].placement.common_worth(self.plain(layer, keys, values, positions))
 
     def check_trained(self, tokens: int, ratio: float) -> list[str]:
         """Warn where a context or a ratio lies outside what was trained; returns the warnings' texts."""
@@ -557,6 +550,12 @@ def _row_lengths(cache: Cache, attention_mask: torch.Tensor | None) -> list[int]
     if min(rows) < 1:
         raise ValueError(f"row {rows.index(min(rows))} of the batch has no token")
     return rows
+
+
+def _states(cache: Cache, layer: int, tokens: int, rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values of some rows' last tokens, and their positions."""
+    keys, values = cache.layers[layer].keys, cache.layers[layer].values
+    return keys[rows, :, -tokens:], values[rows, :, -tokens:], torch.arange(tokens, device=keys.device)
 
 
 def _first_inputs(ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -221,7 +221,11 @@ class Placement(nn.Module):
         """What the tokens are worth to each head `[batch, heads, tokens]`; for the arguments see `logits`."""
         return worth_of(self.logits(source, heads))
 
+    def common_logits(self, source: torch.Tensor) -> torch.Tensor:
+        """Logits in which all heads have a say `[batch, 1, tokens]`; see `logits`."""
+        return self.logits(source).mean(1, keepdim=True)
+
     @torch.no_grad()
     def common_worth(self, source: torch.Tensor) -> torch.Tensor:
         """What the tokens are worth by the opinion of all heads `[batch, 1, tokens]`; see `logits`."""
-        return worth_of(self.logits(source).mean(1, keepdim=True))
+        return worth_of(self.common_logits(source))

@@ -227,7 +227,7 @@ def _scout(compactor: StillCompactor, model, texts: Sequence[Asked], worths: Seq
     missed = dict.fromkeys(map(int, compactor.layers), 0.0)
     for text, worth in zip(texts, worths, strict=False):
         for layer, tokens in _tokens(compactor, _read(model, text), text).items():
-            logits = compactor.layers[str(layer)].placement.logits(tokens[None]).mean(1)[0]
+            logits = compactor.layers[str(layer)].placement.common_logits(tokens[None])[0, 0]
             missed[layer] += F.binary_cross_entropy_with_logits(logits, worth).item()
     return min(missed, key=missed.get)
 
