@@ -30,9 +30,10 @@ from ..episodes import oracle_events
 from ..trainers.config import TrainSettings
 from ..trainers.loop import RowTrainer
 from ..trainers.model import RowModel, Share
+from ..trainers.placing import asked_of
 from ..trainers.steps import shares_of
 from ..trainers.weights import COMPACTOR
-from ..windows import IGNORE, WindowRow, rows_of_events
+from ..windows import WindowRow, rows_of_events
 from .agent_rows import AgentStage, draw
 
 KV_STAGE = AgentStage((6, 20), (4, 8), (1.0, 1.0, 0.25), ("kv", "kv", "hybrid"))
@@ -96,15 +97,6 @@ def compacted(row: WindowRow, ratio: float) -> WindowRow:
         for step in row.prefix_plan
     ]
     return replace(row, prefix_plan=plan)
-
-
-def asked_of(row: WindowRow) -> Iterator[Asked]:
-    """Each window before a row that becomes slots, with the row's sampled tokens as what is asked of it."""
-    before = len(row.prefix_ids)
-    asked = [before + place - 1 for place, label in enumerate(row.labels) if label != IGNORE]
-    for step in row.prefix_plan:
-        if step["keep"] in ("append", "recompact"):
-            yield Asked([*row.prefix_ids, *row.input_ids], (step["start"], step["end"]), asked)
 
 
 class DividedRows(RowModel):

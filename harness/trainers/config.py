@@ -16,6 +16,8 @@ class TrainSettings:
         compactor_mode: frozen; distill (KL from the full cache on tokens that were sampled behind slots); rl (the
             rows' own loss flows through the slots); joint (both).
         distill_weight: of that KL beside the rows' loss.
+        place: rollouts to whose windows the compactor's placement is fitted again before anything else: those that a
+            round trains on (iSFT), or some of their own before the first step (GRPO). No loss reaches a placement.
         lr: learning rate.
         schedule: of the learning rate after the warm-up.
         warmup: steps of warm-up.
@@ -37,6 +39,7 @@ class TrainSettings:
     lora_rank: int = 32
     compactor_mode: Literal["frozen", "distill", "rl", "joint"] = "frozen"
     distill_weight: float = 1.0
+    place: int = 0
     lr: float = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = 0
@@ -58,6 +61,11 @@ class TrainSettings:
             raise ValueError("train_policy and compactor_mode are both frozen: nothing would train")
         if self.checkpointing and self.train_policy == "frozen":
             raise ValueError("checkpointing would do nothing: a frozen policy stays in evaluation mode; leave it out")
+        if self.place < 0 or (self.place and self.compactor_mode == "frozen"):
+            raise ValueError(
+                f"place is {self.place} and compactor_mode {self.compactor_mode}; a placement is fitted to 1 rollout "
+                f"or more, and with a compactor that trains (distill, rl or joint)"
+            )
         if self.keep < 2:
             raise ValueError(f"keep is {self.keep}; it must be 2 or more, since the newest may be half written")
 

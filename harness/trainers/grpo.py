@@ -3,6 +3,7 @@
     OUT/rollouts/step-0007/TASK/seed-61     run folders, resumed like any run
     OUT/rollouts/step-0007/weights.json     digest of the weights that roll out, written first
     OUT/rollouts/step-0007/rewards.json     rewards and verdicts, written when all are graded
+    OUT/placement                           with --place: rollouts, and the compactor whose placement was fitted to them
     OUT/checkpoint-N                        of the trainer; OUT/evaluation/before and after
 """
 
@@ -36,6 +37,7 @@ from .grading import Grade, grade_runs, random_rewards
 from .ledgers import check_credit, numbers, trajectory_of, watcher, window_advantages
 from .loop import RowTrainer, barrier, world
 from .model import RowModel, Share
+from .placing import is_placed, place
 from .setup import claim_output, join_processes, keep_apart, make_module
 from .steps import shares_of
 from .weights import digest
@@ -91,10 +93,11 @@ class Rollouts:
         policy = self.policy_of(self.loaded, self.run.window)
         policy.version = number
         rewards, groups, kept = {}, {}, {}
+        seeds = [number * self.config.group + sample for sample in range(self.config.group)]
         size, draws = min(self.config.tasks_per_step, len(order)), 0
         while True:
             chosen, order = order[:size], order[size:]
-            played = self._play(chosen, number, folder, policy)
+            played = self._play(chosen, f"step-{number}", seeds, folder, policy)
             found = self._rewards(played, folder, draws)
             rewards |= found
             groups |= {name: task.id for name, (task, _) in played.items()}
@@ -121,6 +124,22 @@ class Rollouts:
         self.last |= {**numbers(*zip(*kept.values(), strict=True)), **foretold}
         return shares
 
+    def place(self) -> None:
+        """Fit the compactor's placement to rollouts of their own, one of each task, or take up one that was fitted.
+
+        Raises:
+            ValueError: a rollout failed, or nothing of them can be learnt.
+        """
+        folder, rows = self.output / "placement", []
+        if not is_placed(folder):
+            self.module.eval()
+            policy = self.policy_of(self.loaded, self.run.window)
+            seed = self.config.steps * self.config.group  # one that no step takes
+            tasks = self._order(0)[: self.settings.place]
+            for name, (_, root) in self._play(tasks, "placement", [seed], folder / "rollouts", policy).items():
+                rows += rows_of_run(root, self.loaded.tokenizer, train_on="all", trajectory_id=name)
+        place(self.module, rows, folder, self.settings)
+
     def _claim(self, folder: Path, number: int) -> None:
         """Rollouts on disk count only if these very weights made them."""
         mark, now = folder / "weights.json", digest(self.module)
@@ -142,12 +161,13 @@ class Rollouts:
         start = place * self.config.tasks_per_step
         return order[start:] + order[:start]
 
-    def _play(self, tasks: Sequence[Any], number: int, folder: Path, policy: Any) -> dict[str, tuple[Any, Path]]:
+    def _play(
+        self, tasks: Sequence[Any], name: str, seeds: Sequence[int], folder: Path, policy: Any
+    ) -> dict[str, tuple[Any, Path]]:
         """All rollouts of these tasks, each process playing its share; by trajectory."""
         heat = self.config.rollout_temperature
         run = replace(self.run, temperature=heat, retry_temperature=heat, on_failure="fail")
         method = self.module.method if run.backend in ("kv", "hybrid") else None
-        seeds = [number * self.config.group + sample for sample in range(self.config.group)]
         rank, processes = world()
         gain = self.config.credit == "potential" and self.config.potential == "gain"
         eyes = watcher(self.config.ask, gain)
@@ -158,10 +178,10 @@ class Rollouts:
         outcomes = play_tasks(tasks, policy, run, folder, **play)
         failed = [outcome for outcome in outcomes if outcome.status == "failed"]
         if failed:
-            raise ValueError(f"{len(failed)} of {len(outcomes)} rollouts of step {number} failed, first "
+            raise ValueError(f"{len(failed)} of {len(outcomes)} rollouts of {name} failed, first "
                              f"{failed[0].folder}: {failed[0].reason}")  # fmt: skip
         by_id = {task.id: task for task in tasks}
-        return {f"step-{number}/{o.task}/{o.folder.name}": (by_id[o.task], o.folder) for o in outcomes}
+        return {f"{name}/{o.task}/{o.folder.name}": (by_id[o.task], o.folder) for o in outcomes}
 
     def _rewards(self, played: dict[str, tuple[Any, Path]], folder: Path, draw: int) -> dict[str, float | None]:
         """Graded by one process, once."""
@@ -289,6 +309,8 @@ def run_grpo(
         found["before"] = evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / "before",
                                    together, lambda line: report(f"before  {line}"))  # fmt: skip
     trainer.accelerator.wait_for_everyone()
+    if settings.place:
+        source.place()
     trainer.fit()
     if world()[0] == 0:
         found["after"] = evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / "after",

@@ -2,6 +2,7 @@
 
     OUT/round-1/collect/TASK/attempt-0    run folders of the teacher, graded
     OUT/round-1/rows.jsonl, leaks.json    what is trained on, and what the gate found
+    OUT/round-1/placement/                the compactor with its placement fitted to these rows, with --place
     OUT/round-1/train/                    checkpoints and metrics
     OUT/round-1/student/                  the weights that came of it
     OUT/round-1/evaluation/               the hold-out, on text and on slots
@@ -36,6 +37,7 @@ from .leaks import LeakReport, leaks_of, privilege, transcript
 from .ledgers import numbers
 from .loop import RowTrainer, barrier, world
 from .model import RowModel
+from .placing import place
 from .setup import claim_output, join_processes, keep_apart, make_module
 from .sharding import assign, gather
 from .steps import RowSource
@@ -141,6 +143,8 @@ class Student:
             return
         if config.start == "base":
             assign(self.module, self.base)
+        if self.settings.place:
+            place(self.module, rows, folder / "placement", self.settings)
         frozen = self.settings.compactor_mode == "frozen"
         check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens,
                    compactor=fingerprint(self.module.method) if frozen else "")  # fmt: skip

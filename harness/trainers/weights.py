@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ...compactor import WEIGHTS
+from ...compactor import CONFIG, WEIGHTS
+from ...config import StillConfig
 from .model import RowModel
 from .sharding import assign
 
@@ -90,7 +91,19 @@ def load_weights(module: RowModel, folder: str | Path) -> None:
         file = folder / POLICY / (ADAPTER if hasattr(module.policy, "peft_config") else "model.safetensors")
         _put(module, POLICY, file)
     if module.mode != "frozen":
-        _put(module, COMPACTOR, folder / COMPACTOR / WEIGHTS)
+        load_compactor(module, folder / COMPACTOR)
+
+
+def load_compactor(module: RowModel, folder: Path) -> None:
+    """Put a saved compactor's weights into a module's, in place, and what its config says of its placement.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is of another model.
+    """
+    _put(module, COMPACTOR, folder / WEIGHTS)
+    saved, config = StillConfig.from_json((folder / CONFIG).read_text(encoding="utf-8")), module.compactor.config
+    config.split, config.scout = saved.split, saved.scout
 
 
 def _put(module: RowModel, part: str, file: Path) -> None:
