@@ -25,31 +25,37 @@ COMPARED = 16  # directions in which two tokens are compared
 LATER = 2  # later tokens whose likeness counts: what is said twice more is surely not needed here
 USUAL, STEEP = 0.8, 10.0  # cosines of what is alike crowd near 1: what matters of them lies in the last tenth
 LEFT = 0.85  # of a slot's worth that later tokens leave it, if it is not taken back
-SHARPNESS = 2.0  # power of the worths; above 1 since an unsure scorer's worths are flatter than the truth
+SPREAD = 3.0  # the worth of a token that all heads keep is e to this power times that of one that just none keeps
 
 
 def inclusion(worth: torch.Tensor, slots: int) -> torch.Tensor:
-    """Probabilities `min(1, c * worth)` that sum up to `slots`.
+    """Probabilities that sum up to `slots`, by which what answers find again is most.
+
+    Heads stand in for one another, so each further head that keeps a token adds less than the one before. Where it adds
+    less by some factor each time, the most is reached by *water-filling* (as for parallel channels: Cover and Thomas
+    2006, section 9.4): a token's probability rises with the logarithm of its worth above a level that is the same for
+    all, and a token below the level is kept by no head at all.
 
     Args:
         worth: `[..., tokens]`, all above 0.
         slots: at most the number of tokens.
     """
-    tokens = worth.shape[-1]
-    worth = worth.double()
-    order = worth.sort(dim=-1, descending=True).values
-    rest = order.flip(-1).cumsum(-1).flip(-1)  # the worth of a token and of all that are worth less
-    left = slots - torch.arange(tokens, device=worth.device)  # slots if all that are worth more are kept for sure
-    scale = left / rest
-    # The first token in this order that need not be kept for sure settles the scale.
-    sure = (scale * order >= 1).long().cumprod(-1).sum(-1, keepdim=True)
-    scale = scale.gather(-1, sure.clamp(max=tokens - 1))
-    return torch.where(sure >= tokens, 1.0, (scale * worth).clamp(0, 1))
+    height = worth.double().log()
+    # The sum is piecewise linear in the level: faster from where a token emerges, slower from where one is sure.
+    bends = torch.cat((height, height - SPREAD), dim=-1)
+    bends, order = bends.sort(dim=-1, descending=True)
+    emerged = torch.where(order < height.shape[-1], 1.0, -1.0).double().cumsum(-1)
+    fall = (bends[..., :-1] - bends[..., 1:]) / SPREAD
+    filled = F.pad((emerged[..., :-1] * fall).cumsum(-1), (1, 0))  # the sum where the level stands at each bend
+    at = (filled < slots).sum(-1, keepdim=True).clamp(1, bends.shape[-1] - 1)  # the first bend that gives enough
+    missing = slots - filled.gather(-1, at - 1)
+    level = bends.gather(-1, at - 1) - SPREAD * missing / emerged.gather(-1, at - 1)
+    return ((height - level) / SPREAD).clamp(0, 1)
 
 
 def worth_of(logits: torch.Tensor) -> torch.Tensor:
     """Worths from a scorer's logits of any shape."""
-    return (logits.sigmoid() + LEAST_WORTH) ** SHARPNESS
+    return logits.sigmoid() + LEAST_WORTH
 
 
 def choose(worth: torch.Tensor, slots: int, phase: torch.Tensor) -> torch.Tensor:

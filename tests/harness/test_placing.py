@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from still import methods
 from still.compactor import StillCompactor
 from still.harness.trainers import placing
 from still.harness.trainers.config import IsftConfig, TrainSettings
+from still.harness.trainers.grpo import Rollouts
 from still.harness.trainers.isft import run_isft
 from still.harness.trainers.placing import asked_of, windows_of
 from still.harness.windows import IGNORE
@@ -62,9 +64,10 @@ def test_a_placement_is_fitted_before_the_first_step_and_taken_up_again(tmp_path
         fresh = scorers(method.compactor)
         settings = replace(PLACES, save_every=1)
         if name == "cut":  # it ends between the fit and the first step
-            with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-                broken.setattr("still.harness.trainers.grpo.Rollouts.step", interrupt)
+            monkeypatch.setattr(Rollouts, "step", interrupt)
+            with pytest.raises(KeyboardInterrupt):
                 grpo(tmp_path / name, tasks, CONFIG, KV, settings, loaded, method=method, policy_of=scripted)
+            monkeypatch.undo()
             assert (tmp_path / name / "placement" / placing.DONE).is_file()
             loaded = tiny_agent(layers=1)
             method = placed(loaded, placement=8)
@@ -76,7 +79,8 @@ def test_a_placement_is_fitted_before_the_first_step_and_taken_up_again(tmp_path
     (one, *rest), (other, *others) = found
     assert all((one[key] == other[key]).all() for key in one)
     assert [{**line, "grad_norm": 0} for line in rest.pop()] == [{**line, "grad_norm": 0} for line in others.pop()]
-    assert rest == others and rest[0] is not None
+    assert rest == others
+    assert rest[0] is not None
 
 
 def interrupt(*args, **options):
@@ -95,7 +99,7 @@ def test_every_round_fits_the_placement_to_its_rows(tmp_path, quick):
     for number in (1, 2):
         folder = tmp_path / "run" / f"round-{number}" / "placement"
         seen.append(scorers(StillCompactor.from_pretrained(folder, model=loaded.model)))
-    assert all(any((one[key] != other[key]).any() for key in one) for one, other in zip(seen, seen[1:], strict=False))
+    assert all(any((one[key] != other[key]).any() for key in one) for one, other in itertools.pairwise(seen))
     assert all((p == seen[-1][name]).all() for name, p in scorers(method.compactor).items())
 
 
@@ -105,6 +109,6 @@ def test_what_has_no_placement_to_fit_is_refused(tmp_path, quick):
     tasks, loaded = matters(tmp_path / "lab", (1,)), tiny_agent(layers=1)
     with pytest.raises(ValueError, match="place is 2, but this compactor spreads its latents evenly"):
         grpo(tmp_path / "even", tasks, CONFIG, KV, PLACES, loaded, method=placed(loaded), policy_of=scripted)
-    with pytest.raises(ValueError, match="none of the .* rows goes on behind slots"):
+    with pytest.raises(ValueError, match=r"none of the .* rows goes on behind slots"):
         grpo(tmp_path / "memo", tasks, CONFIG, RUN, PLACES, loaded, method=placed(loaded, placement=8),
              policy_of=scripted)  # fmt: skip

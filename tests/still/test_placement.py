@@ -7,22 +7,50 @@ from tiny_models import left_padded, random_ids, tiny_model
 
 from still import StillCompactor, StillConfig, read, slots_for
 from still.attention import attending
-from still.placement import LATER, STEEP, USUAL, Placement, choose, inclusion, phases
+from still.placement import LATER, SPREAD, STEEP, USUAL, Placement, choose, inclusion, phases
 
 
 @pytest.mark.parametrize("slots", [1, 4, 25, 49, 50])
-def test_inclusion_sums_up_to_the_slots_and_keeps_the_proportions(slots):
+def test_inclusion_sums_up_to_the_slots_and_rises_with_the_logarithm_of_worth(slots):
     torch.manual_seed(0)
-    worth = torch.rand(2, 3, 50) + 0.01
+    worth = torch.rand(2, 3, 50) ** 4 + 1e-3
     worth[..., 7] = 1000
     share = inclusion(worth, slots)
     torch.testing.assert_close(share.sum(-1), torch.full((2, 3), float(slots), dtype=torch.float64))
-    assert share.max() <= 1 + 1e-12
-    assert (share[..., 7] > 0.99).all() or slots == 1
-    unsure = share[0, 0] < 1 - 1e-9
-    if unsure.sum() > 1:
-        scale = share[0, 0][unsure] / worth[0, 0][unsure]
-        torch.testing.assert_close(scale, scale[:1].expand_as(scale))
+    assert share.min() >= 0
+    assert share.max() <= 1
+    assert (share[..., 7] > 0.99).all()
+    for shares, worths in zip(share.flatten(0, 1), worth.flatten(0, 1), strict=True):
+        unsure = (shares > 0) & (shares < 1)
+        level = worths[unsure].double().log() - SPREAD * shares[unsure]  # one level of water for all
+        torch.testing.assert_close(level, level[:1].expand_as(level))
+        if len(level):
+            assert (worths[shares == 0].double().log() <= level[0] + 1e-9).all()
+            assert (worths[shares == 1].double().log() >= level[0] + SPREAD - 1e-9).all()
+
+
+def test_inclusion_makes_the_most_of_heads_that_stand_in_for_one_another():
+    """Each further head adds less: moving a little from one token to another never helps."""
+    torch.manual_seed(0)
+    worth = torch.rand(40) ** 3 + 0.01
+    share = inclusion(worth, 6)
+
+    def found(share):
+        return (worth.double() * (1 - (-SPREAD * share).exp())).sum()
+
+    best = found(share)
+    for source in torch.nonzero(share > 0.01).flatten():
+        for target in torch.nonzero(share < 0.99).flatten():
+            moved = share.clone()
+            moved[source] -= 0.01
+            moved[target] += 0.01
+            assert source == target or found(moved) <= best
+
+
+@pytest.mark.parametrize("slots", [1, 3, 10])
+def test_tokens_of_equal_worth_are_kept_alike(slots):
+    share = inclusion(torch.full((2, 10), 0.3), slots)
+    torch.testing.assert_close(share, torch.full((2, 10), slots / 10, dtype=torch.float64))
 
 
 def test_heads_share_the_tokens_evenly():
