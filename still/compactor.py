@@ -23,7 +23,7 @@ from .cache import StillCache
 from .cache_compaction import MODES
 from .config import StillConfig
 from .perceiver import LayerPerceiver
-from .placement import contributions, phases
+from .placement import Worth, contributions, phases
 from .reading import check_mask, read
 from .rope import Rotary, full_attention_layers, rotate
 from .rows import join_rows
@@ -178,7 +178,8 @@ class StillCompactor(nn.Module, ModelHubMixin):
             compactor has a split.
         """
         if heads is not None:
-            return self._mix(layer, keys, values, slots, self._tables(layer, positions, slots, {}), list(heads))
+            tables = self._tables(layer, positions, slots, {})
+            return self._mix(layer, keys, values, slots, tables, {}, list(heads))
         split = self.split
         if split is not None and split.floor > slots and not split.exact:
             split = replace(split, floor=slots)  # a short last chunk: the floor is one of whole contexts
@@ -213,19 +214,20 @@ class StillCompactor(nn.Module, ModelHubMixin):
         slots: int | tuple[int, ...],
         positions: torch.Tensor,
         known: dict,
-        worth: torch.Tensor | None = None,
+        worth: Worth | None = None,
     ) -> CompactKV:
         """Compact one layer: `slots` for every head, or a number for each of them."""
         if isinstance(slots, int):
             tables = self._tables(layer, positions, slots, known)
-            return self._mix(layer, keys, values, slots, tables, worth=worth)
+            return self._mix(layer, keys, values, slots, tables, known, worth=worth)
         heads: dict[int, tuple[CompactKV, torch.Tensor]] = {}
         for count in set(slots):
             which = [head for head, n in enumerate(slots) if n == count]
             tables = self._tables(layer, positions, count, known)
             own = keys[:, which], values[:, which]
             # Where every token has a slot there is nothing to mix.
-            part = CompactKV(*own) if count == keys.shape[2] else self._mix(layer, *own, count, tables, which, worth)
+            every = count == keys.shape[2]
+            part = CompactKV(*own) if every else self._mix(layer, *own, count, tables, known, which, worth)
             if part.beta is None and self.config.beta:
                 part = part._replace(beta=part.keys.new_zeros(part.keys.shape[:3]))
             for place, head in enumerate(which):
@@ -237,11 +239,11 @@ class StillCompactor(nn.Module, ModelHubMixin):
         return CompactKV(*packed, counts=slots, positions=torch.cat([where for _, where in parts], dim=1))
 
     def _mix(
-        self, layer, keys, values, slots: int, tables: Tables, heads: list[int] | None = None, worth=None
+        self, layer, keys, values, slots: int, tables: Tables, known: dict, heads: list[int] | None = None, worth=None
     ) -> CompactKV:
         dtype = keys.dtype
         with torch.autocast(keys.device.type, enabled=False):
-            phase = self._phase(layer, heads)
+            phase = self._phase(layer, heads, known)
             small, mixed, beta = self.layers[str(layer)](
                 keys, values, slots, tables.turns, tables.tokens, heads, phase, worth
             )
@@ -299,12 +301,14 @@ class StillCompactor(nn.Module, ModelHubMixin):
         split = Split(weights, fingerprint=self.config.base_fingerprint, source="attention")
         self.config.split = split.to_dict()
 
-    def _phase(self, layer: int, heads: Sequence[int] | None) -> torch.Tensor | None:
+    def _phase(self, layer: int, heads: Sequence[int] | None, known: dict) -> torch.Tensor | None:
         """Where the numbers of some heads begin by which tokens are shared out; None where latents stand evenly."""
         if not self.config.placement:
             return None
-        every = phases([part.placement.mass for part in self.layers.values()])
-        own = every[list(self.layers).index(str(layer))]
+        if "phases" not in known:
+            every = phases([part.placement.mass for part in self.layers.values()])
+            known["phases"] = dict(zip(self.layers, every, strict=True))
+        own = known["phases"][str(layer)]
         return own if heads is None else own[list(heads)]
 
     def slot_positions(self, positions: torch.Tensor, slots: int) -> torch.Tensor:
@@ -449,7 +453,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
         out, known = {}, {}  # full-attention layers share their tables
         counts = {key: self._counts(self.split, *key) for key in groups}
         ragged = any(counts.values())
-        worths: dict[tuple[int, int], torch.Tensor] = {}
+        worths: dict[tuple[int, int], Worth] = {}
         if (scout := self.config.scout) is not None:
             worths = {key: self._common_worth(scout, *_states(cache, scout, key[0], places[key])) for key in groups}
         for name in self.layers:
@@ -462,10 +466,10 @@ class StillCompactor(nn.Module, ModelHubMixin):
             out[layer] = join_rows(parts, list(groups.values()))
         return out
 
-    def _common_worth(self, layer: int, keys, values, positions) -> torch.Tensor:
+    def _common_worth(self, layer: int, keys, values, positions) -> Worth:
         """What tokens are worth to all layers, as this one sees them; see `Placement.common_worth`."""
         with torch.autocast(keys.device.type, enabled=False):
-            return self.layers[str(layer)].placement.common_worth(self.plain(layer, keys, values, positions))
+            return Worth(self.layers[str(layer)].placement.common_worth(self.plain(layer, keys, values, positions)))
 
     def check_trained(self, tokens: int, ratio: float) -> list[str]:
         """Warn where a context or a ratio lies outside what was trained; returns the warnings' texts."""

@@ -17,7 +17,7 @@ from torch import nn
 from .config import StillConfig
 from .kernels import latent_attention
 from .kernels.rope import strip_rope
-from .placement import Placement, choose
+from .placement import Placement, choose, inclusion
 
 SCALE_GAIN = 10.0  # a scale is learned in its logarithm, at ten times the rate of the weights: it has far to go
 POWER_GAIN = 30.0  # likewise the powers of `gain`
@@ -241,7 +241,7 @@ class LayerPerceiver(nn.Module):
             strip: the model's cos and sin at the tokens `[batch or 1, T, rotary_dim]`; None where keys are un-rotated.
             heads: indices of these KV heads; None for all of them.
             phase: of these heads, as `still.placement.phases` gives it; needed where latents are placed by worth.
-            worth: of the tokens, `[batch, 1 or heads, tokens]`, from another layer; None to look here.
+            worth: of the tokens to all layers, where one of them has looked for all; None to look here.
 
         Returns:
             Un-rotated compact keys and values `[batch, heads, slots, head_dim]`, and beta `[batch, heads, slots]` or
@@ -251,7 +251,8 @@ class LayerPerceiver(nn.Module):
         looks = self.placement is not None and worth is None
         source = None if fused and not looks else self.plain(keys, values, strip)
         if self.placement is not None:
-            at = choose(self.placement.worth(source, heads) if looks else worth, slots, phase)[..., None]
+            share = inclusion(self.placement.worth(source, heads), slots) if looks else worth.share(slots)
+            at = choose(share, slots, phase)[..., None]
             own = turns[1].expand(len(keys), keys.shape[1], -1, -1)
             turns = own.gather(2, at.expand(-1, -1, -1, own.shape[-1])), turns[1]  # a latent turns as its token does
         if fused:

@@ -58,18 +58,17 @@ def worth_of(logits: torch.Tensor) -> torch.Tensor:
     return logits.sigmoid() + LEAST_WORTH
 
 
-def choose(worth: torch.Tensor, slots: int, phase: torch.Tensor) -> torch.Tensor:
+def choose(share: torch.Tensor, slots: int, phase: torch.Tensor) -> torch.Tensor:
     """Tokens `[batch, heads, slots]`, ascending, that each head keeps.
 
     Args:
-        worth: `[batch, heads, tokens]`, all above 0, or `[batch, 1, tokens]` for all heads.
+        share: their `inclusion`, `[batch, heads, tokens]`, or `[batch, 1, tokens]` for all heads.
         slots: of each head, at most the number of tokens.
         phase: where each head's numbers begin, `[heads]`, in 0..1.
     """
-    tokens = torch.arange(worth.shape[-1], device=worth.device, dtype=torch.float64)
+    tokens = torch.arange(share.shape[-1], device=share.device, dtype=torch.float64)
     number = ((tokens * GOLDEN + phase.double()[:, None]) % 1).clamp(1e-9, 1 - 1e-9)
-    share = inclusion(worth, slots).clamp(1e-9, 1 - 1e-9)
-    rank = number.logit() - share.logit()
+    rank = number.logit() - share.logit(1e-9)
     return rank.topk(slots, dim=-1, largest=False).indices.sort(dim=-1).values
 
 
@@ -93,6 +92,23 @@ def phases(mass: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     parts = contributions(mass)
     share = torch.cat(parts)
     return list((share.cumsum(0) - share / 2).split([len(part) for part in parts]))
+
+
+class Worth:
+    """What tokens are worth to all heads of all layers; each number of slots settles their inclusion once.
+
+    Args:
+        worth: `[batch, 1, tokens]`.
+    """
+
+    def __init__(self, worth: torch.Tensor):
+        self.worth, self._shares = worth, {}
+
+    def share(self, slots: int) -> torch.Tensor:
+        """Their `inclusion` in a head of so many slots."""
+        if slots not in self._shares:
+            self._shares[slots] = inclusion(self.worth, slots)
+        return self._shares[slots]
 
 
 class Scorer(nn.Module):

@@ -118,14 +118,14 @@ def train(
 def place_latents(
     base: Any, compactor: StillCompactor, source: RowSource, config: TrainConfig, progress: bool = True
 ) -> float:
-    """Fit the placement to the contexts of the first steps, the longest lengths among them, and leave it as it is then.
+    """Fit the placement to the contexts of the first steps, half of them of the longest length, and leave it then.
 
     Every process does it alike. See `placing.fit_placement`.
     """
     draws, rows = source.draws, []
     while len(rows) < config.place:
         number = len(rows) // config.batch
-        length = draws.lengths[-1 - number % len(draws.lengths)]
+        length = draws.lengths[-1 - number // 2 % len(draws.lengths)] if number % 2 else draws.lengths[-1]
         rows += source.rows(replace(draws.at(number), length=length), config.batch, range(config.batch))
     texts = [Asked.of(row) for row in rows[: config.place]]
     return fit_placement(compactor, base.model, texts, config.seed, progress=progress)

@@ -59,14 +59,14 @@ def test_heads_share_the_tokens_evenly():
     (phase,) = phases([torch.ones(heads)])
     torch.manual_seed(0)
     worth = torch.rand(1, 1, 400).expand(1, heads, -1) + 0.05
-    kept = choose(worth, 100, phase)
+    kept = choose(inclusion(worth, 100), 100, phase)
     share = inclusion(worth, 100)[0, 0] * heads
     times = torch.bincount(kept.flatten(), minlength=400)
     assert (times - share).abs().mean() < 0.5
     assert (times - share).abs().max() < 2
     lone = torch.stack([torch.randperm(400)[:100] for _ in range(heads)])  # heads that do not know of each other
     by_chance = torch.bincount(lone.flatten(), minlength=400)
-    evenly = torch.bincount(choose(torch.ones(1, heads, 400), 100, phase).flatten(), minlength=400)
+    evenly = torch.bincount(choose(torch.full((1, heads, 400), 0.25), 100, phase).flatten(), minlength=400)
     assert evenly.double().std() < 0.5 < by_chance.double().std()
 
 
@@ -74,11 +74,11 @@ def test_choices_are_distinct_in_order_and_keep_what_is_certain():
     torch.manual_seed(0)
     worth = torch.rand(2, 3, 60) + 0.01
     worth[:, :, [5, 40]] = 500
-    kept = choose(worth, 7, torch.tensor([0.1, 0.5, 0.9]))
+    kept = choose(inclusion(worth, 7), 7, torch.tensor([0.1, 0.5, 0.9]))
     assert kept.shape == (2, 3, 7)
     assert (kept.diff(dim=-1) > 0).all()
     assert ((kept == 5).any(-1) & (kept == 40).any(-1)).all()
-    assert torch.equal(choose(worth, 60, torch.zeros(3)), torch.arange(60).expand(2, 3, -1))
+    assert torch.equal(choose(inclusion(worth, 60), 60, torch.zeros(3)), torch.arange(60).expand(2, 3, -1))
 
 
 def test_a_second_look_sees_what_later_tokens_of_the_list_repeat():
@@ -160,7 +160,7 @@ def test_a_fresh_compactor_copies_the_tokens_it_stands_at():
     small = compactor.compact_layer(1, layer.keys, layer.values, positions, 10)
     part = compactor.layers["1"]
     source = compactor.plain(1, layer.keys, layer.values, positions)
-    kept = choose(part.placement.worth(source), 10, compactor._phase(1, None))
+    kept = choose(inclusion(part.placement.worth(source), 10), 10, compactor._phase(1, None, {}))
     wanted = layer.values.gather(2, kept[..., None].expand(-1, -1, -1, layer.values.shape[-1]))
     torch.testing.assert_close(small.values, wanted, rtol=0, atol=1e-4)
     assert not torch.equal(kept[0, 0], kept[0, 1])  # heads keep different tokens
@@ -189,8 +189,8 @@ def test_a_scout_places_the_latents_of_all_layers(split):
             slots = slots_for(count, 4)
             counts = (slots, slots) if split is None else compactor.split.counts(count, slots)[layer]
             for head in range(2):
-                phase = compactor._phase(layer, [head])
-                at = choose(worth, counts[head], phase)[0, 0]
+                phase = compactor._phase(layer, [head], {})
+                at = choose(inclusion(worth, counts[head]), counts[head], phase)[0, 0]
                 if record.counts is None:
                     own = record.values[row, head, -slots:]
                 else:

@@ -13,7 +13,7 @@ from still.distill.config import TrainConfig
 from still.distill.data import Row
 from still.distill.placing import ENOUGH, REACH, Asked, fit_placement, informed, wanted
 from still.distill.train import train
-from still.placement import choose
+from still.placement import choose, inclusion
 
 
 def test_what_is_wanted_is_the_attention_that_some_answer_gives():
@@ -98,7 +98,7 @@ def test_a_fitted_placement_keeps_what_answers_look_at():
     for one in found:
         for name, layer in compactor.layers.items():
             own = layer.placement.worth(one.tokens[int(name)][None])
-            for head in choose(own, 10, compactor._phase(int(name), None))[0]:
+            for head in choose(inclusion(own, 10), 10, compactor._phase(int(name), None, {}))[0]:
                 taken = torch.zeros(40, dtype=torch.bool).scatter(0, head, True)
                 kept.append(one.worth[taken].mean())
                 left.append(one.worth[~taken].mean())
