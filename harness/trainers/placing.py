@@ -21,11 +21,8 @@ from .loop import barrier, world
 from .model import RowModel
 from .weights import load_compactor
 
-STEPS = 500
-"""Of the first look, a third of a fresh placement's: this one has only to learn other wording."""
-
-WINDOWS = 256
-"""That it is fitted to at most, drawn from those of the rollouts."""
+STEPS = 700
+"""Of the first look, half as many as for a fresh placement: this one has only to learn other wording."""
 
 DONE = "complete.json"
 
@@ -40,17 +37,16 @@ def asked_of(row: WindowRow) -> Iterator[Asked]:
 
 
 def windows_of(rows: Sequence[WindowRow], rollouts: int, seed: int) -> list[Asked]:
-    """Windows of some rollouts, asked by what the agent did at the end of each, at most `WINDOWS` of them.
+    """Windows of some rollouts, asked by what the agent did at the end of each.
 
     Args:
         rows: of any rollouts; only the last window of each counts, behind slots, which has all others before it.
         rollouts: at most so many, drawn.
-        seed: of the draws.
+        seed: of the draw.
     """
     rng = random.Random(f"placement {seed}")
     last = [group[-1] for _, group in sorted(by_trajectory(rows).items()) if group[-1].prefix_plan]
-    texts = [text for row in rng.sample(last, min(rollouts, len(last))) for text in asked_of(row)]
-    return rng.sample(texts, min(WINDOWS, len(texts)))
+    return [text for row in rng.sample(last, min(rollouts, len(last))) for text in asked_of(row)]
 
 
 def is_placed(folder: Path) -> bool:
