@@ -29,6 +29,18 @@ def test_inclusion_sums_up_to_the_slots_and_rises_with_the_logarithm_of_worth(sl
             assert (worths[shares == 1].double().log() >= level[0] + SPREAD - 1e-9).all()
 
 
+def test_inclusion_adds_up_where_a_few_tokens_are_worth_all_the_slots():
+    """Their sum is whole but for rounding where the others are far below the level."""
+    torch.manual_seed(0)
+    for _ in range(200):
+        worth = torch.rand(30) * 1e-4 + 1e-6
+        few = torch.randperm(30)[: int(torch.randint(1, 8, ()))]
+        worth[few] = 1 + 1000 * torch.rand(len(few))
+        share = inclusion(worth, len(few))
+        assert share.sum() == pytest.approx(len(few))
+        assert share[few].min() > 0.99
+
+
 def test_inclusion_makes_the_most_of_heads_that_stand_in_for_one_another():
     """Each further head adds less: moving a little from one token to another never helps."""
     torch.manual_seed(0)
