@@ -51,8 +51,8 @@ ISFT = (
 UNFILTERED = ISFT.replace("--teacher oracle ", "").replace("--rollouts 2", "--rollouts 1") + " --select any"
 MEMO, KV = "--backend memo --budget 128t --evaluate-on memo", "--backend kv --ratio 16 --evaluate-on kv"
 DISTILL = (
-    "grpo --backend kv --ratio 16 --train-policy frozen --compactor-mode distill --place 200 --steps 20 "
-    "--tasks-per-step 6 --group 2 --lr 5e-4 --schedule linear --no-ask"
+    "grpo --backend kv --ratio 16 --train-policy frozen --compactor-mode distill --steps 30 --tasks-per-step 6 "
+    "--group 2 --lr 5e-4 --schedule linear --no-ask"
 )
 
 
@@ -121,6 +121,7 @@ RUNS = (
     Run("isft-kv", f"{ISFT} {KV}"),
     Run("isft-kv-unfiltered", f"{UNFILTERED} {KV}", like="isft-kv"),
     *(Run("distill", DISTILL, seed) for seed in range(3)),
+    *(Run("distill-placed", f"{DISTILL} --place 200", seed) for seed in range(3)),
 )
 
 
