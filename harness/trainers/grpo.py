@@ -94,10 +94,11 @@ class Rollouts:
         policy.version = number
         rewards, groups, kept = {}, {}, {}
         seeds = [number * self.config.group + sample for sample in range(self.config.group)]
+        eyes = watcher(self.config.ask, self.config.credit == "potential" and self.config.potential == "gain")
         size, draws = min(self.config.tasks_per_step, len(order)), 0
         while True:
             chosen, order = order[:size], order[size:]
-            played = self._play(chosen, f"step-{number}", seeds, folder, policy)
+            played = self._play(chosen, f"step-{number}", seeds, folder, policy, eyes)
             found = self._rewards(played, folder, draws)
             rewards |= found
             groups |= {name: task.id for name, (task, _) in played.items()}
@@ -162,16 +163,14 @@ class Rollouts:
         return order[start:] + order[:start]
 
     def _play(
-        self, tasks: Sequence[Any], name: str, seeds: Sequence[int], folder: Path, policy: Any
+        self, tasks: Sequence[Any], name: str, seeds: Sequence[int], folder: Path, policy: Any, watch: Any = None
     ) -> dict[str, tuple[Any, Path]]:
         """All rollouts of these tasks, each process playing its share; by trajectory."""
         heat = self.config.rollout_temperature
         run = replace(self.run, temperature=heat, retry_temperature=heat, on_failure="fail")
         method = self.module.method if run.backend in ("kv", "hybrid") else None
         rank, processes = world()
-        gain = self.config.credit == "potential" and self.config.potential == "gain"
-        eyes = watcher(self.config.ask, gain)
-        play = {"seeds": seeds, "method": method, "together": self.together, "watch": eyes}
+        play = {"seeds": seeds, "method": method, "together": self.together, "watch": watch}
         if processes > 1:
             play_tasks(tasks[rank::processes], policy, run, folder, **play)
             barrier()
