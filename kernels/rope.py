@@ -60,7 +60,7 @@ def restore_rope(
     return _turn("restore_rope", keys, cos, sin, positions, frequencies, scaling, inplace)
 
 
-def turn_reference(keys, cos, sin, inverse: bool, divide: bool) -> torch.Tensor:
+def turn_reference(keys, cos, sin, inverse: bool, divide: bool, inplace: bool = False) -> torch.Tensor:
     """Rotate by half tables `[batch or 1, tokens, rotary_dim / 2]`; backwards if `inverse`, over `s**2` if `divide`."""
     half, wide = cos.shape[-1], torch.promote_types(keys.dtype, torch.float32)
     cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
@@ -70,8 +70,14 @@ def turn_reference(keys, cos, sin, inverse: bool, divide: bool) -> torch.Tensor:
     if inverse:
         sin = -sin
     first, second, rest = keys.to(wide).tensor_split((half, 2 * half), dim=-1)
+    if inplace and keys.dtype == wide:  # passes over memory are what this costs: none for a copy of the whole
+        spare = first.clone()
+        first.mul_(cos).addcmul_(second, sin, value=-1)
+        second.mul_(cos).addcmul_(spare, sin)
+        return keys
     turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1).to(keys.dtype)
+    whole = torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
+    return keys.copy_(whole) if inplace else whole.to(keys.dtype)
 
 
 def angles(positions: torch.Tensor, frequencies: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,8 +102,7 @@ def _turn(operation, keys, cos, sin, positions, frequencies, scaling, inplace) -
         cos, sin = angles(positions, frequencies, scaling)
     else:
         cos, sin = (x.detach()[..., : x.shape[-1] // 2] for x in (cos, sin))
-    turned = turn_reference(keys, cos, sin, inverse=strip, divide=strip)
-    return keys.copy_(turned) if inplace else turned
+    return turn_reference(keys, cos, sin, inverse=strip, divide=strip, inplace=inplace)
 
 
 def _obstacle(keys, tables) -> str:

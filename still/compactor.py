@@ -430,7 +430,13 @@ class StillCompactor(nn.Module, ModelHubMixin):
         return {"method": "still", "compactor": json.loads(self.config.to_json()), **split}
 
     def compact_rows(
-        self, cache: Cache, rows: list[int], slots: int | Sequence[int] | None = None, ratio: float | None = None
+        self,
+        cache: Cache,
+        rows: list[int],
+        slots: int | Sequence[int] | None = None,
+        ratio: float | None = None,
+        *,
+        scouted: bool = True,
     ) -> dict[int, CompactKV]:
         """Compact every full-attention layer of left-padded rows, each from its own tokens.
 
@@ -439,6 +445,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
             rows: real tokens in each row of the batch.
             slots: slots per KV head, of each row if there are several numbers, or
             ratio: tokens per slot.
+            scouted: one layer looks for all of them, where the config names one; otherwise each looks for itself.
 
         Returns:
             For each layer `CompactKV` as wide as the row with most slots; shorter rows stand on the right. Ragged where
@@ -454,7 +461,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
         counts = {key: self._counts(self.split, *key) for key in groups}
         ragged = any(counts.values())
         worths: dict[tuple[int, int], Worth] = {}
-        if (scout := self.config.scout) is not None:
+        if scouted and (scout := self.config.scout) is not None:
             worths = {key: self._common_worth(scout, *_states(cache, scout, key[0], places[key])) for key in groups}
         for name in self.layers:
             layer = int(name)

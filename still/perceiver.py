@@ -32,10 +32,23 @@ def own_turns(positions: torch.Tensor, width: int, base: float) -> torch.Tensor:
     return torch.complex(angle.cos(), angle.sin())
 
 
-def own_rope(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Turn pairs of neighbouring dims of `x` `[batch, heads, n, width]`: one pass over memory, as complex numbers."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2)
+def directions(x: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
+    """Normalise `x` `[batch, heads, n, width]`, and turn its pairs of neighbouring dims as complex numbers.
+
+    `x` is overwritten where no gradient needs it. Of all that a compaction does on a CPU, these passes over every
+    token's key are the slowest but for the products themselves.
+    """
+    if x.requires_grad:
+        x = F.normalize(x, dim=-1)
+        return x if turns is None else torch.view_as_real(_pairs(x) * turns).flatten(-2)
+    x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12))
+    if turns is not None:
+        _pairs(x).mul_(turns)
+    return x
+
+
+def _pairs(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 def in_pairs(rows: torch.Tensor) -> torch.Tensor:
@@ -95,9 +108,9 @@ class Attention(nn.Module):
 
     def _direction(self, linear: nn.Linear, x: torch.Tensor, turns, which: int) -> torch.Tensor:
         if turns is None:
-            return F.normalize(linear(x), dim=-1)
+            return directions(linear(x))
         # Any order of dims gives the same scores; neighbouring pairs turn fastest.
-        return own_rope(F.normalize(F.linear(x, in_pairs(linear.weight), in_pairs(linear.bias)), dim=-1), turns[which])
+        return directions(F.linear(x, in_pairs(linear.weight), in_pairs(linear.bias)), turns[which])
 
 
 class Block(nn.Module):
@@ -224,8 +237,13 @@ class LayerPerceiver(nn.Module):
     @staticmethod
     def plain(keys, values, strip=None) -> torch.Tensor:
         """Un-rotated keys and values side by side, `[batch, heads, T, 2 * head_dim]` in fp32; see `forward`."""
-        keys = keys.float() if strip is None else strip_rope(keys.float(), *strip)
-        return torch.cat((keys, values.float()), dim=-1)
+        keys, values = keys.float(), values.float()
+        if strip is not None and keys.requires_grad:
+            keys, strip = strip_rope(keys, *strip), None
+        source = torch.cat((keys, values), dim=-1)
+        if strip is not None:
+            strip_rope(source[..., : keys.shape[-1]], *strip, inplace=True)
+        return source
 
     def forward(self, keys, values, slots, turns, strip=None, heads=None, phase=None, worth=None):
         """Compact some heads of one layer.

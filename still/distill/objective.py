@@ -142,7 +142,9 @@ class Distiller(nn.Module):
             teacher = self.model.get_output_embeddings()(taught[-1])
 
         compactor = self.compactor if split is None else self.compactor.with_split(split)
-        layers = compactor.compact_rows(full, rows, slots=slots)
+        # While it trains, every layer looks for itself, which is worse than a scout: slots that stand in worse places
+        # leave more to be mixed in, and what is learnt of that serves the better places too.
+        layers = compactor.compact_rows(full, rows, slots=slots, scouted=not self.training)
         small = StillCache.from_layers(
             self.model.config, layers, tokens, source=full, token_ids=context_ids, attention_mask=context_mask
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from still import StillConfig
-from still.perceiver import POWER_GAIN, LayerPerceiver, own_rope, own_turns
+from still.perceiver import POWER_GAIN, LayerPerceiver, directions, own_turns
 
 HEAD_DIM, HEADS = 64, 2
 OPTIONS = {
@@ -83,10 +83,10 @@ def test_the_kernel_of_the_start_is_as_sharp_as_published():
     width, count, slots = 256, 8192, 1024
     unit = torch.full((1, 1, 1, width), width**-0.5)
     where = torch.linspace(0, count - 1, slots, dtype=torch.float64)[None, 100:130]
-    query = own_rope(unit.repeat(1, 1, 30, 1), own_turns(where, width, 10.0))
-    key = own_rope(unit.repeat(1, 1, count, 1), own_turns(torch.arange(count)[None], width, 10.0))
+    query = directions(unit.repeat(1, 1, 30, 1), own_turns(where, width, 10.0))
+    key = directions(unit.repeat(1, 1, count, 1), own_turns(torch.arange(count)[None], width, 10.0))
     nearest = (width * query @ key.transpose(-1, -2)).softmax(-1).amax(-1)
-    on_tokens = own_rope(unit.repeat(1, 1, 30, 1), own_turns(where.round(), width, 10.0))
+    on_tokens = directions(unit.repeat(1, 1, 30, 1), own_turns(where.round(), width, 10.0))
     assert (width * on_tokens @ key.transpose(-1, -2)).softmax(-1).amax(-1).min() > 0.999
     assert 0.6 < nearest.mean() < 1
 
