@@ -69,8 +69,9 @@ def turn_reference(keys, cos, sin, inverse: bool, divide: bool, inplace: bool = 
         cos, sin = cos / square, sin / square
     if inverse:
         sin = -sin
-    first, second, rest = keys.to(wide).tensor_split((half, 2 * half), dim=-1)
-    if inplace and keys.dtype == wide:  # passes over memory are what this costs: none for a copy of the whole
+    x = keys.to(wide)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    if inplace and x is keys:  # passes over memory are what this costs: none for a copy of the whole
         spare = first.clone()
         first.mul_(cos).addcmul_(second, sin, value=-1)
         second.mul_(cos).addcmul_(spare, sin)

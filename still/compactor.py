@@ -197,13 +197,16 @@ class StillCompactor(nn.Module, ModelHubMixin):
         if self.rotary is None:
             raise RuntimeError("the compactor is not bound to a model: call compactor.bind(model) first")
         positions = positions[None] if positions.ndim == 1 else positions
-        place = (positions.shape, slots, positions.device)
+        span = (positions.shape, positions.device)
+        part = self.layers[str(layer)]
+        if span not in known:  # of the tokens, however many slots a head makes of them
+            known[span] = self.rotary.cos_sin(layer, positions), part.turns(positions, positions[:, :1])
+        place = (*span, slots)
         if place not in known:
             where = self.slot_positions(positions, slots)
-            turns = self.layers[str(layer)].turns(positions, where)
-            known[place] = Tables(
-                self.rotary.cos_sin(layer, positions), self.rotary.cos_sin(layer, where), turns, where
-            )
+            tokens, turns = known[span]
+            own = part.turns(where, positions[:, :1])
+            known[place] = Tables(tokens, self.rotary.cos_sin(layer, where), (own, turns), where)
         return known[place]
 
     def _compact(

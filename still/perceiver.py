@@ -40,15 +40,15 @@ def directions(x: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tens
     """
     if x.requires_grad:
         x = F.normalize(x, dim=-1)
-        return x if turns is None else torch.view_as_real(_pairs(x) * turns).flatten(-2)
-    x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12))
-    if turns is not None:
-        _pairs(x).mul_(turns)
+    else:
+        x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12))
+    if turns is None:
+        return x
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    if x.requires_grad or len(turns) > len(x):  # one bank of latents stands elsewhere in each row
+        return torch.view_as_real(pairs * turns).flatten(-2)
+    pairs.mul_(turns)
     return x
-
-
-def _pairs(x: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 def in_pairs(rows: torch.Tensor) -> torch.Tensor:
@@ -229,10 +229,10 @@ class LayerPerceiver(nn.Module):
         spread = first + (last - first) * steps
         return spread.float() if self.fractional else spread.round().long()
 
-    def turns(self, positions: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Own rotary tables of latents at `where` and of tokens at `positions`; the same in every layer."""
-        start, width = positions[:, :1], self.bank.shape[-1]  # small angles keep fp32 exact far into a context
-        return own_turns(where - start, width, self.rope_base), own_turns(positions - start, width, self.rope_base)
+    def turns(self, positions: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Own rotary table of tokens or latents at `positions` in a span from `start` `[rows, 1]`, for every layer."""
+        # Small angles keep fp32 exact far into a context.
+        return own_turns(positions - start, self.bank.shape[-1], self.rope_base)
 
     @staticmethod
     def plain(keys, values, strip=None) -> torch.Tensor:
@@ -255,7 +255,7 @@ class LayerPerceiver(nn.Module):
             keys: `[batch, heads, T, head_dim]`.
             values: `[batch, heads, T, head_dim]`.
             slots: how many slots to make of each head.
-            turns: what `turns` gives for the tokens' positions and the latents'.
+            turns: what `turns` gives for the latents' positions, and for the tokens'.
             strip: the model's cos and sin at the tokens `[batch or 1, T, rotary_dim]`; None where keys are un-rotated.
             heads: indices of these KV heads; None for all of them.
             phase: of these heads, as `still.placement.phases` gives it; needed where latents are placed by worth.

@@ -198,7 +198,8 @@ def test_both_equal_the_perceivers_own_attention(mode, device):
     cross = layer.blocks[0].cross
     source = torch.randn(1, 2, 111, 128, device=device)
     positions = torch.arange(5, 116, device=device)[None]
-    turns = layer.turns(positions, layer.latent_positions(positions, 20))
+    where = layer.latent_positions(positions, 20)
+    turns = layer.turns(where, positions[:, :1]), layer.turns(positions, positions[:, :1])
     grad = torch.randn(1, 2, 20, 128, device=device)
 
     def run(attend):
@@ -235,7 +236,8 @@ def test_latents_of_each_head_may_stand_elsewhere(dtype, device):
         torch.nn.init.normal_(parameter, std=0.05)
     keys, values = (torch.randn(2, 2, 111, 64, device=device, dtype=dtype) for _ in range(2))
     positions = torch.arange(5, 116, device=device)[None]
-    turns = layer.turns(positions, layer.latent_positions(positions, 20))
+    where = layer.latent_positions(positions, 20)
+    turns = layer.turns(where, positions[:, :1]), layer.turns(positions, positions[:, :1])
     phase = torch.tensor([0.25, 0.75], device=device)
     found = {}
     for mode in ("reference", "triton"):

@@ -253,3 +253,17 @@ def test_a_few_contexts_are_learnt_by_heart():
         optimizer.step()
     assert out.right.float().mean() >= 0.95
     assert out.kl < start.kl / 3
+
+
+def test_layers_look_for_themselves_while_they_train():
+    model, batch = tiny_model("qwen3"), batch_of()
+    scouted = distiller_for(model=model, placement=8, scout=1)
+    for layer in scouted.compactor.layers.values():  # so that layers differ in what they think
+        torch.nn.init.normal_(layer.placement.first.outer)
+    alone = Distiller(model, StillCompactor.for_model(model, slots=6, chunk=64, placement=8), top_k=9)
+    alone.compactor.load_state_dict(scouted.compactor.state_dict())
+    trained, by_itself = scouted.train()(**batch, slots=6), alone.train()(**batch, slots=6)
+    torch.testing.assert_close(trained.loss, by_itself.loss)
+    served, not_served = scouted.eval()(**batch, slots=6), alone.eval()(**batch, slots=6)
+    torch.testing.assert_close(not_served.loss, by_itself.loss)
+    assert (served.loss - by_itself.loss).abs() > 1e-3

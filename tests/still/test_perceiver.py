@@ -26,9 +26,14 @@ def perceiver(**options) -> LayerPerceiver:
     return LayerPerceiver(HEAD_DIM, HEADS, StillConfig(**{"bank": 8, **options}))
 
 
+def own_tables(layer, positions, where):
+    start = positions[:, :1]
+    return layer.turns(where, start), layer.turns(positions, start)
+
+
 def run(layer, keys, values, positions, slots):
     where = layer.latent_positions(positions, slots)
-    return *layer(keys, values, slots, layer.turns(positions, where)), where
+    return *layer(keys, values, slots, own_tables(layer, positions, where)), where
 
 
 def tokens(count, batch=2, spread=1.0):
@@ -187,6 +192,6 @@ def test_a_gain_makes_slots_louder_by_powers_of_the_ratio():
             torch.testing.assert_close(loud_keys[:, 0], own_keys[:, 0] * ratio**-0.25)
             torch.testing.assert_close(loud_values[:, 0], own_values[:, 0])
             torch.testing.assert_close(loud_keys[:, 1], own_keys[:, 1])
-            where = layer.turns(positions, layer.latent_positions(positions, slots))
+            where = own_tables(layer, positions, layer.latent_positions(positions, slots))
             alone = layer(keys[:, 1:], values[:, 1:], slots, where, heads=[1])
             torch.testing.assert_close(alone[1][:, 0], loud_values[:, 1])
