@@ -45,7 +45,7 @@ class StillConfig:
         trained_lengths: shortest and longest context drawn in training; empty before training.
         trained_ratios: compression ratios drawn in training.
         seed: seed of the training run.
-        steps: optimizer steps taken.
+        steps: optimizer steps taken, those of the compactor that it went on from among them.
     """
 
     bank: int = 128

@@ -56,6 +56,10 @@ class Curriculum(Draws):
         draw = super().at(step)
         return replace(draw, length=min(LENGTHS)) if step < self.short else draw
 
+    def placing(self, number: int) -> Draw:
+        """Of all lengths, from steps before the first."""
+        return super().at(-1 - number)
+
 
 def recipe(seed: int, steps: int | None = None, start_from: str | None = None) -> TrainConfig:
     """How a compactor of the pocket is trained; only the seed differs between the three that ship.
@@ -101,19 +105,26 @@ def louder(start_from: str, base: LoadedModel) -> StillCompactor:
 
 
 class MatterRows:
-    """A `RowSource` of synthetic matters: every step's rows are a function of the seed and the step alone."""
+    """A `RowSource` of synthetic matters: every step's rows are a function of the seed and the step alone.
 
-    def __init__(self, tokenizer, config: TrainConfig):
-        self.renderer = Renderer(tokenizer)
+    Args:
+        tokenizer: the pocket's.
+        config: of the run.
+        before: steps that the compactor has been trained already, whose matters do not come again.
+    """
+
+    def __init__(self, tokenizer, config: TrainConfig, before: int = 0):
+        self.renderer, self.before = Renderer(tokenizer), before
         often, short = (OFTEN_LAST, 0) if config.start_from else (OFTEN, round(SHORT * config.steps))
         ratios = [*config.ratios, *(ratio for ratio in often if ratio in config.ratios)]
         self.draws = Curriculum(config.seed, ratios, short)
 
     def rows(self, draw: Draw, count: int, part: range) -> Sequence[Row]:
         """Matters as long as the draw says, from the training split."""
-        rng = random.Random(f"pocket compactor {self.draws.seed}:{draw.step}")
+        rng = random.Random(f"pocket compactor {self.draws.seed}:{self.before + draw.step}")
         size = Difficulty("training", LENGTHS[draw.length])
-        read_on = rng.random() < READ_ON
+        # A placement cannot see what documents behind the context take back of it: it would learn noise.
+        read_on = rng.random() < READ_ON and draw.step >= 0
         rows = [self.row(generate_matter(rng.randrange(1 << 40), size, "train"), read_on=read_on) for _ in range(count)]
         rows.sort(key=lambda row: row.tokens)
         return [rows[index] for index in part]
@@ -140,9 +151,9 @@ class MatterRows:
 
 def train_compactor(base: LoadedModel, output: Path, config: TrainConfig, progress: bool = True) -> dict[str, float]:
     """Train, or go on training, one compactor of the pocket; returns its scores on held-out matters."""
-    source = MatterRows(base.tokenizer, config)
-    held_out = [source.row(generate_matter(seed, "standard"), held_out=True) for seed in range(config.eval_contexts)]
     start = None if config.start_from is None else louder(config.start_from, base)
+    source = MatterRows(base.tokenizer, config, before=start.config.steps if start else 0)
+    held_out = [source.row(generate_matter(seed, "standard"), held_out=True) for seed in range(config.eval_contexts)]
     return train(
         base, source, output, config, held_out=held_out, compactor=start, compactor_options=OPTIONS, progress=progress
     )

@@ -56,6 +56,10 @@ class Draws:
         (length,) = rng.choices(self.lengths, self.weights)
         return Draw(step, length, rng.choice(self.ratios))
 
+    def placing(self, number: int) -> Draw:
+        """A draw of contexts for a placement to learn from: the step's own, as a rule."""
+        return self.at(number)
+
 
 class RowSource(Protocol):
     """Gives the rows of a step. Contexts may be made on the fly.

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +118,13 @@ def train(
 def place_latents(
     base: Any, compactor: StillCompactor, source: RowSource, config: TrainConfig, progress: bool = True
 ) -> float:
-    """Fit the placement to the contexts of the first steps, half of them of the longest length, and leave it then.
+    """Fit the placement to the contexts of the first steps (see `Draws.placing`), and leave it then.
 
     Every process does it alike. See `placing.fit_placement`.
     """
-    draws, rows = source.draws, []
+    rows: list[Row] = []
     while len(rows) < config.place:
-        number = len(rows) // config.batch
-        length = draws.lengths[-1 - number // 2 % len(draws.lengths)] if number % 2 else draws.lengths[-1]
-        rows += source.rows(replace(draws.at(number), length=length), config.batch, range(config.batch))
+        rows += source.rows(source.draws.placing(len(rows) // config.batch), config.batch, range(config.batch))
     texts = [Asked.of(row) for row in rows[: config.place]]
     return fit_placement(compactor, base.model, texts, config.seed, progress=progress)
 

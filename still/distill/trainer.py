@@ -142,6 +142,7 @@ class DistillTrainer(Trainer):
         cpu = next(distiller.model.parameters()).device.type == "cpu"
         args = training_arguments(config, output, options or {}, _world(), cpu)
         self.first_step = 0
+        self.before = distiller.compactor.config.steps if config.start_from else 0
         self.scores: dict[str, float] = {}
         self._scored_at = -1
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
@@ -257,7 +258,7 @@ class DistillTrainer(Trainer):
         if high:
             config.trained_lengths = [min([low, *kept]), max([high, *kept])]
         config.trained_ratios = sorted({*config.trained_ratios, *self.source.draws.ratios})
-        config.seed, config.steps = self.config.seed, self.state.global_step
+        config.seed, config.steps = self.config.seed, self.before + self.state.global_step
 
     def _take_sums(self) -> dict[str, float]:
         """KL by ratio, and cross-entropy and accuracy of answer tokens, since the last line, over all processes."""

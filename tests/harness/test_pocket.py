@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -164,8 +165,30 @@ def test_a_compactor_that_goes_on_draws_all_lengths_and_higher_ratios(tokenizer)
     draws = [MatterRows(tokenizer, config).draws.at(step) for step in range(config.steps)]
     fresh = [MatterRows(tokenizer, recipe(0)).draws.at(step) for step in range(config.steps)]
     assert max(LENGTHS) in {draw.length for draw in draws[:10]}
-    assert sum(draw.ratio > 16 for draw in draws) > sum(draw.ratio > 16 for draw in fresh)
+    assert sum(draw.ratio > 32 for draw in draws) > sum(draw.ratio > 32 for draw in fresh)
+    for drawn in (draws, fresh):
+        assert {draw.ratio for draw in drawn} == set(config.ratios)
+        assert 0.5 < sum(draw.ratio == 32 for draw in drawn) / len(drawn) < 0.9
     assert recipe(0, steps=7, start_from="somewhere").steps == 7
+
+
+def test_matters_do_not_come_again_where_a_compactor_goes_on(tokenizer):
+    config = recipe(0, start_from="somewhere")
+    draw = MatterRows(tokenizer, config).draws.at(3)
+    own = {row.id for row in MatterRows(tokenizer, config).rows(draw, 4, range(4))}
+    later = {row.id for row in MatterRows(tokenizer, config, before=320).rows(draw, 4, range(4))}
+    assert not own & later
+
+
+def test_a_placement_learns_from_whole_matters_of_all_lengths(tokenizer):
+    source = MatterRows(tokenizer, recipe(0))
+    draws = [source.draws.placing(number) for number in range(40)]
+    counts = Counter(draw.length for draw in draws)
+    assert set(counts) == set(LENGTHS)
+    assert counts.most_common(1)[0][0] == max(LENGTHS)
+    rows = [row for draw in draws for row in source.rows(draw, 2, range(2))]
+    assert not any(row.raw_ids for row in rows)
+    assert len({row.id for row in rows}) == 80
 
 
 @shipped
