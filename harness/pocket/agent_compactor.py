@@ -37,8 +37,8 @@ from ..windows import WindowRow, rows_of_events
 from .agent_rows import AgentStage, draw
 
 KV_STAGE = AgentStage((6, 20), (4, 8), (1.0, 1.0, 0.25), ("kv", "kv", "hybrid"))
-RATIOS = (2.0, 4.0, 8.0, 16.0, 16.0, 32.0, 32.0, 32.0, 32.0)
-"""Drawn for each episode: what is learnt where slots are few serves where they are many (`compactors.OFTEN`)."""
+RATIOS = (2.0, 4.0, 8.0, 8.0, 16.0, 16.0, 32.0)
+"""Drawn for each episode."""
 
 PLACED = 256
 """Windows to which a placement is fitted before the first step, where the compactor has one."""

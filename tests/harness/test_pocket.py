@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from still.harness.ask import Prompt, ask
 from still.harness.cells import SweepConfig
 from still.harness.pocket import AGENT, SEEDS, VERSION, WEIGHTS, resolve
 from still.harness.pocket.base import STATE, BaseRecipe, train_base, whole_answers
-from still.harness.pocket.compactors import LENGTHS, LOUDER, OPTIONS, MatterRows, louder, recipe
+from still.harness.pocket.compactors import HARD, LENGTHS, LOUDER, OPTIONS, MatterRows, louder, recipe
 from still.harness.pocket.context_dropout import HIDDEN, ContextDropout
 from still.harness.pocket.curriculum import STAGES, Rows
 from still.harness.pocket.dialogue import context_messages
@@ -159,16 +160,17 @@ def test_matters_for_compactors_are_a_function_of_seed_and_step(tokenizer):
     assert rows[0].id != MatterRows(tokenizer, recipe(1)).rows(draw, 3, range(3))[0].id
 
 
-def test_a_compactor_that_goes_on_draws_all_lengths_and_higher_ratios(tokenizer):
+def test_a_compactor_that_goes_on_draws_all_lengths_and_one_ratio(tokenizer):
     config = recipe(0, start_from="somewhere")
     assert (config.steps, config.match) == (160, 0)
     draws = [MatterRows(tokenizer, config).draws.at(step) for step in range(config.steps)]
-    fresh = [MatterRows(tokenizer, recipe(0)).draws.at(step) for step in range(config.steps)]
+    fresh = [MatterRows(tokenizer, recipe(0)).draws.at(step) for step in range(recipe(0).steps)]
     assert max(LENGTHS) in {draw.length for draw in draws[:10]}
-    assert sum(draw.ratio > 32 for draw in draws) > sum(draw.ratio > 32 for draw in fresh)
-    for drawn in (draws, fresh):
-        assert {draw.ratio for draw in drawn} == set(config.ratios)
-        assert 0.5 < sum(draw.ratio == 32 for draw in drawn) / len(drawn) < 0.9
+    assert {draw.ratio for draw in draws} == {HARD}
+    assert {draw.ratio for draw in fresh} == set(config.ratios)
+    assert 0.6 < sum(draw.ratio == HARD for draw in fresh) / len(fresh) < 0.9
+    alone = replace(config, ratios=[8.0])
+    assert {MatterRows(tokenizer, alone).draws.at(step).ratio for step in range(20)} == {8.0}
     assert recipe(0, steps=7, start_from="somewhere").steps == 7
 
 
