@@ -28,6 +28,7 @@ Every call goes on where the last one stopped."""
 examples:
   still pocket base --output runs/pocket --minutes 10
   still pocket compactor --output runs/pocket --seed 0
+  still pocket compactor --output runs/second --base pocket --start-from runs/pocket/compactor-seed0   # at 32x
   still pocket compactor --output runs/16x --base pocket --ratios 16       # one that serves a single ratio
   still pocket compactor --output runs/uneven --seed 0 --base pocket --split split.json --uneven 0.5
   still pocket agent --output runs/agent --minutes 10                      # teach the pocket the agent's game
