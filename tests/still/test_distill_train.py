@@ -217,6 +217,7 @@ def test_training_goes_on_from_a_compactor(tmp_path):
     config = StillCompactor.from_pretrained(tmp_path / "b").config
     assert config.trained_lengths == [32, 48]
     assert config.trained_ratios == [2.0, 3.0, 4.0]
+    assert config.steps == 4
     with pytest.raises(ValueError, match=r"--compactor\.blocks is set, but --start-from"):
         train(base, random_rows(4), tmp_path / "c", again, compactor_options={"blocks": 3}, progress=False)
 

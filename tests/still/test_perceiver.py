@@ -195,3 +195,23 @@ def test_a_gain_makes_slots_louder_by_powers_of_the_ratio():
             where = own_tables(layer, positions, layer.latent_positions(positions, slots))
             alone = layer(keys[:, 1:], values[:, 1:], slots, where, heads=[1])
             torch.testing.assert_close(alone[1][:, 0], loud_values[:, 1])
+
+
+@pytest.mark.parametrize("placement", [0, 8])
+def test_slots_without_gradients_are_the_same_and_leave_the_cache_alone(placement):
+    layer = perceiver(open_start=True, learned_scale=True, placement=placement)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    keys, values = torch.randn(2, 2, HEADS, 40, HEAD_DIM)
+    positions = torch.arange(40)[None]
+    angle = torch.rand(1, 40, HEAD_DIM // 2).repeat(1, 1, 2)
+    turns = own_tables(layer, positions, layer.latent_positions(positions, 6))
+    given = {"strip": (angle.cos(), angle.sin()), "phase": torch.tensor([0.25, 0.75]) if placement else None}
+    before = keys.clone(), values.clone()
+    with torch.no_grad():
+        found = layer(keys, values, 6, turns, **given)
+    assert torch.equal(keys, before[0])
+    assert torch.equal(values, before[1])
+    wanted = layer(keys.clone().requires_grad_(), values, 6, turns, **given)
+    for one, other in zip(found[:2], wanted[:2], strict=True):
+        torch.testing.assert_close(one, other)
