@@ -24,8 +24,8 @@ LENGTHS = {336: 16, 608: 32, 1152: 64}
 """Facts of the matters that fit a length in tokens."""
 
 HARD = 32.0
-"""The ratio that teaches most. What is learnt there serves every other one: a compactor that saw nothing else was as
-good at 2x to 16x as one that drew all ratios alike, and better at 64x. It is drawn three times in four, and always
+"""The ratio that teaches most. What is learnt there serves every other one: a compactor that saw nothing else was
+within a point of one that drew all ratios at 2x to 16x, and better at 64x. It is drawn three times in four, and always
 where a compactor goes on, if it is among the ratios at all."""
 
 MORE = 14
