@@ -36,8 +36,12 @@ from still.harness.trainers.grading import grade_runs
 from still.provenance import provenance
 
 ASKED = "--family assignments --unseen-templates"
-TASKS = {"grpo": ("--criteria 8 --documents 3", "0:400"), "isft": ("--criteria 10 --documents 4", "0:40")}
-"""Matters of each trainer, and the seeds of those to train on."""
+TASKS = {
+    8: ("--criteria 8 --documents 3", "0:400"),
+    10: ("--criteria 10 --documents 4", "0:200"),
+    14: ("--criteria 14 --documents 5", "0:60"),
+}
+"""Matters by their number of parties, and the seeds of those to train on."""
 HELD_OUT = "1000:1040"
 GAME = (
     "--policy pocket-agent --window 4096 --reads 1 --reads-force 2 --max-new-tokens 1024 --max-turns 60 "
@@ -49,7 +53,7 @@ ISFT = (
     "--epochs 2 --batch 4 --lr 2e-4 --schedule linear --start last --no-union"
 )
 UNFILTERED = ISFT.replace("--teacher oracle ", "").replace("--rollouts 2", "--rollouts 1") + " --select any"
-MEMO, KV = "--backend memo --budget 128t --evaluate-on memo", "--backend kv --ratio 16 --evaluate-on kv"
+MEMO, KV = "--backend memo --budget 192t --evaluate-on memo", "--backend kv --ratio 16 --evaluate-on kv"
 DISTILL = (
     "grpo --backend kv --ratio 16 --train-policy frozen --compactor-mode distill --steps 30 --tasks-per-step 6 "
     "--group 2 --lr 5e-4 --schedule linear --no-ask"
@@ -63,12 +67,14 @@ class Run:
     Attributes:
         group: seeds of one condition share it.
         command: after `still`, without tasks, seed and output.
+        parties: of its matters, see `TASKS`.
         seed: of the training.
         like: group whose run says how many tokens a round of this one may train on: iSFT's control.
     """
 
     group: str
     command: str
+    parties: int
     seed: int = 0
     like: str = ""
 
@@ -91,13 +97,17 @@ class Run:
                 raise ValueError(f"{self.name} trains on as many tokens as {self.like}-{self.seed}: run that first")
             rest += ["--token-budget", str(round(sum(tokens) / len(tokens)))]
         return [
-            trainer, str(root / "tasks" / trainer / "train" / "tasks"), "--held-out", str(self.held_out(root)), *rest,
+            trainer, str(self.tasks(root) / "train" / "tasks"), "--held-out", str(self.held_out(root)), *rest,
             *shlex.split(GAME), "--train-seed", str(self.seed), "-o", str(root / self.name),
         ]  # fmt: skip
 
+    def tasks(self, root: Path) -> Path:
+        """Where its matters lie."""
+        return root / "tasks" / str(self.parties)
+
     def held_out(self, root: Path) -> Path:
         """Where its hold-out lies."""
-        return root / "tasks" / self.command.split()[0] / "held-out" / "tasks"
+        return self.tasks(root) / "held-out" / "tasks"
 
     def folders(self, root: Path) -> list[Path]:
         """Where the hold-out was played: before, and after each round; one of GRPO's is all of its steps."""
@@ -114,14 +124,13 @@ class Run:
 
 
 RUNS = (
-    *(Run("grpo", GRPO, seed) for seed in range(3)),
-    Run("grpo-random", f"{GRPO} --reward random"),
-    Run("isft-memo", f"{ISFT} {MEMO}"),
-    Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO}", like="isft-memo"),
-    Run("isft-kv", f"{ISFT} {KV}"),
-    Run("isft-kv-unfiltered", f"{UNFILTERED} {KV}", like="isft-kv"),
-    *(Run("distill", DISTILL, seed) for seed in range(3)),
-    *(Run("distill-placed", f"{DISTILL} --place 200", seed) for seed in range(3)),
+    *(Run("grpo", GRPO, 8, seed) for seed in range(3)),
+    Run("grpo-random", f"{GRPO} --reward random", 8),
+    Run("isft-memo", f"{ISFT} {MEMO}", 14),
+    Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO}", 14, like="isft-memo"),
+    Run("isft-kv", f"{ISFT} {KV}", 10),
+    Run("isft-kv-unfiltered", f"{UNFILTERED} {KV}", 10, like="isft-kv"),
+    *(Run("distill-placed", f"{DISTILL} --place 200", 8, seed) for seed in range(3)),
 )
 
 
@@ -158,11 +167,11 @@ def shown(run: Run, root: Path) -> str:
 
 
 def make_tasks(root: Path) -> None:
-    """Training tasks of both trainers, and the hold-out."""
-    for trainer, (size, seeds) in TASKS.items():
+    """Matters of every size to train on, and the hold-out."""
+    for parties, (size, seeds) in TASKS.items():
         for name, split, which in (("train", "train", seeds), ("held-out", "held_out", HELD_OUT)):
             command = ["matters", "generate", *shlex.split(f"{ASKED} {size}"), "--split", split, "--seeds", which]
-            if still([*command, "-o", str(root / "tasks" / trainer / name)], root / "tasks.log"):
+            if still([*command, "-o", str(root / "tasks" / str(parties) / name)], root / "tasks.log"):
                 raise SystemExit(f"no tasks could be made: see {root / 'tasks.log'}")
 
 
