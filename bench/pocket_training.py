@@ -38,7 +38,7 @@ from still.provenance import provenance
 ASKED = "--family assignments --unseen-templates"
 TASKS = {
     8: ("--criteria 8 --documents 3", "0:400"),
-    10: ("--criteria 10 --documents 4", "0:200"),
+    10: ("--criteria 10 --documents 4", "0:40"),
     14: ("--criteria 14 --documents 5", "0:60"),
 }
 """Matters by their number of parties, and the seeds of those to train on."""
@@ -53,7 +53,7 @@ ISFT = (
     "--epochs 2 --batch 4 --lr 2e-4 --schedule linear --start last --no-union"
 )
 UNFILTERED = ISFT.replace("--teacher oracle ", "").replace("--rollouts 2", "--rollouts 1") + " --select any"
-MEMO, KV = "--backend memo --budget 192t --evaluate-on memo", "--backend kv --ratio 16 --evaluate-on kv"
+MEMO, KV = "--backend memo --evaluate-on memo --budget", "--backend kv --ratio 16 --evaluate-on kv"
 DISTILL = (
     "grpo --backend kv --ratio 16 --train-policy frozen --compactor-mode distill --steps 30 --tasks-per-step 6 "
     "--group 2 --lr 5e-4 --schedule linear --no-ask"
@@ -126,10 +126,13 @@ class Run:
 RUNS = (
     *(Run("grpo", GRPO, 8, seed) for seed in range(3)),
     Run("grpo-random", f"{GRPO} --reward random", 8),
-    Run("isft-memo", f"{ISFT} {MEMO}", 14),
-    Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO}", 14, like="isft-memo"),
+    Run("isft-memo", f"{ISFT} {MEMO} 192t", 14),
+    Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO} 192t", 14, like="isft-memo"),
+    Run("isft-memo-10", f"{ISFT} {MEMO} 128t", 10),
+    Run("isft-memo-10-unfiltered", f"{UNFILTERED} {MEMO} 128t", 10, like="isft-memo-10"),
     Run("isft-kv", f"{ISFT} {KV}", 10),
     Run("isft-kv-unfiltered", f"{UNFILTERED} {KV}", 10, like="isft-kv"),
+    Run("distill", DISTILL, 8),
     *(Run("distill-placed", f"{DISTILL} --place 200", 8, seed) for seed in range(3)),
 )
 
@@ -201,8 +204,11 @@ def still(argv: list[str], log: Path) -> int:
 
 
 def write_table(root: Path) -> None:
-    """Grade the hold-outs again, criterion by criterion, and put the seeds of a condition together."""
-    lines = []
+    """Grade the hold-outs again, criterion by criterion, and put the seeds of a condition together.
+
+    Conditions that have no run in this folder keep the lines they had.
+    """
+    lines: list[dict] = []
     for group in dict.fromkeys(run.group for run in RUNS):
         runs = [run for run in RUNS if run.group == group]
         for number in (1, 2, 3):
@@ -212,10 +218,15 @@ def write_table(root: Path) -> None:
         return
     made_by = provenance({"game": GAME, "asked": ASKED, "tasks": TASKS, "runs": [asdict(run) for run in RUNS]}, 0)
     commit, device = (made_by["git"] or {}).get("commit", "")[:12], made_by["device"]["name"]
-    with (ROWS / "pocket_training.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*lines[0], "device", "commit"])
+    table, anew = ROWS / "pocket_training.csv", {line["condition"] for line in lines}
+    rows = [{**line, "device": device, "commit": commit} for line in lines]
+    if table.is_file():
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["condition"] not in anew] + rows
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[-1]))
         writer.writeheader()
-        writer.writerows({**line, "device": device, "commit": commit} for line in lines)
+        writer.writerows(rows)
     for line in lines:
         name, rates = f"{line['condition']}, round {line['round']}", f"{line['before']:5} -> {line['after']:5}"
         print(f"{name:32} {rates}  gain {line['gain']:+} ({line['gain_low']} to {line['gain_high']})")
