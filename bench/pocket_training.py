@@ -53,7 +53,7 @@ ISFT = (
     "--epochs 2 --batch 4 --lr 2e-4 --schedule linear --start last --no-union"
 )
 UNFILTERED = ISFT.replace("--teacher oracle ", "").replace("--rollouts 2", "--rollouts 1") + " --select any"
-MEMO, KV = "--backend memo --evaluate-on memo --budget", "--backend kv --ratio 16 --evaluate-on kv"
+MEMO, KV = "--backend memo --evaluate-on memo", "--backend kv --ratio 16 --evaluate-on kv"
 DISTILL = (
     "grpo --backend kv --ratio 16 --train-policy frozen --compactor-mode distill --steps 30 --tasks-per-step 6 "
     "--group 2 --lr 5e-4 --schedule linear --no-ask"
@@ -126,10 +126,10 @@ class Run:
 RUNS = (
     *(Run("grpo", GRPO, 8, seed) for seed in range(3)),
     Run("grpo-random", f"{GRPO} --reward random", 8),
-    Run("isft-memo", f"{ISFT} {MEMO} 192t", 14),
-    Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO} 192t", 14, like="isft-memo"),
-    Run("isft-memo-10", f"{ISFT} {MEMO} 128t", 10),
-    Run("isft-memo-10-unfiltered", f"{UNFILTERED} {MEMO} 128t", 10, like="isft-memo-10"),
+    Run("isft-memo", f"{ISFT} {MEMO} --budget 192t", 14),
+    Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO} --budget 192t", 14, like="isft-memo"),
+    Run("isft-memo-10", f"{ISFT} {MEMO} --budget 128t", 10),
+    Run("isft-memo-10-unfiltered", f"{UNFILTERED} {MEMO} --budget 128t", 10, like="isft-memo-10"),
     Run("isft-kv", f"{ISFT} {KV}", 10),
     Run("isft-kv-unfiltered", f"{UNFILTERED} {KV}", 10, like="isft-kv"),
     Run("distill", DISTILL, 8),
@@ -152,7 +152,7 @@ def main() -> int:
         for run in chosen:
             print(shown(run, args.output))
         return 0
-    make_tasks(args.output)
+    make_tasks(args.output, {run.parties for run in chosen})
     failed: list[str] = []
     for wave in ([run for run in chosen if not run.like], [run for run in chosen if run.like]):
         with ThreadPoolExecutor(args.together) as pool:
@@ -169,9 +169,10 @@ def shown(run: Run, root: Path) -> str:
         return f"# {problem}"
 
 
-def make_tasks(root: Path) -> None:
-    """Matters of every size to train on, and the hold-out."""
-    for parties, (size, seeds) in TASKS.items():
+def make_tasks(root: Path, sizes: set[int]) -> None:
+    """Matters of so many parties to train on, and the hold-out."""
+    for parties in sorted(sizes):
+        size, seeds = TASKS[parties]
         for name, split, which in (("train", "train", seeds), ("held-out", "held_out", HELD_OUT)):
             command = ["matters", "generate", *shlex.split(f"{ASKED} {size}"), "--split", split, "--seeds", which]
             if still([*command, "-o", str(root / "tasks" / str(parties) / name)], root / "tasks.log"):
@@ -250,7 +251,8 @@ def line_of(runs: list[Run], number: int, root: Path) -> dict:
     gain = paired_difference(labels[1], labels[0], clusters).interval
     shown = {"before": before, "after": after, "gain": gain}
     return {
-        "condition": runs[0].group, "round": number, "seeds": len(runs), "tasks": len(tasks),
+        "condition": runs[0].group, "round": number, "seeds": len(runs),
+        "parties": runs[0].parties, "tasks": len(tasks),
         **{name + end: round(100 * getattr(rate, part), 1) for name, rate in shown.items()
            for end, part in (("", "estimate"), ("_low", "low"), ("_high", "high"))},
         "all_pass_before": round(100 * sum(whole[0]) / len(whole[0]), 1),
