@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,14 +22,21 @@ from .budgets import Split, resolve_slots
 from .cache import StillCache
 from .cache_compaction import MODES
 from .config import StillConfig
-from .perceiver import LayerPerceiver
+from .kernels import latent_attention
+from .perceiver import LayerPerceiver, perceive
 from .placement import Worth, contributions, phases
 from .reading import check_mask, read
-from .rope import Rotary, full_attention_layers, rotate
+from .rope import Rotary, Turning, full_attention_layers, rotate
 from .rows import join_rows
+from .together import Together, side_by_side
 from .types import CompactKV, Reading
 
 WEIGHTS, CONFIG = "compactor.safetensors", "compactor.json"
+LATENTS, SOURCES = {"cpu": 2**18}, {"cpu": 2**24}
+"""Bytes of latents, and of un-rotated keys and values, that are compacted at once: all layers of a small model, one of
+a large one. Beyond them an operation takes longer than calling it, and its operands leave the cache."""
+ELSEWHERE = 2**26
+"""Likewise of either, on other devices."""
 
 
 def fingerprint(model) -> str:
@@ -49,13 +56,13 @@ class Tables(NamedTuple):
     """Rotary tables of one span of tokens, alike for all full-attention layers.
 
     Attributes:
-        tokens: the model's cos and sin at the tokens' positions.
+        tokens: how the model rotates the tokens.
         slots: the model's cos and sin at the slots' positions.
         turns: the compactor's own tables of slots and tokens.
         where: the slots' positions `[rows, slots]`.
     """
 
-    tokens: tuple[torch.Tensor, torch.Tensor]
+    tokens: Turning
     slots: tuple[torch.Tensor, torch.Tensor]
     turns: tuple[torch.Tensor, torch.Tensor]
     where: torch.Tensor
@@ -78,11 +85,24 @@ class StillCompactor(nn.Module, ModelHubMixin):
                 f"scout is {config.scout}; it must be a full-attention layer ({layers}) of a compactor with a placement"
             )
         self.layers = nn.ModuleDict({str(i): LayerPerceiver(head_dim, kv_heads, config) for i in layers})
+        side_by_side(list(self.layers.values()))
+        self._whole: dict[tuple[int, ...], Together] = {}
         self.kv_heads = kv_heads
         self.split: Split | None = None
         self.rotary: Rotary | None = None
         self.model_config = None
         self._hub_mixin_config = None  # the mixin would write a second config, as it was at the start
+
+    def _apply(self, *args, **kwargs):
+        """As `.to` and its like call it: what was moved parameter by parameter is laid together again."""
+        super()._apply(*args, **kwargs)
+        side_by_side(list(self.layers.values()))
+        self._whole = {}
+        return self
+
+    def __getstate__(self) -> dict:
+        """A copy makes its own views of its own weights."""
+        return {**self.__dict__, "_whole": {}}
 
     @classmethod
     def for_model(cls, model, slots: int | None = None, ratio: float | None = None, **options) -> StillCompactor:
@@ -179,7 +199,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
         """
         if heads is not None:
             tables = self._tables(layer, positions, slots, {})
-            return self._mix(layer, keys, values, slots, tables, {}, list(heads))
+            return self._mix([layer], [keys], [values], slots, tables, {}, list(heads))[0]
         split = self.split
         if split is not None and split.floor > slots and not split.exact:
             split = replace(split, floor=slots)  # a short last chunk: the floor is one of whole contexts
@@ -194,20 +214,25 @@ class StillCompactor(nn.Module, ModelHubMixin):
 
     def _tables(self, layer: int, positions: torch.Tensor, slots: int, known: dict) -> Tables:
         """Rotary tables; `known` keeps those of other layers, which are the same where the model's bases are."""
+        positions = positions[None] if positions.ndim == 1 else positions
+        span, part = (positions.shape, positions.device), self.layers[str(layer)]
+        tokens = self._turning(layer, positions, known)
+        if (*span, "own") not in known:  # of the tokens, however many slots a head makes of them
+            known[*span, "own"] = part.turns(positions, positions[:, :1])
+        if (*span, slots) not in known:
+            where = self.slot_positions(positions, slots)
+            turns = part.turns(where, positions[:, :1]), known[*span, "own"]
+            known[*span, slots] = Tables(tokens, self.rotary.cos_sin(layer, where), turns, where)
+        return known[*span, slots]
+
+    def _turning(self, layer: int, positions: torch.Tensor, known: dict) -> Turning:
+        """How the model rotates tokens; `known` as in `_tables`."""
         if self.rotary is None:
             raise RuntimeError("the compactor is not bound to a model: call compactor.bind(model) first")
-        positions = positions[None] if positions.ndim == 1 else positions
-        span = (positions.shape, positions.device)
-        part = self.layers[str(layer)]
-        if span not in known:  # of the tokens, however many slots a head makes of them
-            known[span] = self.rotary.cos_sin(layer, positions), part.turns(positions, positions[:, :1])
-        place = (*span, slots)
-        if place not in known:
-            where = self.slot_positions(positions, slots)
-            tokens, turns = known[span]
-            own = part.turns(where, positions[:, :1])
-            known[place] = Tables(tokens, self.rotary.cos_sin(layer, where), (own, turns), where)
-        return known[place]
+        span = (positions.shape[-1], positions.device, "model")
+        if span not in known:
+            known[span] = Turning(*self.rotary.cos_sin(layer, positions))
+        return known[span]
 
     def _compact(
         self,
@@ -222,15 +247,14 @@ class StillCompactor(nn.Module, ModelHubMixin):
         """Compact one layer: `slots` for every head, or a number for each of them."""
         if isinstance(slots, int):
             tables = self._tables(layer, positions, slots, known)
-            return self._mix(layer, keys, values, slots, tables, known, worth=worth)
+            return self._mix([layer], [keys], [values], slots, tables, known, worth=worth)[0]
         heads: dict[int, tuple[CompactKV, torch.Tensor]] = {}
         for count in set(slots):
             which = [head for head, n in enumerate(slots) if n == count]
             tables = self._tables(layer, positions, count, known)
-            own = keys[:, which], values[:, which]
-            # Where every token has a slot there is nothing to mix.
-            every = count == keys.shape[2]
-            part = CompactKV(*own) if every else self._mix(layer, *own, count, tables, known, which, worth)
+            part = CompactKV(keys[:, which], values[:, which])
+            if count < keys.shape[2]:  # where every token has a slot there is nothing to mix
+                (part,) = self._mix([layer], [part.keys], [part.values], count, tables, known, which, worth)
             if part.beta is None and self.config.beta:
                 part = part._replace(beta=part.keys.new_zeros(part.keys.shape[:3]))
             for place, head in enumerate(which):
@@ -242,16 +266,31 @@ class StillCompactor(nn.Module, ModelHubMixin):
         return CompactKV(*packed, counts=slots, positions=torch.cat([where for _, where in parts], dim=1))
 
     def _mix(
-        self, layer, keys, values, slots: int, tables: Tables, known: dict, heads: list[int] | None = None, worth=None
-    ) -> CompactKV:
-        dtype = keys.dtype
-        with torch.autocast(keys.device.type, enabled=False):
-            phase = self._phase(layer, heads, known)
-            small, mixed, beta = self.layers[str(layer)](
-                keys, values, slots, tables.turns, tables.tokens, heads, phase, worth
-            )
-            small = rotate(small, *tables.slots)
-        return CompactKV(small.to(dtype), mixed.to(dtype), None if beta is None else beta.to(dtype))
+        self, layers: Sequence[int], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: int,
+        tables: Tables, known: dict, heads: list[int] | None = None, worth: Worth | None = None,
+    ) -> list[CompactKV]:  # fmt: skip
+        """Compact some heads of several layers at once, each with its own keys and values."""
+        dtype, these = keys[0].dtype, tuple(layers)
+        if these not in self._whole:
+            self._whole[these] = Together([self.layers[str(layer)] for layer in layers])
+        with torch.autocast(keys[0].device.type, enabled=False):
+            phase = [self._phase(layer, heads, known) for layer in layers] if self.config.placement else None
+            turns = tuple(table[None] for table in tables.turns)
+            whole = self._whole[these]
+            small, mixed, beta = perceive(whole, keys, values, slots, turns, tables.tokens, heads, phase, worth)
+            rows = [x if len(x) == 1 else x.repeat(len(layers), 1, 1) for x in tables.slots]
+            small = rotate(small.flatten(0, 1), *rows).unflatten(0, small.shape[:2])
+        betas = [None] * len(layers) if beta is None else beta.to(dtype)
+        return [CompactKV(*each) for each in zip(small.to(dtype), mixed.to(dtype), betas, strict=True)]
+
+    def _together(self, keys: torch.Tensor, values: torch.Tensor, slots: int, looked: bool) -> int:
+        """How many layers are compacted at once, of `keys` and `values` like these; `looked`: a scout scored them."""
+        width, device = next(iter(self.layers.values())).bank.shape[-1], keys.device.type
+        most = LATENTS.get(device, ELSEWHERE) // (4 * width * slots * keys.shape[0] * keys.shape[1])
+        fused = latent_attention.takes(keys, values, width) and (looked or not self.config.placement)
+        if not fused:  # the kernels read what is cached
+            most = min(most, SOURCES.get(device, ELSEWHERE) // (4 * (keys.numel() + values.numel())))
+        return max(1, most)
 
     def trains(self, on: bool = True) -> StillCompactor:
         """Let the weights be trained, or not; scales that are fixed and scorers of a placement stay as they are."""
@@ -261,11 +300,9 @@ class StillCompactor(nn.Module, ModelHubMixin):
                 weight.requires_grad_(on and not fixed)
         return self
 
-    def plain(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def plain(self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Un-rotated keys and values side by side, `[batch, kv_heads, tokens, 2 * head_dim]`; see `compact_layer`."""
-        return LayerPerceiver.plain(keys, values, self.rotary.cos_sin(layer, positions))
+        return LayerPerceiver.plain(keys, values, self._turning(layer, positions, {}))
 
     def taken_back(
         self,
@@ -460,26 +497,43 @@ class StillCompactor(nn.Module, ModelHubMixin):
         for row, key in enumerate(zip(rows, budgets, strict=True)):
             groups.setdefault(key, []).append(row)
         places = {key: slice(None) if len(groups) == 1 else torch.tensor(members) for key, members in groups.items()}
-        out, known = {}, {}  # full-attention layers share their tables
+        known: dict = {}  # full-attention layers share their tables
         counts = {key: self._counts(self.split, *key) for key in groups}
         ragged = any(counts.values())
         worths: dict[tuple[int, int], Worth] = {}
         if scouted and (scout := self.config.scout) is not None:
-            worths = {key: self._common_worth(scout, *_states(cache, scout, key[0], places[key])) for key in groups}
-        for name in self.layers:
-            layer = int(name)
-            parts = []
-            for (length, count), which in places.items():
-                heads = counts[length, count].get(layer, (count,) * self.kv_heads if ragged else count)
-                keys, values, where = _states(cache, layer, length, which)
-                parts.append(self._compact(layer, keys, values, heads, where, known, worths.get((length, count))))
-            out[layer] = join_rows(parts, list(groups.values()))
-        return out
+            states = {key: _states(cache, scout, key[0], which) for key, which in places.items()}
+            worths = {key: self._common_worth(scout, *own, known) for key, own in states.items()}
+        parts: dict[int, list[CompactKV]] = {int(name): [] for name in self.layers}
+        for key, which in places.items():
+            heads = counts[key] if ragged else None
+            for layer, part in self._compact_all(cache, *key, which, heads, known, worths.get(key)):
+                parts[layer].append(part)
+        return {layer: join_rows(own, list(groups.values())) for layer, own in parts.items()}
 
-    def _common_worth(self, layer: int, keys, values, positions) -> Worth:
+    def _compact_all(
+        self, cache: Cache, tokens: int, slots: int, rows, counts: dict[int, tuple[int, ...]] | None, known: dict,
+        worth: Worth | None,
+    ) -> Iterator[tuple[int, CompactKV]]:  # fmt: skip
+        """Compact all layers of equally long rows, some at a time; one by one with `counts`, the slots of heads."""
+        layers = [int(name) for name in self.layers]
+        keys, values, where = _states(cache, layers[0], tokens, rows)
+        step = 1 if counts is not None else self._together(keys, values, slots, worth is not None)
+        for start in range(0, len(layers), step):
+            some = layers[start : start + step]
+            keys, values, _ = zip(*(_states(cache, layer, tokens, rows) for layer in some), strict=True)
+            if counts is None:
+                tables = self._tables(some[0], where, slots, known)
+                yield from zip(some, self._mix(some, keys, values, slots, tables, known, worth=worth), strict=True)
+            else:
+                heads = counts.get(some[0], (slots,) * self.kv_heads)
+                yield some[0], self._compact(some[0], keys[0], values[0], heads, where, known, worth)
+
+    def _common_worth(self, layer: int, keys, values, positions, known: dict) -> Worth:
         """What tokens are worth to all layers, as this one sees them; see `Placement.common_worth`."""
         with torch.autocast(keys.device.type, enabled=False):
-            return Worth(self.layers[str(layer)].placement.common_worth(self.plain(layer, keys, values, positions)))
+            source = LayerPerceiver.plain(keys, values, self._turning(layer, positions[None], known))
+            return Worth(self.layers[str(layer)].placement.common_worth(source))
 
     def check_trained(self, tokens: int, ratio: float) -> list[str]:
         """Warn where a context or a ratio lies outside what was trained; returns the warnings' texts."""

@@ -1,4 +1,4 @@
-"""One layer's compactor: a small Perceiver from raw keys and values to compact slots.
+"""The compactor of each layer: a small Perceiver from raw keys and values to compact slots.
 
 Follows STILL (arXiv 2606.07878): latents cross-attend to `[RoPE^-1(K) ; V]`, then to each other, twice; linear
 heads give compact keys and values. All shapes are per KV head; heads share projections and differ in their bank.
@@ -16,8 +16,10 @@ from torch import nn
 
 from .config import StillConfig
 from .kernels import latent_attention
-from .kernels.rope import strip_rope
-from .placement import Placement, choose, inclusion
+from .kernels.rope import restore_rope
+from .placement import Placement, Worth, choose, inclusion
+from .rope import Turning
+from .together import Together, linear, stacked
 
 SCALE_GAIN = 10.0  # a scale is learned in its logarithm, at ten times the rate of the weights: it has far to go
 POWER_GAIN = 30.0  # likewise the powers of `gain`
@@ -33,7 +35,7 @@ def own_turns(positions: torch.Tensor, width: int, base: float) -> torch.Tensor:
 
 
 def directions(x: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
-    """Normalise `x` `[batch, heads, n, width]`, and turn its pairs of neighbouring dims as complex numbers.
+    """Normalise `x` `[..., n, width]`, and turn its pairs of neighbouring dims as complex numbers.
 
     `x` is overwritten where no gradient needs it. Of all that a compaction does on a CPU, these passes over every
     token's key are the slowest but for the products themselves.
@@ -44,34 +46,42 @@ def directions(x: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tens
         x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12))
     if turns is None:
         return x
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    if x.requires_grad or len(turns) > len(x):  # one bank of latents stands elsewhere in each row
+    pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+    if x.requires_grad:
         return torch.view_as_real(pairs * turns).flatten(-2)
     pairs.mul_(turns)
     return x
 
 
 def in_pairs(rows: torch.Tensor) -> torch.Tensor:
-    """Rows `i` and `i + n / 2` of `[n, ...]`, which turn together, side by side."""
-    return rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+    """Rows `i` and `i + n / 2` of `[layers, n, ...]`, which turn together, side by side.
+
+    Any order of dims gives the same scores, and neighbouring pairs turn fastest.
+    """
+    return rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Dims `i` and `i + width / 2` of `x` `[..., width]`, side by side as `in_pairs` has them, and turned."""
+    return torch.view_as_real(torch.complex(*x.chunk(2, dim=-1)) * turns).flatten(-2)
 
 
 class Raw(NamedTuple):
-    """A source that the kernels read as it is cached, and never as `[RoPE^-1(K) ; V]` in memory.
+    """Sources that the kernels read as they are cached, and never as `[RoPE^-1(K) ; V]` in memory.
 
     Attributes:
-        keys: `[batch, heads, T, head_dim]`.
-        values: `[batch, heads, T, head_dim]`.
-        strip: the model's cos and sin at the tokens, `[batch or 1, T, rotary_dim]`; None where nothing is rotated.
+        keys: of each layer `[batch, heads, T, head_dim]`.
+        values: of each layer `[batch, heads, T, head_dim]`.
+        strip: how the model rotates the tokens; None where nothing is rotated.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    strip: tuple[torch.Tensor, torch.Tensor] | None
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    strip: Turning | None
 
 
 class Attention(nn.Module):
-    """One head with l2-normalised queries and keys: softmax(scale * q k^T) over the source, values projected last."""
+    """Weights of one head with l2-normalised queries and keys; see `attend`."""
 
     def __init__(self, width: int, source: int, scale: float, learned_scale: bool):
         super().__init__()
@@ -81,36 +91,60 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale) / SCALE_GAIN), requires_grad=learned_scale)
 
-    def forward(self, latents, source, turns=None):
-        """`latents` `[rows, heads, t, width]` are normalised already; `turns` rotate (queries, keys).
 
-        `source` is `[batch, heads, T, 2 * head_dim]`, or `Raw` for the kernels.
-        """
-        if isinstance(source, Raw):
-            return self.output(self.value(self._fused(F.normalize(self.query(latents), dim=-1), source, turns)))
-        query, key = self._direction(self.query, latents, turns, 0), self._direction(self.key, source, turns, 1)
-        # The scale goes into the queries: it may be learned, and sdpa takes a float.
-        query = (query * (SCALE_GAIN * self.log_scale).exp()).expand(len(source), -1, -1, -1)
-        mixed = F.scaled_dot_product_attention(query, key, source, scale=1.0)
-        return self.output(self.value(mixed))  # W_v is linear, so it may follow the weighted sum
+def attend(of: Together, latents: torch.Tensor, source, turns=None) -> torch.Tensor:
+    """softmax(scale * q k^T) over the source, values projected last, in several layers at once.
 
-    def _fused(self, query: torch.Tensor, source: Raw, turns) -> torch.Tensor:
-        """The weighted sums of the source's tokens by the kernels."""
-        heads, latents, counts = *query.shape[1:3], None
-        if turns is not None and turns[0].shape[1] > 1:  # each head's latents stand elsewhere: one head after the other
-            query = query.expand(len(turns[0]), -1, -1, -1).flatten(1, 2)
-            turns, counts = (turns[0].flatten(1, 2), turns[1]), (latents,) * heads
-        mixed = latent_attention.latent_attention(
-            query, source.keys, source.values, self.key.weight, self.key.bias, turns, strip=source.strip,
-            scale=(SCALE_GAIN * self.log_scale).exp(), counts=counts,
-        )  # fmt: skip
-        return mixed if counts is None else mixed.unflatten(1, (heads, latents))
+    Args:
+        of: `Attention` of each layer.
+        latents: `[layers, rows, heads, t, width]`, normalised already.
+        source: of each layer `[batch, heads, T, 2 * head_dim]`; one tensor of all layers where it is the latents; or
+            `Raw` for the kernels.
+        turns: rotate queries and keys, complex `[layers or 1, batch or 1, heads or 1, n, width / 2]`.
+    """
+    # The scale goes into the queries: it may be learned, and sdpa takes a float.
+    query = directions(linear(of.query, latents)) * (SCALE_GAIN * of.log_scale).exp()[:, None, None, None, None]
+    if isinstance(source, Raw):
+        mixed = _fused(of.key, query, source, turns)
+    elif turns is None:  # latents among themselves
+        key = directions(linear(of.key, source))
+        mixed = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (query, key, source)), scale=1.0)
+        mixed = mixed.unflatten(0, source.shape[:2])
+    else:
+        mixed = _over_tokens(of.key, turned(query, turns[0]), source, turns[1][0])
+    return linear(of.output, linear(of.value, mixed))  # W_v is linear, so it may follow the weighted sum
 
-    def _direction(self, linear: nn.Linear, x: torch.Tensor, turns, which: int) -> torch.Tensor:
-        if turns is None:
-            return directions(linear(x))
-        # Any order of dims gives the same scores; neighbouring pairs turn fastest.
-        return directions(F.linear(x, in_pairs(linear.weight), in_pairs(linear.bias)), turns[which])
+
+def _over_tokens(key: Together, queries: torch.Tensor, sources: Sequence[torch.Tensor], turns) -> torch.Tensor:
+    """The weighted sums of each layer's tokens; its keys are made and used up before another layer's are."""
+    mixed = []
+    weights, biases = in_pairs(key.weight).unbind(), in_pairs(key.bias).unbind()
+    for weight, bias, query, source in zip(weights, biases, queries.unbind(), sources, strict=True):
+        keys = directions(F.linear(source, weight, bias), turns)
+        query = query.expand(len(source), -1, -1, -1)
+        mixed.append(F.scaled_dot_product_attention(query, keys, source, scale=1.0))
+    return stacked(mixed)
+
+
+def _fused(key: Together, queries: torch.Tensor, source: Raw, turns) -> torch.Tensor:
+    """The weighted sums of each layer's tokens by the kernels, `[layers, batch, heads, t, 2 * head_dim]`."""
+    heads, latents = queries.shape[2:4]
+    mixed = []
+    strip = source.strip and (source.strip.cos, source.strip.sin)
+    every = zip(key.weight.unbind(), key.bias.unbind(), queries.unbind(), strict=True)
+    for index, (weight, bias, query) in enumerate(every):
+        own, counts = None, None
+        if turns is not None:
+            at, tokens = turns[0][min(index, len(turns[0]) - 1)], turns[1][0]
+            if at.shape[1] > 1:  # each head's latents stand elsewhere: one head after the other
+                query = query.expand(len(at), -1, -1, -1).flatten(1, 2)
+                at, counts = at.flatten(1, 2), (latents,) * heads
+            own = at, tokens
+        out = latent_attention.latent_attention(
+            query, source.keys[index], source.values[index], weight, bias, own, strip=strip, counts=counts
+        )
+        mixed.append(out if counts is None else out.unflatten(1, (heads, latents)))
+    return stacked(mixed)
 
 
 class Block(nn.Module):
@@ -126,20 +160,31 @@ class Block(nn.Module):
         if hidden:
             self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
 
-    def rms(self, z: torch.Tensor) -> torch.Tensor:
-        """RMS norm without parameters; its slope at zero is `eps ** -0.5`."""
-        return z * (z.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
-    def forward(self, z, source, turns):
-        """`z` `[batch or 1, heads, t, width]`, `source` and `turns` as `Attention` takes them."""
-        z = z + self.cross(self.rms(z), source, turns)
-        normed = self.rms(z)
-        if isinstance(source, Raw):  # the latents are a source like another, in halves, and nothing turns them
-            among = Raw(*normed.to(source.keys.dtype).chunk(2, dim=-1), None)
-            z = z + self.self_attention(normed, among, None)
-        else:
-            z = z + self.self_attention(normed, normed)
-        return z if self.feed_forward is None else z + self.feed_forward(self.rms(z))
+def rms(z: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm without parameters; its slope at zero is `eps ** -0.5`."""
+    return z * (z.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def pass_block(of: Together, z: torch.Tensor, source, turns) -> torch.Tensor:
+    """Latents `z` `[layers, rows, heads, t, width]` after a `Block`; `source` and `turns` as `attend` takes them."""
+    z = z + attend(of.cross, rms(z, of.eps), source, turns)
+    normed = among = rms(z, of.eps)
+    if isinstance(source, Raw):  # the latents are a source like another, in halves, and nothing turns them
+        keys, values = normed.to(source.keys[0].dtype).chunk(2, dim=-1)
+        among = Raw(keys.unbind(), values.unbind(), None)
+    z = z + attend(of.self_attention, normed, among)
+    if of.feed_forward is None:
+        return z
+    into, _, out = of.feed_forward
+    return z + linear(out, F.silu(linear(into, rms(z, of.eps))))
+
+
+def resampled(bank: torch.Tensor, slots: int) -> torch.Tensor:
+    """Latents `[heads, slots, width]` of banks `[heads, trained slots, width]`."""
+    if slots == bank.shape[1]:
+        return bank
+    return F.interpolate(bank.transpose(1, 2), size=slots, mode="linear", align_corners=True).mT.contiguous()
 
 
 class LayerPerceiver(nn.Module):
@@ -215,10 +260,7 @@ class LayerPerceiver(nn.Module):
         It is the bank itself at its trained size, resampled linearly at others.
         """
         bank = self.bank.expand(self.kv_heads, -1, -1)
-        bank = bank if heads is None else bank[list(heads)]
-        if slots != bank.shape[1]:
-            bank = F.interpolate(bank.transpose(1, 2), size=slots, mode="linear", align_corners=True).transpose(1, 2)
-        return bank
+        return resampled(bank if heads is None else bank[list(heads)], slots)
 
     def latent_positions(self, positions: torch.Tensor, slots: int) -> torch.Tensor:
         """`slots` positions from the first to the last of `positions` `[rows, T]`, rounded unless fractional."""
@@ -235,53 +277,84 @@ class LayerPerceiver(nn.Module):
         return own_turns(positions - start, self.bank.shape[-1], self.rope_base)
 
     @staticmethod
-    def plain(keys, values, strip=None) -> torch.Tensor:
-        """Un-rotated keys and values side by side, `[batch, heads, T, 2 * head_dim]` in fp32; see `forward`."""
+    def plain(keys, values, strip: Turning | None = None) -> torch.Tensor:
+        """Un-rotated keys and values side by side, `[batch, heads, T, 2 * head_dim]` in fp32; see `perceive`."""
         keys, values = keys.float(), values.float()
         if strip is not None and keys.requires_grad:
-            keys, strip = strip_rope(keys, *strip), None
+            keys, strip = restore_rope(keys, *strip.back), None
         source = torch.cat((keys, values), dim=-1)
         if strip is not None:
-            strip_rope(source[..., : keys.shape[-1]], *strip, inplace=True)
+            restore_rope(source[..., : keys.shape[-1]], *strip.back, inplace=True)
         return source
 
     def forward(self, keys, values, slots, turns, strip=None, heads=None, phase=None, worth=None):
-        """Compact some heads of one layer.
+        """Compact some heads of this layer alone: `perceive`, without the dim of layers."""
+        turns = tuple(table[None] for table in turns)
+        phases = None if phase is None else [phase]
+        out = perceive(Together([self]), [keys], [values], slots, turns, strip, heads, phases, worth)
+        return tuple(None if x is None else x[0] for x in out)
 
-        The Triton kernels read keys and values as they are cached, in their dtype; where those do not run, PyTorch
-        un-rotates them once for all blocks, in fp32.
 
-        Args:
-            keys: `[batch, heads, T, head_dim]`.
-            values: `[batch, heads, T, head_dim]`.
-            slots: how many slots to make of each head.
-            turns: what `turns` gives for the latents' positions, and for the tokens'.
-            strip: the model's cos and sin at the tokens `[batch or 1, T, rotary_dim]`; None where keys are un-rotated.
-            heads: indices of these KV heads; None for all of them.
-            phase: of these heads, as `still.placement.phases` gives it; needed where latents are placed by worth.
-            worth: of the tokens to all layers, where one of them has looked for all; None to look here.
+def perceive(
+    of: Together,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    slots: int,
+    turns,
+    strip: Turning | None = None,
+    heads: Sequence[int] | None = None,
+    phases: Sequence[torch.Tensor] | None = None,
+    worth: Worth | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Compact some heads of several layers at once.
 
-        Returns:
-            Un-rotated compact keys and values `[batch, heads, slots, head_dim]`, and beta `[batch, heads, slots]` or
-            None.
-        """
-        fused = latent_attention.takes(keys, values, self.bank.shape[-1])
-        looks = self.placement is not None and worth is None
-        source = None if fused and not looks else self.plain(keys, values, strip)
-        if self.placement is not None:
-            share = inclusion(self.placement.worth(source, heads), slots) if looks else worth.share(slots)
-            at = choose(share, slots, phase)[..., None]
-            own = turns[1].expand(len(keys), keys.shape[1], -1, -1)
-            turns = own.gather(2, at.expand(-1, -1, -1, own.shape[-1])), turns[1]  # a latent turns as its token does
-        if fused:
-            source = Raw(keys, values, strip)
-        z = self.latents(slots, heads)[None]
-        for block in self.blocks:
-            z = block(z, source, turns)
-        beta = None if self.beta_head is None else self.beta_head(z).squeeze(-1)
-        small, mixed = self.key_head(z), self.value_head(z)
-        if self.gain is not None:
-            powers = self.gain if heads is None else self.gain[:, list(heads)]
-            louder = (POWER_GAIN * powers * math.log(keys.shape[2] / slots)).exp()
-            small, mixed = small * louder[0], mixed * louder[1]
-        return small, mixed, beta
+    What is done to latents is small: in many layers one after the other, calling the operations takes longer than they
+    do. The Triton kernels read keys and values as they are cached, in their dtype; where those do not run, PyTorch
+    un-rotates them once for all blocks, in fp32.
+
+    Args:
+        of: `LayerPerceiver` of each layer.
+        keys: of each layer `[batch, heads, T, head_dim]`.
+        values: of each layer `[batch, heads, T, head_dim]`.
+        slots: how many slots to make of each head.
+        turns: what `LayerPerceiver.turns` gives for the latents' positions, and for the tokens', with a dim of layers
+            before it: `[1, batch or 1, 1, n, width / 2]`.
+        strip: how the model rotates the tokens; None where keys are un-rotated.
+        heads: indices of these KV heads; None for all of them.
+        phases: of these heads of each layer, as `still.placement.phases` gives them; needed where latents are placed by
+            worth.
+        worth: of the tokens to all layers, where one of them has looked for all; None to look here.
+
+    Returns:
+        Un-rotated compact keys and values `[layers, batch, heads, slots, head_dim]`, and beta
+        `[layers, batch, heads, slots]` or None.
+    """
+    tokens, bank = keys[0].shape[2], of.bank.expand(-1, of.kv_heads, -1, -1)
+    fused = latent_attention.takes(keys[0], values[0], bank.shape[-1])
+    looks = of.placement is not None and worth is None
+    source = None
+    if looks or not fused:
+        source = [LayerPerceiver.plain(*each, strip) for each in zip(keys, values, strict=True)]
+    if of.placement is not None:
+        if looks:
+            seen = [part.placement.worth(own, heads) for part, own in zip(of.parts, source, strict=True)]
+            at = stacked([choose(inclusion(x, slots), slots, p) for x, p in zip(seen, phases, strict=True)])
+        else:
+            at = choose(worth.share(slots), slots, torch.cat(tuple(phases)))
+            at = at.unflatten(1, (len(keys), -1)).transpose(0, 1)
+        own = turns[1].expand(*at.shape[:3], -1, -1)
+        at = at[..., None].expand(-1, -1, -1, -1, own.shape[-1])
+        turns = own.gather(3, at), turns[1]  # a latent turns as its token does
+    if fused:
+        source = Raw(keys, values, strip)
+    bank = bank if heads is None else bank[:, list(heads)]
+    z = resampled(bank.flatten(0, 1), slots).unflatten(0, bank.shape[:2])[:, None]
+    for block in of.blocks:
+        z = pass_block(block, z, source, turns)
+    small, mixed = linear(of.key_head, z), linear(of.value_head, z)
+    beta = None if of.beta_head is None else linear(of.beta_head, z).squeeze(-1)
+    if of.gain is not None:
+        powers = of.gain if heads is None else of.gain[:, :, list(heads)]
+        louder = (POWER_GAIN * powers * math.log(tokens / slots)).exp()[:, :, None]
+        small, mixed = small * louder[:, 0], mixed * louder[:, 1]
+    return small, mixed, beta

@@ -160,8 +160,8 @@ class SecondLook(nn.Module):
         """Logits `[batch, heads, some]` of `features` `[batch, heads, some, source]`, in the order of the context."""
         compared = self.compared if heads is None else self.compared[list(heads)]
         signs = F.normalize(features @ compared, dim=-1)
-        alike = (signs @ signs.transpose(-1, -2)).triu(1).clamp(min=0)  # to later tokens alone
-        closest = F.pad(alike, (0, LATER)).topk(LATER, dim=-1).values
+        alike = (signs @ signs.transpose(-1, -2)).triu(1)  # to later tokens alone
+        closest = F.pad(alike, (0, max(0, LATER - alike.shape[-1]))).topk(LATER, dim=-1).values.clamp(min=0)
         return self.scorer(torch.cat((features, STEEP * (closest - USUAL)), dim=-1), heads)
 
 

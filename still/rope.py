@@ -7,6 +7,8 @@ The module knows the model's base, scaling (llama3, yarn, linear), partial rotar
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakSet
 
 import torch
@@ -48,6 +50,25 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Undo `rotate`. Tables scaled by an attention factor `s` are divided by `s**2`, which makes this exact."""
     return strip_rope(x, cos, sin)
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How a model rotates the keys of some tokens, alike in all of its layers that share their tables.
+
+    Attributes:
+        cos: `[batch or 1, tokens, rotary_dim]`, fp32.
+        sin: like `cos`.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @cached_property
+    def back(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables by which `rotate` does what `unrotate` does by `cos` and `sin`, divided once for all layers."""
+        square = self.cos.square().addcmul_(self.sin, self.sin)
+        return self.cos / square, self.sin / square.neg_()
 
 
 class Rotary:

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from still.config import StillConfig
 from still.kernels import dispatch, latent_attention_plan
 from still.kernels.latent_attention import latent_attention, turn, unturn_model
-from still.perceiver import LayerPerceiver
+from still.perceiver import LayerPerceiver, attend, rms
+from still.together import Together
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
 
@@ -202,10 +203,10 @@ def test_both_equal_the_perceivers_own_attention(mode, device):
     turns = layer.turns(where, positions[:, :1]), layer.turns(positions, positions[:, :1])
     grad = torch.randn(1, 2, 20, 128, device=device)
 
-    def run(attend):
+    def run(way):
         layer.zero_grad()
-        latents = layer.blocks[0].rms(layer.latents(20)[None])
-        out = attend(latents)
+        latents = rms(layer.latents(20)[None], layer.blocks[0].eps)
+        out = way(latents)
         out.backward(grad)
         return {"out": out.detach(), **{n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}}
 
@@ -216,7 +217,8 @@ def test_both_equal_the_perceivers_own_attention(mode, device):
         )  # fmt: skip
         return cross.output(cross.value(mixed))
 
-    theirs = run(lambda latents: cross(latents, source, turns))
+    own = tuple(table[None] for table in turns)
+    theirs = run(lambda latents: attend(Together([cross]), latents[None], [source], own)[0])
     with dispatch.use(mode):
         ours = run(through_the_kernel)
     assert ours.keys() == theirs.keys()

@@ -5,6 +5,7 @@ import torch
 
 from still import StillConfig
 from still.perceiver import POWER_GAIN, LayerPerceiver, directions, own_turns
+from still.rope import Turning
 
 HEAD_DIM, HEADS = 64, 2
 OPTIONS = {
@@ -206,7 +207,7 @@ def test_slots_without_gradients_are_the_same_and_leave_the_cache_alone(placemen
     positions = torch.arange(40)[None]
     angle = torch.rand(1, 40, HEAD_DIM // 2).repeat(1, 1, 2)
     turns = own_tables(layer, positions, layer.latent_positions(positions, 6))
-    given = {"strip": (angle.cos(), angle.sin()), "phase": torch.tensor([0.25, 0.75]) if placement else None}
+    given = {"strip": Turning(angle.cos(), angle.sin()), "phase": torch.tensor([0.25, 0.75]) if placement else None}
     before = keys.clone(), values.clone()
     with torch.no_grad():
         found = layer(keys, values, 6, turns, **given)
