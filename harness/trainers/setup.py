@@ -64,8 +64,8 @@ def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) 
     return module.eval(), loaded
 
 
-FREE = {"save_every", "keep"}
-"""Settings that may change between a run and its continuation: they change no step."""
+FREE = {"save_every", "keep", "rounds"}
+"""Settings that may change between a run and its continuation: they change no step, or say only how many follow."""
 
 
 def claim_output(output: Path, name: str, settings: dict[str, dict], model: str, made_by: dict[str, Any]) -> None:

@@ -57,6 +57,15 @@ def test_rounds_are_collected_gated_trained_and_gone_on_with(tmp_path):
     assert weights(cut, 2) == weights(whole, 2) != weights(whole, 1)
 
 
+def test_a_finished_run_goes_on_with_more_rounds(tmp_path):
+    tasks, config = matters(tmp_path / "lab", (1,)), IsftConfig(rounds=1, rollouts=1, batch=1)
+    (first,) = isft(tmp_path / "more", tasks, config)
+    assert isft(tmp_path / "more", tasks, replace(config, rounds=2))[0] == first
+    isft(tmp_path / "whole", tasks, replace(config, rounds=2))
+    for number in (1, 2):
+        assert weights(tmp_path / "more", number) == weights(tmp_path / "whole", number)
+
+
 def test_leaking_rollouts_are_dropped_or_stop_the_run(tmp_path):
     tasks = matters(tmp_path / "lab", (1,))
     config = IsftConfig(rounds=1, rollouts=1, batch=1)
