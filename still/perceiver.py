@@ -24,6 +24,7 @@ from .together import Together, linear, stacked
 SCALE_GAIN = 10.0  # a scale is learned in its logarithm, at ten times the rate of the weights: it has far to go
 POWER_GAIN = 30.0  # likewise the powers of `gain`
 OPEN_SCALE = 8.0
+TRACE = 1e-3  # of what latents hold, in fresh queries and keys of their self-attention
 
 
 def own_turns(positions: torch.Tensor, width: int, base: float) -> torch.Tensor:
@@ -233,6 +234,9 @@ class LayerPerceiver(nn.Module):
                 nn.init.constant_(attention.key.bias, width**-0.5)
                 nn.init.eye_(attention.value.weight)
                 nn.init.zeros_(attention.output.weight)
+            # Where all queries and keys are alike, their gradients are rounding noise, and training waits for luck.
+            for linear_map in (block.self_attention.query, block.self_attention.key):
+                nn.init.eye_(linear_map.weight).mul_(TRACE)
             if index == 0:
                 nn.init.eye_(block.cross.output.weight)
             if block.feed_forward is not None:
