@@ -222,7 +222,10 @@ class LayerPerceiver(nn.Module):
 
     @torch.no_grad()
     def identity_start(self) -> None:
-        """Set every weight so that a latent copies its nearest token (still-method, "Identity start")."""
+        """Set every weight so that a latent copies its nearest token.
+
+        What adds nothing at first (self-attention, later blocks) has outputs of zero.
+        """
         width, head_dim = self.key_head.in_features, self.key_head.out_features
         self.bank.zero_()
         for index, block in enumerate(self.blocks):
