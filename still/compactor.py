@@ -532,7 +532,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
     def _common_worth(self, layer: int, keys, values, positions, known: dict) -> Worth:
         """What tokens are worth to all layers, as this one sees them; see `Placement.common_worth`."""
         with torch.autocast(keys.device.type, enabled=False):
-            source = LayerPerceiver.plain(keys, values, self._turning(layer, positions[None], known))
+            source = LayerPerceiver.plain(keys, values, self._turning(layer, positions, known))
             return Worth(self.layers[str(layer)].placement.common_worth(source))
 
     def check_trained(self, tokens: int, ratio: float) -> list[str]:

@@ -182,7 +182,7 @@ def pass_block(of: Together, z: torch.Tensor, source, turns) -> torch.Tensor:
 
 
 def resampled(bank: torch.Tensor, slots: int) -> torch.Tensor:
-    """Latents `[heads, slots, width]` of banks `[heads, trained slots, width]`."""
+    """Latents `[heads, slots, width]` of banks `[heads, trained slots, width]`: the banks themselves at their size."""
     if slots == bank.shape[1]:
         return bank
     return F.interpolate(bank.transpose(1, 2), size=slots, mode="linear", align_corners=True).mT.contiguous()
@@ -260,14 +260,6 @@ class LayerPerceiver(nn.Module):
                 nn.init.normal_(attention.query.weight, std=1 / width)
                 nn.init.normal_(attention.key.weight, std=1 / width)
                 nn.init.constant_(attention.log_scale, math.log(OPEN_SCALE) / SCALE_GAIN)
-
-    def latents(self, slots: int, heads: Sequence[int] | None = None) -> torch.Tensor:
-        """The bank of some heads (all by default) for `slots` slots `[heads, slots, width]`.
-
-        It is the bank itself at its trained size, resampled linearly at others.
-        """
-        bank = self.bank.expand(self.kv_heads, -1, -1)
-        return resampled(bank if heads is None else bank[list(heads)], slots)
 
     def latent_positions(self, positions: torch.Tensor, slots: int) -> torch.Tensor:
         """`slots` positions from the first to the last of `positions` `[rows, T]`, rounded unless fractional."""

@@ -39,15 +39,16 @@ def _neighbours(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
 
 
+def _differentiated(tensors: Sequence[torch.Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """One tensor of each layer as one, `[layers, ...]`: a view where no gradient is wanted and they are neighbours."""
     if len(tensors) == 1:
         return tensors[0][None]
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        whole = _neighbours(tensors)
-        if whole is not None:
-            return whole
-    return torch.stack(tuple(tensors))
+    whole = None if _differentiated(tensors) else _neighbours(tensors)
+    return torch.stack(tuple(tensors)) if whole is None else whole
 
 
 class Together:
@@ -76,7 +77,7 @@ class Together:
 
     def _tensor(self, name: str) -> torch.Tensor:
         tensors = [getattr(part, name) for part in self.parts]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if _differentiated(tensors):
             return stacked(tensors)
         places = [x.data_ptr() for x in tensors]
         if name not in self.views or self.views[name][0] != places:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from still.config import StillConfig
 from still.kernels import dispatch, latent_attention_plan
 from still.kernels.latent_attention import latent_attention, turn, unturn_model
-from still.perceiver import LayerPerceiver, attend, rms
+from still.perceiver import LayerPerceiver, attend, resampled, rms
 from still.together import Together
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
@@ -205,7 +205,7 @@ def test_both_equal_the_perceivers_own_attention(mode, device):
 
     def run(way):
         layer.zero_grad()
-        latents = rms(layer.latents(20)[None], layer.blocks[0].eps)
+        latents = rms(resampled(layer.bank, 20)[None], layer.blocks[0].eps)
         out = way(latents)
         out.backward(grad)
         return {"out": out.detach(), **{n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}}

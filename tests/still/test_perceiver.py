@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from still import StillConfig
-from still.perceiver import POWER_GAIN, LayerPerceiver, directions, own_turns
+from still.perceiver import POWER_GAIN, LayerPerceiver, directions, own_turns, resampled
 from still.rope import Turning
 
 HEAD_DIM, HEADS = 64, 2
@@ -100,11 +100,11 @@ def test_the_kernel_of_the_start_is_as_sharp_as_published():
 def test_the_bank_is_itself_at_its_size_and_resampled_elsewhere():
     layer = perceiver(bank=5)
     torch.nn.init.normal_(layer.bank)
-    assert torch.equal(layer.latents(5), layer.bank)
-    wide = layer.latents(9)
+    assert torch.equal(resampled(layer.bank, 5), layer.bank)
+    wide = resampled(layer.bank, 9)
     torch.testing.assert_close(wide[:, ::2], layer.bank, rtol=0, atol=1e-6)
     torch.testing.assert_close(wide[:, 1::2], (layer.bank[:, 1:] + layer.bank[:, :-1]) / 2, rtol=0, atol=1e-6)
-    assert layer.latents(1).shape == (HEADS, 1, 2 * HEAD_DIM)
+    assert resampled(layer.bank, 1).shape == (HEADS, 1, 2 * HEAD_DIM)
     assert perceiver(shared_bank=True).bank.shape[0] == 1
 
 
