@@ -100,10 +100,6 @@ class StillCompactor(nn.Module, ModelHubMixin):
         self._whole = {}
         return self
 
-    def __getstate__(self) -> dict:
-        """A copy makes its own views of its own weights."""
-        return {**self.__dict__, "_whole": {}}
-
     @classmethod
     def for_model(cls, model, slots: int | None = None, ratio: float | None = None, **options) -> StillCompactor:
         """A fresh compactor for `model`: untrained, it keeps a strided subset of the tokens.
