@@ -85,8 +85,8 @@ examples:
         super().configure(parser)
         parser.add_argument(
             "--teacher", metavar="TEXT",
-            help="first round's teacher, as --policy, or oracle: a script that looks the answers up in the rubric of a "
-            "synthetic matter; the student with the rubric unless given",
+            help="teacher of the first --teacher-rounds, as --policy, or oracle: a script that looks the answers up in "
+            "the rubric of a synthetic matter; the student with the rubric unless given",
         )  # fmt: skip
 
     def run(self, args: argparse.Namespace) -> int:
@@ -105,10 +105,14 @@ examples:
             named = replace(from_flags(args, PolicyConfig), policy=args.teacher)
             first, _ = named.load(replace(run, backend="memo", ratio=None), {})
         graders = [_grade(args.judge, seed) for seed in range(config.gradings)]
+
+        def teacher_of(number: int, _) -> object:
+            return first if number <= config.teacher_rounds else None
+
         run_isft(
             tasks, held_out, student, run, config, from_flags(args, TrainSettings), args.output, graders,
-            _grade(args.report_judge, 0), teacher_of=lambda round, _: first if round == 1 else None, method=method,
-            together=args.together, options=args.trainer, report=lambda line: print(line, flush=True),
+            _grade(args.report_judge, 0), teacher_of=teacher_of, method=method, together=args.together,
+            options=args.trainer, report=lambda line: print(line, flush=True),
         )  # fmt: skip
         print(args.output / "report.html")
         return 0

@@ -76,6 +76,9 @@ class IsftConfig:
 
     Attributes:
         rounds: of collect, filter, train, evaluate.
+        tasks_per_round: tasks of a round, each time the next ones (from the first again after the last); all unless
+            given. A student plays tasks that it was trained on better than others: what it makes of them teaches less.
+        teacher_rounds: rounds that the first teacher plays, where another than the student is given.
         rollouts: attempts at a task in a round at most; a task that is solved often enough gets no more.
         keep_per_task: rollouts of a task that are kept in a round.
         temperature: of the teacher's sampling; the hold-out is played greedily.
@@ -97,6 +100,8 @@ class IsftConfig:
     """
 
     rounds: int = 3
+    tasks_per_round: int | None = None
+    teacher_rounds: int = 1
     rollouts: int = 4
     keep_per_task: int = 2
     temperature: float = 0.7
@@ -116,7 +121,10 @@ class IsftConfig:
     leaks: Literal["drop", "stop"] = "drop"
 
     def __post_init__(self) -> None:
-        _positive(self, "rounds", "rollouts", "keep_per_task", "epochs", "batch", "gradings", "longest_copy")
+        if self.tasks_per_round is not None:
+            _positive(self, "tasks_per_round")
+        counts = ("rounds", "teacher_rounds", "rollouts", "keep_per_task", "epochs", "batch", "gradings")
+        _positive(self, *counts, "longest_copy")
         again = self.rollouts > 1 and self.private in ("none", "rollback")
         if self.temperature < 0 or (again and self.temperature == 0):
             raise ValueError(f"temperature is {self.temperature}: all attempts at a task would be alike; take more")

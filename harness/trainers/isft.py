@@ -99,7 +99,8 @@ def run_isft(
         if world()[0] == 0:
             teacher = teacher_of(number, loaded) or LocalPolicy(loaded)
             module.eval()
-            prepare(teacher, tasks, loaded.tokenizer, run, config, settings, graders, folder, number, report, module)
+            prepare(teacher, tasks_of(number, tasks, config), loaded.tokenizer, run, config, settings, graders, folder,
+                    number, report, module)  # fmt: skip
         barrier()
         every = range(1, number + 1) if config.union else [number]
         rows = [row for n in every for row in read_rows(output / f"round-{n}" / "rows.jsonl")]
@@ -117,6 +118,13 @@ def run_isft(
         barrier()
         rounds.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
     return rounds
+
+
+def tasks_of(number: int, tasks: Sequence[Any], config: IsftConfig) -> list[Any]:
+    """The tasks of a round, counted from 1."""
+    size = min(config.tasks_per_round or len(tasks), len(tasks))
+    first = (number - 1) * size
+    return [tasks[place % len(tasks)] for place in range(first, first + size)]
 
 
 class Student:
