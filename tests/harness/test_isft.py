@@ -13,7 +13,7 @@ from trainer_cases import RUN, exact, matters, scripted_teacher
 from still.harness.policies.local import LocalPolicy
 from still.harness.row_files import read_rows
 from still.harness.trainers.config import IsftConfig, TrainSettings
-from still.harness.trainers.isft import prepare, run_isft
+from still.harness.trainers.isft import prepare, run_isft, tasks_of
 from still.harness.trainers.teacher import OracleTeacher
 
 LEAK = "The rubric wants another term."
@@ -64,6 +64,19 @@ def test_a_finished_run_goes_on_with_more_rounds(tmp_path):
     isft(tmp_path / "whole", tasks, replace(config, rounds=2))
     for number in (1, 2):
         assert weights(tmp_path / "more", number) == weights(tmp_path / "whole", number)
+
+
+def test_each_round_plays_the_next_tasks_and_the_first_again_after_the_last(tmp_path):
+    tasks = matters(tmp_path / "lab", (1, 2, 3))
+    isft(tmp_path / "run", tasks, IsftConfig(rounds=2, tasks_per_round=2, rollouts=1, batch=2, union=False))
+    ids = [task.id for task in tasks]
+    for number, expected in ((1, ids[:2]), (2, [ids[2], ids[0]])):
+        rows = read_rows(tmp_path / "run" / f"round-{number}" / "rows.jsonl")
+        assert {row.task_id for row in rows} == set(expected)
+    assert tasks_of(3, tasks, IsftConfig()) == tasks  # all of them, unless asked otherwise
+    assert tasks_of(2, tasks, IsftConfig(tasks_per_round=9)) == tasks
+    with pytest.raises(ValueError, match="tasks_per_round is 0"):
+        IsftConfig(tasks_per_round=0)
 
 
 def test_leaking_rollouts_are_dropped_or_stop_the_run(tmp_path):
