@@ -22,7 +22,7 @@ def strip_rope(
     positions: torch.Tensor | None = None,
     frequencies: torch.Tensor | None = None,
     scaling: float = 1.0,
-    inplace: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Undo the rotation of `restore_rope`. Tables scaled by an attention factor `s` are divided by `s**2`.
 
@@ -34,16 +34,19 @@ def strip_rope(
         positions: in the place of `cos` and `sin`: `[tokens]` or `[batch or 1, tokens]`, integers or fractions.
         frequencies: with `positions`: inverse frequencies `[rotary_dim / 2]`, a rotary module's `inv_freq`.
         scaling: with `positions`: the attention factor, a rotary module's `attention_scaling`.
-        inplace: write into `keys`, which must not alias themselves, and return them.
+        out: write into this and return it: `keys` themselves, or floats of their shape that share no memory with them
+            (fp32 from half precision loses nothing).
 
     Returns:
-        The keys before rotation, in the dtype of `keys`. Gradients reach `keys`, not the tables.
+        The keys before rotation, in the dtype of `keys` unless `out` has another. Gradients reach `keys`, not the
+        tables.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or positions lie beyond 2**24 (on a GPU, where
-            nothing is read back, keys at such positions become NaN instead).
+            nothing is read back, keys at such positions become NaN instead); `out` is no place for them, or is other
+            memory than `keys` where a gradient is wanted.
     """
-    return _turn("strip_rope", keys, cos, sin, positions, frequencies, scaling, inplace)
+    return _turn("strip_rope", keys, cos, sin, positions, frequencies, scaling, out)
 
 
 def restore_rope(
@@ -54,13 +57,13 @@ def restore_rope(
     positions: torch.Tensor | None = None,
     frequencies: torch.Tensor | None = None,
     scaling: float = 1.0,
-    inplace: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotate keys as the model does; arguments as `strip_rope` has them."""
-    return _turn("restore_rope", keys, cos, sin, positions, frequencies, scaling, inplace)
+    return _turn("restore_rope", keys, cos, sin, positions, frequencies, scaling, out)
 
 
-def turn_reference(keys, cos, sin, inverse: bool, divide: bool, inplace: bool = False) -> torch.Tensor:
+def turn_reference(keys, cos, sin, inverse: bool, divide: bool, out: torch.Tensor | None = None) -> torch.Tensor:
     """Rotate by half tables `[batch or 1, tokens, rotary_dim / 2]`; backwards if `inverse`, over `s**2` if `divide`."""
     half, wide = cos.shape[-1], torch.promote_types(keys.dtype, torch.float32)
     cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
@@ -71,14 +74,22 @@ def turn_reference(keys, cos, sin, inverse: bool, divide: bool, inplace: bool = 
         sin = -sin
     x = keys.to(wide)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    if inplace and x is keys:  # passes over memory are what this costs: none for a copy of the whole
-        spare = first.clone()
-        first.mul_(cos).addcmul_(second, sin, value=-1)
-        second.mul_(cos).addcmul_(spare, sin)
-        return keys
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    whole = torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
-    return keys.copy_(whole) if inplace else whole.to(keys.dtype)
+    if out is None or out.dtype != wide:
+        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        whole = torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
+        return whole.to(keys.dtype) if out is None else out.copy_(whole)
+    # Passes over memory are what this costs: none for a copy of the whole.
+    to_first, to_second = out[..., :half], out[..., half : 2 * half]
+    if out is keys:
+        first = first.clone()
+        to_first.mul_(cos).addcmul_(second, sin, value=-1)
+        to_second.mul_(cos).addcmul_(first, sin)
+        return out
+    torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+    if rest.shape[-1]:
+        out[..., 2 * half :].copy_(rest)
+    return out
 
 
 def angles(positions: torch.Tensor, frequencies: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,25 +100,27 @@ def angles(positions: torch.Tensor, frequencies: torch.Tensor, scaling: float) -
     return angle.cos() * scaling, angle.sin() * scaling
 
 
-def _turn(operation, keys, cos, sin, positions, frequencies, scaling, inplace) -> torch.Tensor:
+def _turn(operation, keys, cos, sin, positions, frequencies, scaling, out) -> torch.Tensor:
     if positions is not None and positions.ndim == 1:
         positions = positions[None]
-    _check(operation, keys, cos, sin, positions, frequencies, inplace)
+    _check(operation, keys, cos, sin, positions, frequencies, out)
     strip = operation == "strip_rope"
     tables = (cos, sin) if positions is None else (positions, frequencies)
-    if dispatch.runs_triton(operation, [keys, *tables], _obstacle(keys, tables)):
+    if dispatch.runs_triton(operation, [keys, *tables], _obstacle(keys, tables, out)):
         from .rope_triton import Turn
 
-        return Turn.apply(keys, *(x.detach() for x in tables), scaling, positions is not None, strip, strip, inplace)
+        return Turn.apply(keys, *(x.detach() for x in tables), scaling, positions is not None, strip, strip, out)
     if positions is not None:
         cos, sin = angles(positions, frequencies, scaling)
     else:
         cos, sin = (x.detach()[..., : x.shape[-1] // 2] for x in (cos, sin))
-    return turn_reference(keys, cos, sin, inverse=strip, divide=strip, inplace=inplace)
+    return turn_reference(keys, cos, sin, inverse=strip, divide=strip, out=out)
 
 
-def _obstacle(keys, tables) -> str:
-    for name, x in (("keys", keys), ("cos or positions", tables[0]), ("sin or frequencies", tables[1])):
+def _obstacle(keys, tables, out) -> str:
+    written = keys if out is None else out
+    named = ("keys", keys), ("out", written), ("cos or positions", tables[0]), ("sin or frequencies", tables[1])
+    for name, x in named:
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             return f"the last dim of {name} must be contiguous (its strides are {list(x.stride())})"
         if sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31:
@@ -117,7 +130,7 @@ def _obstacle(keys, tables) -> str:
     return f"it takes batches up to 65535, not {keys.shape[0]}" if keys.shape[0] > 65535 else ""
 
 
-def _check(operation, keys, cos, sin, positions, frequencies, inplace) -> None:
+def _check(operation, keys, cos, sin, positions, frequencies, out) -> None:
     given = {"keys": keys, "cos": cos, "sin": sin, "positions": positions, "frequencies": frequencies}
     given = {name: x for name, x in given.items() if x is not None}
 
@@ -146,8 +159,16 @@ def _check(operation, keys, cos, sin, positions, frequencies, inplace) -> None:
         farthest = positions.abs().max().item()
         if not farthest < FARTHEST:
             refuse(f"a position of {farthest} is out of range: fp32 counts exactly up to 2**24")
-    if inplace and _aliases(keys):
-        refuse(f"keys whose strides alias ({list(keys.stride())}) cannot be changed in place; clone them")
+    if out is None:
+        return
+    if out.shape != keys.shape or out.device != keys.device or not out.is_floating_point():
+        refuse(f"out must be floats like keys, not {out.dtype} {list(out.shape)} on {out.device}")
+    if _aliases(out):
+        refuse(f"out has strides that alias ({list(out.stride())}) and cannot be written to; clone it")
+    if out is not keys and out.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr():
+        refuse("out shares the keys' memory; give the keys themselves, or memory of its own")
+    if out is not keys and torch.is_grad_enabled() and (keys.requires_grad or out.requires_grad):
+        refuse("no gradient flows through out; leave it out, or give the keys themselves")
 
 
 def _aliases(x: torch.Tensor) -> bool:

@@ -93,18 +93,18 @@ class Turn(torch.autograd.Function):
     """A rotation, whose gradient is turned by the transposed one: the other way round, scaled alike."""
 
     @staticmethod
-    def forward(ctx, x, first, second, scaling, positions, inverse, divide, inplace):
+    def forward(ctx, x, first, second, scaling, positions, inverse, divide, out):
         """Arguments as `run` takes them."""
         ctx.save_for_backward(first, second)
         ctx.rest = scaling, positions, inverse, divide
-        if inplace:
+        if out is x:
             ctx.mark_dirty(x)
-        return run(x, first, second, scaling, positions, inverse, divide, x if inplace else torch.empty_like(x))
+        return run(x, first, second, scaling, positions, inverse, divide, torch.empty_like(x) if out is None else out)
 
     @staticmethod
     def backward(ctx, gradient):
         """The gradient of `x`."""
         scaling, positions, inverse, divide = ctx.rest
         gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-        turned = Turn.apply(gradient, *ctx.saved_tensors, scaling, positions, not inverse, divide, False)
+        turned = Turn.apply(gradient, *ctx.saved_tensors, scaling, positions, not inverse, divide, None)
         return turned, *[None] * 7

@@ -23,7 +23,7 @@ from .cache import StillCache
 from .cache_compaction import MODES
 from .config import StillConfig
 from .kernels import latent_attention
-from .perceiver import LayerPerceiver, perceive
+from .perceiver import LayerPerceiver, perceive, plain
 from .placement import Worth, contributions, phases
 from .reading import check_mask, read
 from .rope import Rotary, Turning, full_attention_layers, rotate
@@ -37,6 +37,9 @@ LATENTS, SOURCES = {"cpu": 2**18}, {"cpu": 2**24}
 a large one. Beyond them an operation takes longer than calling it, and its operands leave the cache."""
 ELSEWHERE = 2**26
 """Likewise of either, on other devices."""
+KEPT = 2**12
+"""Tokens that every context begins with, whose rotary tables are kept from one compaction to the next: of a small
+model's compaction they would be a twentieth."""
 
 
 def fingerprint(model) -> str:
@@ -87,6 +90,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
         self.layers = nn.ModuleDict({str(i): LayerPerceiver(head_dim, kv_heads, config) for i in layers})
         side_by_side(list(self.layers.values()))
         self._whole: dict[tuple[int, ...], Together] = {}
+        self._first: tuple[Turning, torch.Tensor] | None = None
         self.kv_heads = kv_heads
         self.split: Split | None = None
         self.rotary: Rotary | None = None
@@ -97,7 +101,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
         """As `.to` and its like call it: what was moved parameter by parameter is laid together again."""
         super()._apply(*args, **kwargs)
         side_by_side(list(self.layers.values()))
-        self._whole = {}
+        self._whole, self._first = {}, None
         return self
 
     @classmethod
@@ -142,7 +146,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
                 f"(fingerprint {self.config.base_fingerprint}), not for {model.config._name_or_path or 'this one'} "
                 f"({theirs}): load the model that it was trained on"
             )
-        self.rotary = Rotary.for_model(model)
+        self.rotary, self._first = Rotary.for_model(model), None
         self.model_config = model.config
         return self.to(device=model.device, dtype=torch.float32)
 
@@ -221,6 +225,20 @@ class StillCompactor(nn.Module, ModelHubMixin):
             known[*span, slots] = Tables(tokens, self.rotary.cos_sin(layer, where), turns, where)
         return known[*span, slots]
 
+    def _first_tokens(self, tokens: int, device: torch.device, known: dict) -> None:
+        """Put the tables of a context's first tokens into `known`, as `_tables` looks for them there."""
+        if tokens > KEPT:
+            return
+        if self._first is None or self._first[1].shape[-2] < tokens or self._first[1].device != device:
+            with torch.inference_mode(False):  # they may be wanted in training next
+                positions, fresh = torch.arange(1 << (tokens - 1).bit_length(), device=device)[None], {}
+                layer = int(next(iter(self.layers)))
+                own = self.layers[str(layer)].turns(positions, positions[:, :1])
+                self._first = self._turning(layer, positions, fresh), own
+        turning, own = self._first
+        known[tokens, device, "model"] = turning.first(tokens)
+        known[(1, tokens), device, "own"] = own[..., :tokens, :]
+
     def _turning(self, layer: int, positions: torch.Tensor, known: dict) -> Turning:
         """How the model rotates tokens; `known` as in `_tables`."""
         if self.rotary is None:
@@ -298,7 +316,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
 
     def plain(self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Un-rotated keys and values side by side, `[batch, kv_heads, tokens, 2 * head_dim]`; see `compact_layer`."""
-        return LayerPerceiver.plain(keys, values, self._turning(layer, positions, {}))
+        return plain([keys], [values], self._turning(layer, positions, {}))[0]
 
     def taken_back(
         self,
@@ -494,6 +512,9 @@ class StillCompactor(nn.Module, ModelHubMixin):
             groups.setdefault(key, []).append(row)
         places = {key: slice(None) if len(groups) == 1 else torch.tensor(members) for key, members in groups.items()}
         known: dict = {}  # full-attention layers share their tables
+        first = cache.layers[int(next(iter(self.layers)))]
+        for tokens in set(rows):
+            self._first_tokens(tokens, first.keys.device, known)
         counts = {key: self._counts(self.split, *key) for key in groups}
         ragged = any(counts.values())
         worths: dict[tuple[int, int], Worth] = {}
@@ -528,7 +549,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
     def _common_worth(self, layer: int, keys, values, positions, known: dict) -> Worth:
         """What tokens are worth to all layers, as this one sees them; see `Placement.common_worth`."""
         with torch.autocast(keys.device.type, enabled=False):
-            source = LayerPerceiver.plain(keys, values, self._turning(layer, positions, known))
+            source = plain([keys], [values], self._turning(layer, positions, known))[0]
             return Worth(self.layers[str(layer)].placement.common_worth(source))
 
     def check_trained(self, tokens: int, ratio: float) -> list[str]:

@@ -81,6 +81,31 @@ class Raw(NamedTuple):
     strip: Turning | None
 
 
+def plain(
+    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], strip: Turning | None = None
+) -> Sequence[torch.Tensor]:
+    """Un-rotated keys and values of several layers side by side, of each `[batch, heads, T, 2 * head_dim]` in fp32.
+
+    Args:
+        keys: of each layer `[batch, heads, T, head_dim]`.
+        values: of each layer `[batch, heads, T, head_dim]`.
+        strip: how the model rotates the tokens; None where keys are un-rotated.
+    """
+    if any(x.requires_grad for x in (*keys, *values)):
+        turned = keys if strip is None else [restore_rope(x.float(), *strip.back) for x in keys]
+        return [torch.cat((x.float(), y.float()), dim=-1) for x, y in zip(turned, values, strict=True)]
+    width = keys[0].shape[-1]
+    # One piece of memory for all: pages that are first written to cost as much as what is done with them.
+    whole = keys[0].new_empty(len(keys), *keys[0].shape[:-1], 2 * width, dtype=torch.float32)
+    for own, own_keys, own_values in zip(whole, keys, values, strict=True):
+        own[..., width:].copy_(own_values)
+        if strip is None:
+            own[..., :width].copy_(own_keys)
+        else:
+            restore_rope(own_keys, *strip.back, out=own[..., :width])
+    return whole
+
+
 class Attention(nn.Module):
     """Weights of one head with l2-normalised queries and keys; see `attend`."""
 
@@ -118,10 +143,15 @@ def attend(of: Together, latents: torch.Tensor, source, turns=None) -> torch.Ten
 
 def _over_tokens(key: Together, queries: torch.Tensor, sources: Sequence[torch.Tensor], turns) -> torch.Tensor:
     """The weighted sums of each layer's tokens; its keys are made and used up before another layer's are."""
-    mixed = []
+    mixed, keys = [], None
     weights, biases = in_pairs(key.weight).unbind(), in_pairs(key.bias).unbind()
     for weight, bias, query, source in zip(weights, biases, queries.unbind(), sources, strict=True):
-        keys = directions(F.linear(source, weight, bias), turns)
+        if torch.is_grad_enabled():
+            keys = F.linear(source, weight, bias)
+        else:  # in the memory of the layer before: fresh pages would cost a third of the product
+            keys = source.new_empty((*source.shape[:-1], len(bias))) if keys is None else keys
+            torch.addmm(bias, source.flatten(0, -2), weight.mT, out=keys.view(-1, len(bias)))
+        keys = directions(keys, turns)
         query = query.expand(len(source), -1, -1, -1)
         mixed.append(F.scaled_dot_product_attention(query, keys, source, scale=1.0))
     return stacked(mixed)
@@ -164,7 +194,7 @@ class Block(nn.Module):
 
 def rms(z: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm without parameters; its slope at zero is `eps ** -0.5`."""
-    return z * (z.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return F.rms_norm(z, z.shape[-1:], eps=eps)
 
 
 def pass_block(of: Together, z: torch.Tensor, source, turns) -> torch.Tensor:
@@ -275,17 +305,6 @@ class LayerPerceiver(nn.Module):
         # Small angles keep fp32 exact far into a context.
         return own_turns(positions - start, self.bank.shape[-1], self.rope_base)
 
-    @staticmethod
-    def plain(keys, values, strip: Turning | None = None) -> torch.Tensor:
-        """Un-rotated keys and values side by side, `[batch, heads, T, 2 * head_dim]` in fp32; see `perceive`."""
-        keys, values = keys.float(), values.float()
-        if strip is not None and keys.requires_grad:
-            keys, strip = restore_rope(keys, *strip.back), None
-        source = torch.cat((keys, values), dim=-1)
-        if strip is not None:
-            restore_rope(source[..., : keys.shape[-1]], *strip.back, inplace=True)
-        return source
-
     def forward(self, keys, values, slots, turns, strip=None, heads=None, phase=None, worth=None):
         """Compact some heads of this layer alone: `perceive`, without the dim of layers."""
         turns = tuple(table[None] for table in turns)
@@ -333,7 +352,7 @@ def perceive(
     looks = of.placement is not None and worth is None
     source = None
     if looks or not fused:
-        source = [LayerPerceiver.plain(*each, strip) for each in zip(keys, values, strict=True)]
+        source = plain(keys, values, strip)
     if of.placement is not None:
         if looks:
             seen = [part.placement.worth(own, heads) for part, own in zip(of.parts, source, strict=True)]

@@ -67,7 +67,7 @@ def choose(share: torch.Tensor, slots: int, phase: torch.Tensor) -> torch.Tensor
         phase: where each head's numbers begin, `[heads]`, in 0..1.
     """
     tokens = torch.arange(share.shape[-1], device=share.device, dtype=torch.float64)
-    number = ((tokens * GOLDEN + phase.double()[:, None]) % 1).clamp(1e-9, 1 - 1e-9)
+    number = (tokens * GOLDEN + phase.double()[:, None]).frac().clamp(1e-9, 1 - 1e-9)
     rank = number.logit() - share.logit(1e-9)
     return rank.topk(slots, dim=-1, largest=False).indices.sort(dim=-1).values
 
@@ -132,7 +132,8 @@ class Scorer(nn.Module):
         inner, bias, outer, last = (
             x if heads is None else x[list(heads)] for x in (self.inner, self.inner_bias, self.outer, self.outer_bias)
         )
-        return GAIN * (F.silu(features @ inner + bias) @ outer + last).squeeze(-1)
+        hidden = F.silu(features @ inner + bias)
+        return GAIN * ((hidden * outer.mT).sum(-1) + last.squeeze(-1))  # a product with one column is slow
 
 
 def listed(tokens: int) -> int:

@@ -70,6 +70,12 @@ class Turning:
         square = self.cos.square().addcmul_(self.sin, self.sin)
         return self.cos / square, self.sin / square.neg_()
 
+    def first(self, tokens: int) -> Turning:
+        """That of the first tokens alone, a view."""
+        part = Turning(self.cos[:, :tokens], self.sin[:, :tokens])
+        part.__dict__["back"] = tuple(table[:, :tokens] for table in self.back)
+        return part
+
 
 class Rotary:
     """The rotary tables of every layer of one model, as the model itself computes them in fp32."""

@@ -18,7 +18,7 @@ def turn(function, dtype, dim, rotary, positions, inplace):
         tables = {"positions": empty(1, 8192, dtype=torch.int64), "frequencies": empty(rotary // 2)}
     else:
         tables = {"cos": empty(1, 8192, rotary), "sin": empty(1, 8192, rotary)}
-    function(keys, **tables, inplace=inplace)
+    function(keys, **tables, out=keys if inplace else None)
 
 
 SCALAR = {"turn"}

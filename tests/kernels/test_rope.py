@@ -79,8 +79,12 @@ def test_turns_as_complex_numbers_do(device, provider, function, given, dtype, t
         assert got is not x
         close(got.cpu(), wanted)
         changed = x.clone()
-        assert function(changed, **tables, inplace=True) is changed
+        assert function(changed, **tables, out=changed) is changed
         assert torch.equal(changed, got)
+        room = torch.full((2, 3, tokens, dim + 5), 7.0, device=device)  # a part of something wider, and in fp32
+        close(function(x, **tables, out=room[..., 2:-3]).cpu(), wanted)
+        assert (room[..., :2] == 7).all()
+        assert (room[..., -3:] == 7).all()
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -96,7 +100,7 @@ def test_one_row_or_one_token_of_tables_serves_all_and_views_are_turned(device, 
         close(strip_rope(view, positions=positions, frequencies=frequencies).cpu(), wanted)
         close(strip_rope(view, cos[:, 7:8], sin[:, 7:8]).cpu(), exact(view.cpu(), where, frequencies.cpu(), 1.0, True))
         outside = whole[:, :5].clone()
-        strip_rope(view, cos, sin, inplace=True)
+        strip_rope(view, cos, sin, out=view)
         close(view.cpu(), wanted)
         assert torch.equal(whole[:, :5], outside)
 
@@ -110,7 +114,8 @@ def test_gradients(device, provider, inplace, function):
     x, weight = (draw(1, 2, 9, 48, seed=seed).to(device) for seed in (0, 1))
     x.requires_grad_()
     with dispatch.use(provider):
-        (function(x * 1.0, *tables, inplace=inplace) * weight).sum().backward()
+        keys = x * 1.0
+        (function(keys, *tables, out=keys if inplace else None) * weight).sum().backward()
         spread = torch.zeros_like(x, requires_grad=True)
         function(spread, *tables).sum().backward()  # its gradient arrives as one expanded number
     same = x.detach().cpu().double().requires_grad_()
@@ -156,8 +161,12 @@ def test_what_does_not_fit_is_refused_with_shapes():
         ("position of 16777216 is out of range", x, (), far),
         ("position of nan is out of range", x, (), {"positions": positions / 0 * 0, "frequencies": frequencies}),
         ("one device, not cpu, meta", x.to("meta"), (cos, sin), {}),
-        ("strides alias", x[:, :1].expand(2, 3, 5, 16), (cos, sin), {"inplace": True}),
-        ("strides alias", x.as_strided((2, 3, 5, 16), (240, 80, 8, 1)), (cos, sin), {"inplace": True}),
+        ("strides that alias", x, (cos, sin), {"out": x[:, :1].expand(2, 3, 5, 16)}),
+        ("strides that alias", x, (cos, sin), {"out": x.as_strided((2, 3, 5, 16), (240, 80, 8, 1))}),
+        (r"out must be floats like keys, not torch.float32 \[2, 3, 5, 8\]", x, (cos, sin), {"out": x[..., :8]}),
+        ("out must be floats like keys, not torch.int64", x, (cos, sin), {"out": x.long()}),
+        ("out shares the keys' memory", x, (cos, sin), {"out": x[:]}),
+        ("no gradient flows through out", x.clone().requires_grad_(), (cos, sin), {"out": x.clone()}),
     ]  # fmt: skip
     for reason, keys, tables, more in cases:
         with pytest.raises(ValueError, match=reason):
@@ -172,7 +181,7 @@ def test_the_kernel_makes_nan_of_positions_it_cannot_count(device):
     x, positions = torch.ones(1, 1, 3, 16, device=device), torch.tensor([[1.0, 2.0**24, torch.inf]], device=device)
     with dispatch.use("triton"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the interpreter's NumPy, on the way to NaN
-        out = Turn.apply(x, positions, setting(16).to(device), 1.0, True, False, False, False)
+        out = Turn.apply(x, positions, setting(16).to(device), 1.0, True, False, False, None)
     assert out.isnan().all(-1).tolist() == [[[False, True, True]]]
 
 

@@ -11,6 +11,7 @@ from test_perceiver import OPTIONS
 from tiny_models import CONFIGS, left_padded, random_ids, tiny_model
 
 from still import StillCompactor, attention, read, slots_for
+from still import compactor as compactor_module
 from still.rope import full_attention_layers
 
 
@@ -210,6 +211,30 @@ def test_a_bf16_base_has_an_fp32_compactor():
         identity = compactor.compact(read(model, random_ids(1, 24)), ratio=1).layers[layer]
         torch.testing.assert_close(identity.keys, full.keys, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(identity.values, full.values, rtol=1e-2, atol=1e-3)
+
+
+def test_tables_kept_of_the_first_tokens_serve_any_length_and_training(monkeypatch):
+    model, options = tiny_model("qwen3"), {"ratio": 4, "placement": 8, "scout": 1}
+    compactor = StillCompactor.for_model(model, **options)
+
+    def compacted(by, tokens):
+        return by.compact_rows(read(model, random_ids(1, tokens)).cache, [tokens], ratio=4)
+
+    with torch.inference_mode():
+        compacted(compactor, 40)
+    for kept in (compactor_module.KEPT, 16):
+        monkeypatch.setattr(compactor_module, "KEPT", kept)
+        for tokens in (40, 17, 90):
+            fresh = StillCompactor.for_model(model, **options)
+            fresh.load_state_dict(compactor.state_dict())
+            made = compacted(compactor, tokens)
+            for layer, part in compacted(fresh, tokens).items():
+                assert torch.equal(part.keys, made[layer].keys)
+                assert torch.equal(part.values, made[layer].values)
+    with torch.enable_grad():  # what was made where no gradient can flow would be refused here
+        compactor.trains()
+        sum(part.keys.square().sum() for part in compacted(compactor, 33).values()).backward()
+    assert compactor.layers["1"].blocks[0].cross.query.bias.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
