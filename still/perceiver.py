@@ -19,7 +19,7 @@ from .kernels import latent_attention
 from .kernels.rope import restore_rope
 from .placement import Placement, Worth, choose, inclusion
 from .rope import Turning
-from .together import Together, linear, stacked
+from .together import Together, differentiated, linear, stacked
 
 SCALE_GAIN = 10.0  # a scale is learned in its logarithm, at ten times the rate of the weights: it has far to go
 POWER_GAIN = 30.0  # likewise the powers of `gain`
@@ -91,7 +91,7 @@ def plain(
         values: of each layer `[batch, heads, T, head_dim]`.
         strip: how the model rotates the tokens; None where keys are un-rotated.
     """
-    if any(x.requires_grad for x in (*keys, *values)):
+    if differentiated((*keys, *values)):
         turned = keys if strip is None else [restore_rope(x.float(), *strip.back) for x in keys]
         return [torch.cat((x.float(), y.float()), dim=-1) for x, y in zip(turned, values, strict=True)]
     width = keys[0].shape[-1]
@@ -144,9 +144,11 @@ def attend(of: Together, latents: torch.Tensor, source, turns=None) -> torch.Ten
 def _over_tokens(key: Together, queries: torch.Tensor, sources: Sequence[torch.Tensor], turns) -> torch.Tensor:
     """The weighted sums of each layer's tokens; its keys are made and used up before another layer's are."""
     mixed, keys = [], None
-    weights, biases = in_pairs(key.weight).unbind(), in_pairs(key.bias).unbind()
-    for weight, bias, query, source in zip(weights, biases, queries.unbind(), sources, strict=True):
-        if torch.is_grad_enabled():
+    weights, biases = in_pairs(key.weight), in_pairs(key.bias)
+    kept = differentiated((weights, biases, queries, *sources))
+    every = zip(weights.unbind(), biases.unbind(), queries.unbind(), sources, strict=True)
+    for weight, bias, query, source in every:
+        if kept:  # for the way back
             keys = F.linear(source, weight, bias)
         else:  # in the memory of the layer before: fresh pages would cost a third of the product
             keys = source.new_empty((*source.shape[:-1], len(bias))) if keys is None else keys

@@ -7,7 +7,7 @@ name merely lie next to each other in memory, as cuDNN has those of an RNN (`nn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,8 @@ def _neighbours(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
 
 
-def _differentiated(tensors: Sequence[torch.Tensor]) -> bool:
+def differentiated(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether a gradient is wanted that flows through what is made of one of these."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -47,7 +48,7 @@ def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """One tensor of each layer as one, `[layers, ...]`: a view where no gradient is wanted and they are neighbours."""
     if len(tensors) == 1:
         return tensors[0][None]
-    whole = None if _differentiated(tensors) else _neighbours(tensors)
+    whole = None if differentiated(tensors) else _neighbours(tensors)
     return torch.stack(tuple(tensors)) if whole is None else whole
 
 
@@ -77,7 +78,7 @@ class Together:
 
     def _tensor(self, name: str) -> torch.Tensor:
         tensors = [getattr(part, name) for part in self.parts]
-        if _differentiated(tensors):
+        if differentiated(tensors):
             return stacked(tensors)
         places = [x.data_ptr() for x in tensors]
         if name not in self.views or self.views[name][0] != places:
