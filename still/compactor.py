@@ -281,7 +281,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
 
     def _mix(
         self, layers: Sequence[int], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: int,
-        tables: Tables, known: dict, heads: list[int] | None = None, worth: Worth | None = None,
+        tables: Tables, known: dict, heads: list[int] | None = None, worth: Worth | int | None = None,
     ) -> list[CompactKV]:  # fmt: skip
         """Compact some heads of several layers at once, each with its own keys and values."""
         dtype, these = keys[0].dtype, tuple(layers)
@@ -297,11 +297,15 @@ class StillCompactor(nn.Module, ModelHubMixin):
         betas = [None] * len(layers) if beta is None else beta.to(dtype)
         return [CompactKV(*each) for each in zip(small.to(dtype), mixed.to(dtype), betas, strict=True)]
 
-    def _together(self, keys: torch.Tensor, values: torch.Tensor, slots: int, looked: bool) -> int:
-        """How many layers are compacted at once, of `keys` and `values` like these; `looked`: a scout scored them."""
+    def _fused(self, keys: torch.Tensor, values: torch.Tensor, scouted: bool) -> bool:
+        """Whether kernels read `keys` and `values` like these as they are cached, and nothing else reads them."""
+        width = next(iter(self.layers.values())).bank.shape[-1]
+        return latent_attention.takes(keys, values, width) and (scouted or not self.config.placement)
+
+    def _together(self, keys: torch.Tensor, values: torch.Tensor, slots: int, fused: bool) -> int:
+        """How many layers are compacted at once, of `keys` and `values` like these; `fused`: see `_fused`."""
         width, device = next(iter(self.layers.values())).bank.shape[-1], keys.device.type
         most = LATENTS.get(device, ELSEWHERE) // (4 * width * slots * keys.shape[0] * keys.shape[1])
-        fused = latent_attention.takes(keys, values, width) and (looked or not self.config.placement)
         if not fused:  # the kernels read what is cached
             most = min(most, SOURCES.get(device, ELSEWHERE) // (4 * (keys.numel() + values.numel())))
         return max(1, most)
@@ -517,25 +521,28 @@ class StillCompactor(nn.Module, ModelHubMixin):
             self._first_tokens(tokens, first.keys.device, known)
         counts = {key: self._counts(self.split, *key) for key in groups}
         ragged = any(counts.values())
-        worths: dict[tuple[int, int], Worth] = {}
-        if scouted and (scout := self.config.scout) is not None:
-            states = {key: _states(cache, scout, key[0], which) for key, which in places.items()}
-            worths = {key: self._common_worth(scout, *own, known) for key, own in states.items()}
+        scout = self.config.scout if scouted else None
         parts: dict[int, list[CompactKV]] = {int(name): [] for name in self.layers}
         for key, which in places.items():
             heads = counts[key] if ragged else None
-            for layer, part in self._compact_all(cache, *key, which, heads, known, worths.get(key)):
+            for layer, part in self._compact_all(cache, *key, which, heads, known, scout):
                 parts[layer].append(part)
         return {layer: join_rows(own, list(groups.values())) for layer, own in parts.items()}
 
     def _compact_all(
         self, cache: Cache, tokens: int, slots: int, rows, counts: dict[int, tuple[int, ...]] | None, known: dict,
-        worth: Worth | None,
+        scout: int | None,
     ) -> Iterator[tuple[int, CompactKV]]:  # fmt: skip
         """Compact all layers of equally long rows, some at a time; one by one with `counts`, the slots of heads."""
         layers = [int(name) for name in self.layers]
         keys, values, where = _states(cache, layers[0], tokens, rows)
-        step = 1 if counts is not None else self._together(keys, values, slots, worth is not None)
+        fused = self._fused(keys, values, scout is not None)
+        step = 1 if counts is not None else self._together(keys, values, slots, fused)
+        worth: Worth | int | None = None
+        if scout is not None:  # where all layers go at once, it looks at what is made for them
+            worth = layers.index(scout)
+            if fused or counts is not None or step < len(layers):
+                worth = self._common_worth(scout, *_states(cache, scout, tokens, rows), known)
         for start in range(0, len(layers), step):
             some = layers[start : start + step]
             keys, values, _ = zip(*(_states(cache, layer, tokens, rows) for layer in some), strict=True)

@@ -324,7 +324,7 @@ def perceive(
     strip: Turning | None = None,
     heads: Sequence[int] | None = None,
     phases: Sequence[torch.Tensor] | None = None,
-    worth: Worth | None = None,
+    worth: Worth | int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Compact some heads of several layers at once.
 
@@ -343,7 +343,8 @@ def perceive(
         heads: indices of these KV heads; None for all of them.
         phases: of these heads of each layer, as `still.placement.phases` gives them; needed where latents are placed by
             worth.
-        worth: of the tokens to all layers, where one of them has looked for all; None to look here.
+        worth: of the tokens to all layers, where one has looked for all; which of these layers is to look for all,
+            counted from 0; or None, where each looks for itself.
 
     Returns:
         Un-rotated compact keys and values `[layers, batch, heads, slots, head_dim]`, and beta
@@ -351,12 +352,14 @@ def perceive(
     """
     tokens, bank = keys[0].shape[2], of.bank.expand(-1, of.kv_heads, -1, -1)
     fused = latent_attention.takes(keys[0], values[0], bank.shape[-1])
-    looks = of.placement is not None and worth is None
+    looks = of.placement is not None and not isinstance(worth, Worth)
     source = None
     if looks or not fused:
         source = plain(keys, values, strip)
     if of.placement is not None:
-        if looks:
+        if isinstance(worth, int):
+            worth = Worth(of.parts[worth].placement.common_worth(source[worth]))
+        if worth is None:
             seen = [part.placement.worth(own, heads) for part, own in zip(of.parts, source, strict=True)]
             at = stacked([choose(inclusion(x, slots), slots, p) for x, p in zip(seen, phases, strict=True)])
         else:

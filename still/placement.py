@@ -192,7 +192,8 @@ class Placement(nn.Module):
     def features(source: torch.Tensor) -> torch.Tensor:
         """What a first look sees, as wide as `source`: keys and values differ in size, and layers do."""
         halves = source.unflatten(-1, (2, -1))
-        return F.rms_norm(halves, halves.shape[-1:]).flatten(-2)
+        square = torch.linalg.vector_norm(halves, dim=-1, keepdim=True).square() / halves.shape[-1]
+        return (halves * (square + torch.finfo(halves.dtype).eps).rsqrt()).flatten(-2)
 
     @staticmethod
     def shortlist(features: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
