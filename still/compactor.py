@@ -146,7 +146,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
                 f"(fingerprint {self.config.base_fingerprint}), not for {model.config._name_or_path or 'this one'} "
                 f"({theirs}): load the model that it was trained on"
             )
-        self.rotary, self._first = Rotary.for_model(model), None
+        self.rotary = Rotary.for_model(model)
         self.model_config = model.config
         return self.to(device=model.device, dtype=torch.float32)
 
