@@ -37,9 +37,10 @@ from still.provenance import provenance
 
 ASKED = "--family assignments --unseen-templates"
 TASKS = {
-    8: ("--criteria 8 --documents 3", "0:400"),
-    10: ("--criteria 10 --documents 4", "0:40"),
-    14: ("--criteria 14 --documents 5", "0:60"),
+    "8": ("--criteria 8 --documents 3", "0:400"),
+    "10": ("--criteria 10 --documents 4", "0:40"),
+    "10-many": ("--criteria 10 --documents 4", "0:600"),
+    "14": ("--criteria 14 --documents 5", "0:60"),
 }
 """Matters by their number of parties, and the seeds of those to train on."""
 HELD_OUT = "1000:1040"
@@ -54,6 +55,11 @@ ISFT = (
 )
 UNFILTERED = ISFT.replace("--teacher oracle ", "").replace("--rollouts 2", "--rollouts 1") + " --select any"
 MEMO, KV = "--backend memo --evaluate-on memo", "--backend kv --ratio 16 --evaluate-on kv"
+ISFT_32 = (
+    "isft --rounds 3 --tasks-per-round 200 --rollouts 1 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
+    "--batch 4 --lr 2e-4 --schedule linear --start last --no-union --backend kv --ratio 32 --evaluate-on kv "
+    "--compactor-mode joint --place 100"
+)
 DISTILL = (
     "grpo --backend kv --ratio 16 --train-policy frozen --compactor-mode distill --steps 30 --tasks-per-step 6 "
     "--group 2 --lr 5e-4 --schedule linear --no-ask"
@@ -69,6 +75,7 @@ class Run:
         command: after `still`, without tasks, seed and output.
         parties: of its matters, see `TASKS`.
         seed: of the training.
+        matters: which of `TASKS`; those of its parties unless given.
         like: group whose run says how many tokens a round of this one may train on: iSFT's control.
     """
 
@@ -76,6 +83,7 @@ class Run:
     command: str
     parties: int
     seed: int = 0
+    matters: str = ""
     like: str = ""
 
     @property
@@ -103,7 +111,7 @@ class Run:
 
     def tasks(self, root: Path) -> Path:
         """Where its matters lie."""
-        return root / "tasks" / str(self.parties)
+        return root / "tasks" / (self.matters or str(self.parties))
 
     def held_out(self, root: Path) -> Path:
         """Where its hold-out lies."""
@@ -132,6 +140,8 @@ RUNS = (
     Run("isft-memo-10-unfiltered", f"{UNFILTERED} {MEMO} --budget 128t", 10, like="isft-memo-10"),
     Run("isft-kv", f"{ISFT} {KV}", 10),
     Run("isft-kv-unfiltered", f"{UNFILTERED} {KV}", 10, like="isft-kv"),
+    Run("isft-kv-32", f"{ISFT_32} --teacher oracle --teacher-rounds 3", 10, matters="10-many"),
+    Run("isft-kv-32-unfiltered", f"{ISFT_32} --select any", 10, matters="10-many", like="isft-kv-32"),
     Run("distill", DISTILL, 8),
     *(Run("distill-placed", f"{DISTILL} --place 200", 8, seed) for seed in range(3)),
 )
@@ -152,7 +162,7 @@ def main() -> int:
         for run in chosen:
             print(shown(run, args.output))
         return 0
-    make_tasks(args.output, {run.parties for run in chosen})
+    make_tasks(args.output, {run.matters or str(run.parties) for run in chosen})
     failed: list[str] = []
     for wave in ([run for run in chosen if not run.like], [run for run in chosen if run.like]):
         with ThreadPoolExecutor(args.together) as pool:
@@ -169,13 +179,13 @@ def shown(run: Run, root: Path) -> str:
         return f"# {problem}"
 
 
-def make_tasks(root: Path, sizes: set[int]) -> None:
-    """Matters of so many parties to train on, and the hold-out."""
-    for parties in sorted(sizes):
-        size, seeds = TASKS[parties]
-        for name, split, which in (("train", "train", seeds), ("held-out", "held_out", HELD_OUT)):
-            command = ["matters", "generate", *shlex.split(f"{ASKED} {size}"), "--split", split, "--seeds", which]
-            if still([*command, "-o", str(root / "tasks" / str(parties) / name)], root / "tasks.log"):
+def make_tasks(root: Path, which: set[str]) -> None:
+    """Matters to train on, and their hold-out."""
+    for matters in sorted(which):
+        size, seeds = TASKS[matters]
+        for name, split, drawn in (("train", "train", seeds), ("held-out", "held_out", HELD_OUT)):
+            command = ["matters", "generate", *shlex.split(f"{ASKED} {size}"), "--split", split, "--seeds", drawn]
+            if still([*command, "-o", str(root / "tasks" / matters / name)], root / "tasks.log"):
                 raise SystemExit(f"no tasks could be made: see {root / 'tasks.log'}")
 
 
