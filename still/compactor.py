@@ -61,13 +61,13 @@ class Tables(NamedTuple):
     Attributes:
         tokens: how the model rotates the tokens.
         slots: the model's cos and sin at the slots' positions.
-        turns: the compactor's own tables of slots and tokens.
+        turns: the compactor's own tables of slots (None where latents are placed, and turn as their tokens) and tokens.
         where: the slots' positions `[rows, slots]`.
     """
 
     tokens: Turning
     slots: tuple[torch.Tensor, torch.Tensor]
-    turns: tuple[torch.Tensor, torch.Tensor]
+    turns: tuple[torch.Tensor | None, torch.Tensor]
     where: torch.Tensor
 
 
@@ -221,8 +221,9 @@ class StillCompactor(nn.Module, ModelHubMixin):
             known[*span, "own"] = part.turns(positions, positions[:, :1])
         if (*span, slots) not in known:
             where = self.slot_positions(positions, slots)
-            turns = part.turns(where, positions[:, :1]), known[*span, "own"]
-            known[*span, slots] = Tables(tokens, self.rotary.cos_sin(layer, where), turns, where)
+            turns = None if self.config.placement else part.turns(where, positions[:, :1])
+            tables = self.rotary.cos_sin(layer, where), (turns, known[*span, "own"])
+            known[*span, slots] = Tables(tokens, *tables, where)
         return known[*span, slots]
 
     def _first_tokens(self, tokens: int, device: torch.device, known: dict) -> None:
@@ -289,7 +290,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
             self._whole[these] = Together([self.layers[str(layer)] for layer in layers])
         with torch.autocast(keys[0].device.type, enabled=False):
             phase = [self._phase(layer, heads, known) for layer in layers] if self.config.placement else None
-            turns = tuple(table[None] for table in tables.turns)
+            turns = tuple(table if table is None else table[None] for table in tables.turns)
             whole = self._whole[these]
             small, mixed, beta = perceive(whole, keys, values, slots, turns, tables.tokens, heads, phase, worth)
             rows = [x if len(x) == 1 else x.repeat(len(layers), 1, 1) for x in tables.slots]
@@ -535,17 +536,18 @@ class StillCompactor(nn.Module, ModelHubMixin):
     ) -> Iterator[tuple[int, CompactKV]]:  # fmt: skip
         """Compact all layers of equally long rows, some at a time; one by one with `counts`, the slots of heads."""
         layers = [int(name) for name in self.layers]
-        keys, values, where = _states(cache, layers[0], tokens, rows)
+        keys, values = _states(cache, layers[0], tokens, rows)
+        where = torch.arange(tokens, device=keys.device)
         fused = self._fused(keys, values, scout is not None)
         step = 1 if counts is not None else self._together(keys, values, slots, fused)
         worth: Worth | int | None = None
         if scout is not None:  # where all layers go at once, it looks at what is made for them
             worth = layers.index(scout)
             if fused or counts is not None or step < len(layers):
-                worth = self._common_worth(scout, *_states(cache, scout, tokens, rows), known)
+                worth = self._common_worth(scout, *_states(cache, scout, tokens, rows), where, known)
         for start in range(0, len(layers), step):
             some = layers[start : start + step]
-            keys, values, _ = zip(*(_states(cache, layer, tokens, rows) for layer in some), strict=True)
+            keys, values = zip(*(_states(cache, layer, tokens, rows) for layer in some), strict=True)
             if counts is None:
                 tables = self._tables(some[0], where, slots, known)
                 yield from zip(some, self._mix(some, keys, values, slots, tables, known, worth=worth), strict=True)
@@ -644,10 +646,10 @@ def _row_lengths(cache: Cache, attention_mask: torch.Tensor | None) -> list[int]
     return rows
 
 
-def _states(cache: Cache, layer: int, tokens: int, rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values of some rows' last tokens, and their positions."""
+def _states(cache: Cache, layer: int, tokens: int, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of some rows' last tokens."""
     keys, values = cache.layers[layer].keys, cache.layers[layer].values
-    return keys[rows, :, -tokens:], values[rows, :, -tokens:], torch.arange(tokens, device=keys.device)
+    return keys[rows, :, -tokens:], values[rows, :, -tokens:]
 
 
 def _first_inputs(ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:

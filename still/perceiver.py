@@ -338,7 +338,7 @@ def perceive(
         values: of each layer `[batch, heads, T, head_dim]`.
         slots: how many slots to make of each head.
         turns: what `LayerPerceiver.turns` gives for the latents' positions, and for the tokens', with a dim of layers
-            before it: `[1, batch or 1, 1, n, width / 2]`.
+            before it: `[1, batch or 1, 1, n, width / 2]`. Those of latents that are placed are their tokens'.
         strip: how the model rotates the tokens; None where keys are un-rotated.
         heads: indices of these KV heads; None for all of them.
         phases: of these heads of each layer, as `still.placement.phases` gives them; needed where latents are placed by
