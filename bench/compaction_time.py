@@ -21,6 +21,18 @@ from shapes import SHAPES, TOKENS, append_rows, compaction_flops, milliseconds, 
 BARS = {"cpu": 1.5, "cuda": 2.0}
 
 
+def in_turns(long, short, repeats: int, wait) -> tuple[list[float], list[float]]:
+    """Wall times of two calls: `repeats` of the long one, each followed by short ones that take as long together.
+
+    Whatever else slows the machine for a while slows both.
+    """
+    first, then = milliseconds(long, 1, wait), milliseconds(short, 1, wait)
+    for _ in range(repeats - 1):
+        first += milliseconds(long, 1, wait, warm=False)
+        then += milliseconds(short, max(1, round(first[-1] / min(then))), wait, warm=False)
+    return first, then
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="pocket")
@@ -76,9 +88,7 @@ def main() -> int:
     scoring = 2 * heads * (args.placement * looks + again * COMPARED * (width + again)) if args.placement else 0
     rows, results = [], []
     for ratio in args.ratios:
-        # Both are measured side by side, so that whatever else slows the machine slows both.
-        prefill = milliseconds(lambda: read(model, ids), args.repeats, wait)
-        ours = milliseconds(lambda r=ratio: compact(r), args.repeats, wait)
+        prefill, ours = in_turns(lambda: read(model, ids), lambda r=ratio: compact(r), args.repeats, wait)
         counts = [slots_for(stop - start, ratio) for start, stop in spans]
         work = sum(compaction_flops(args.shape, b - a, n) for (a, b), n in zip(spans, counts, strict=True))
         work += scoring

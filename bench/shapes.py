@@ -84,10 +84,13 @@ def compaction_flops(shape: str, tokens: int, slots: int, blocks: int = 2) -> fl
     return decoder(shape).compaction(tokens, slots, blocks)
 
 
-def milliseconds(call: Callable[[], object], repeats: int, wait: Callable[[], object] = lambda: None) -> list[float]:
-    """Wall times of `repeats` calls after one that is not counted; `wait` returns when a device is done."""
-    call()
-    wait()
+def milliseconds(
+    call: Callable[[], object], repeats: int, wait: Callable[[], object] = lambda: None, warm: bool = True
+) -> list[float]:
+    """Wall times of `repeats` calls, after one that is not counted if `warm`; `wait` returns when a device is done."""
+    if warm:
+        call()
+        wait()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
