@@ -183,16 +183,17 @@ def test_a_fresh_compactor_copies_the_tokens_it_stands_at():
 
 @torch.no_grad()
 @pytest.mark.parametrize("split", [None, "own"])
-def test_a_scout_places_the_latents_of_all_layers(split):
-    model = tiny_model("qwen3")
-    compactor = placed(model, scout=1)
+@pytest.mark.parametrize("layers", [2, 1])
+def test_a_scout_places_the_latents_of_all_layers(layers, split):
+    model, scout = tiny_model("qwen3", num_hidden_layers=layers), layers - 1
+    compactor = placed(model, scout=scout)
     compactor.note_mass({layer: torch.tensor([1.0, 2.0]) for layer in map(int, compactor.layers)})
     compactor = compactor.with_split(split)
     ids, mask = left_padded([random_ids(23), random_ids(40, seed=1)])
     reading = read(model, ids, mask)
-    worths = [compactor.layers["1"].placement.common_worth(compactor.plain(
-        1, *(x[row : row + 1, :, -count:] for x in (reading.cache.layers[1].keys, reading.cache.layers[1].values)),
-        torch.arange(count),
+    seen = reading.cache.layers[scout]
+    worths = [compactor.layers[str(scout)].placement.common_worth(compactor.plain(
+        scout, *(x[row : row + 1, :, -count:] for x in (seen.keys, seen.values)), torch.arange(count),
     )) for row, count in enumerate((23, 40))]  # fmt: skip
     made = compactor.compact_rows(reading.cache, [23, 40], ratio=4)
     for layer, record in made.items():  # a fresh compactor copies what it stands at
