@@ -109,7 +109,8 @@ def _turn(operation, keys, cos, sin, positions, frequencies, scaling, out) -> to
     if dispatch.runs_triton(operation, [keys, *tables], _obstacle(keys, tables, out)):
         from .rope_triton import Turn
 
-        return Turn.apply(keys, *(x.detach() for x in tables), scaling, positions is not None, strip, strip, out)
+        turned = Turn.apply(keys, *(x.detach() for x in tables), scaling, positions is not None, strip, strip, out)
+        return turned if out is None or out is keys else out  # autograd hands on an alias of what it was handed
     if positions is not None:
         cos, sin = angles(positions, frequencies, scaling)
     else:
