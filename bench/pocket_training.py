@@ -49,6 +49,10 @@ GAME = (
     "--tools read,write --sandbox none --together 20 --micro-tokens 2048"
 )
 GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 5e-5 --warmup 8 --no-ask"
+GRPO_LEDGER = (
+    "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 1e-4 --schedule linear --warmup 4 "
+    "--no-ask --credit ledger --credit-share 0.7 --potential written"
+)
 ISFT = (
     "isft --teacher oracle --rounds 3 --rollouts 2 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
     "--epochs 2 --batch 4 --lr 2e-4 --schedule linear --start last --no-union"
@@ -134,6 +138,7 @@ class Run:
 RUNS = (
     *(Run("grpo", GRPO, 8, seed) for seed in range(3)),
     Run("grpo-random", f"{GRPO} --reward random", 8),
+    *(Run("grpo-ledger", GRPO_LEDGER, 10, seed, matters="10-many") for seed in range(3)),
     Run("isft-memo", f"{ISFT} {MEMO} --budget 192t", 14),
     Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO} --budget 192t", 14, like="isft-memo"),
     Run("isft-memo-10", f"{ISFT} {MEMO} --budget 128t", 10),
