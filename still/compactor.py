@@ -232,10 +232,11 @@ class StillCompactor(nn.Module, ModelHubMixin):
             return
         if self._first is None or self._first[1].shape[-2] < tokens or self._first[1].device != device:
             with torch.inference_mode(False):  # they may be wanted in training next
-                positions, fresh = torch.arange(1 << (tokens - 1).bit_length(), device=device)[None], {}
-                layer = int(next(iter(self.layers)))
-                own = self.layers[str(layer)].turns(positions, positions[:, :1])
-                self._first = self._turning(layer, positions, fresh), own
+                positions = torch.arange(1 << (tokens - 1).bit_length(), device=device)[None]
+                layer = next(iter(self.layers))
+                own = self.layers[layer].turns(positions, positions[:, :1])
+                turning = self._turning(int(layer), positions, {})
+                self._first = turning.first(positions.shape[1]), own  # with the tables that turn back
         turning, own = self._first
         known[tokens, device, "model"] = turning.first(tokens)
         known[(1, tokens), device, "own"] = own[..., :tokens, :]
