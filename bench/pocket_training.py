@@ -50,8 +50,8 @@ GAME = (
 )
 GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 5e-5 --warmup 8 --no-ask"
 GRPO_LEDGER = (
-    "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 1e-4 --schedule linear --warmup 4 "
-    "--no-ask --credit ledger --credit-share 0.7 --potential written"
+    GRPO.replace("--lr 5e-5 --warmup 8", "--lr 1e-4 --schedule linear --warmup 4")
+    + " --credit ledger --credit-share 0.7 --potential written"
 )
 ISFT = (
     "isft --teacher oracle --rounds 3 --rollouts 2 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "

@@ -77,7 +77,7 @@ class IsftConfig:
     Attributes:
         rounds: of collect, filter, train, evaluate.
         tasks_per_round: tasks of a round, each time the next ones (from the first again after the last); all unless
-            given. A student plays tasks that it was trained on better than others: what it makes of them teaches less.
+            given.
         teacher_rounds: rounds that the first teacher plays, where another than the student is given.
         rollouts: attempts at a task in a round at most; a task that is solved often enough gets no more.
         keep_per_task: rollouts of a task that are kept in a round.
