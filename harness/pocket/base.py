@@ -1,6 +1,7 @@
-"""The recipe of the pocket base model: from an induction start to standard matters, on two CPU cores.
+"""The recipe of the pocket base model: from an induction start to standard matters, then to long ones, on two cores.
 
     still pocket base --output runs/pocket --minutes 10      # again and again until it says that it is done
+    still pocket base --output runs/longer --start-from DIR  # the second part alone, from a base that recalls
 
 Each call goes on from the newest state that was wholly written; the same seed gives the same rows.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from ...eval.matters.words import TRADES
+from ...models import load
 from .context_dropout import ContextDropout
-from .curriculum import IGNORE, STAGES, Row, Rows
+from .curriculum import IGNORE, LONG, STAGES, Row, Rows, Stage
 from .induction import induction_start, pocket_config
 from .tokenizer import train_tokenizer
 
@@ -30,13 +33,17 @@ class BaseRecipe:
     """Everything that decides the weights.
 
     Attributes:
-        steps: optimizer steps in all.
-        tokens: tokens in a step, about.
+        steps: optimizer steps up to standard matters.
+        tokens: tokens in each of them, about.
         learning_rate: peak rate of AdamW.
         warmup: steps to the peak.
         decay: share of the steps, at the end, over which the rate falls to a fiftieth.
+        long_steps: further steps, on rows of `curriculum.LONG`.
+        long_rate: their peak rate, which rises and falls once more.
+        long_warmup: steps to that peak.
         dropout: share of the rows in which heads do not see all of the matter (context dropout).
         seed: of the start and of the rows.
+        start: a base that goes on with the long steps alone.
     """
 
     steps: int = 320
@@ -44,13 +51,25 @@ class BaseRecipe:
     learning_rate: float = 1.5e-3
     warmup: int = 50
     decay: float = 0.5
+    long_steps: int = 100
+    long_rate: float = 3e-4
+    long_warmup: int = 10
     dropout: float = 0.5
     seed: int = 0
+    start: str | None = None
+
+    @property
+    def all_steps(self) -> int:
+        """Of both parts."""
+        return self.steps + self.long_steps
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        left = (self.steps - step) / (self.decay * self.steps)
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * min(1.0, max(0.02, left))
+        peak, warmup, steps = self.learning_rate, self.warmup, self.steps
+        if step >= self.steps:
+            peak, warmup, steps, step = self.long_rate, self.long_warmup, self.long_steps, step - self.steps
+        left = (steps - step) / (self.decay * steps)
+        return peak * min(1.0, (step + 1) / warmup) * min(1.0, max(0.02, left))
 
 
 def whole_answers(right: torch.Tensor, gold: torch.Tensor, end: int) -> torch.Tensor:
@@ -70,58 +89,82 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
         ValueError: `output` holds a run of another recipe.
     """
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer()
-    names = [tokenizer.encode(f" {trade}")[-1] for trade in TRADES]
-    model = induction_start(pocket_config(len(tokenizer)), names, recipe.seed)
+    model, tokenizer = _start(recipe)
     decays = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW([{"params": decays}, {"params": rest}], betas=(0.9, 0.98), weight_decay=0.0)
     rows = Rows(tokenizer, recipe.seed)
-    step, stage, mean, in_stage = load_state(output, model, optimizer, rows, recipe, (0, 0, 0.0, 0))
+    first = recipe.steps if recipe.start else 0
+    step, stage, mean, in_stage = load_state(output, model, optimizer, rows, recipe, (first, 0, 0.0, 0))
     dropout = ContextDropout()
     dropout.attach(model)
     start = time.monotonic()
     model.train()
-    while step < recipe.steps and time.monotonic() - start < 60 * minutes:
-        if STAGES[stage].is_over(mean, in_stage):
-            stage, in_stage = stage + 1, 0
-        now = STAGES[stage]
-        count = max(2, round(recipe.tokens / (now.facts * 32 + 20)))
-        dropped = [rows.rng.random() < recipe.dropout for _ in range(count)]
-        # Heads that see different tokens cannot agree on which of two values is newer.
-        drawn = [rows.row(replace(now, amended=0.0) if drop else now) for drop in dropped]
-        ids, labels = pad_rows(drawn)
-        generator = torch.Generator().manual_seed(rows.rng.randrange(1 << 40))
-        shape = model.config.num_hidden_layers, model.config.num_key_value_heads
-        dropout.draw(generator, [row.context for row in drawn], ids.shape[1], dropped, *shape)
+    while step < recipe.all_steps and time.monotonic() - start < 60 * minutes:
+        batches = LONG
+        if step < recipe.steps:
+            if STAGES[stage].is_over(mean, in_stage):
+                stage, in_stage = stage + 1, 0
+            batches = ((STAGES[stage], max(2, round(recipe.tokens / (STAGES[stage].facts * 32 + 20)))),)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
+        loss, share = _learn(model, dropout, recipe, rows, batches)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = share if in_stage == 0 else 0.9 * mean + 0.1 * share
+        step, in_stage = step + 1, in_stage + 1
+        if step % 10 == 0:
+            elapsed = (time.monotonic() - start) / 60
+            report(f"step {step} {elapsed:.1f} min, {batches[-1][0].facts} facts: loss {loss:.3f}, right {mean:.3f}")
+        if step % 50 == 0 or step == recipe.all_steps:
+            save_state(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))
+    save_state(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))
+    if step < recipe.all_steps:
+        return False
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(output / "base")
+    tokenizer.save_pretrained(output / "base")
+    (output / "base" / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    return True
+
+
+def _start(recipe: BaseRecipe):
+    """The model before its first step, and its tokenizer."""
+    if recipe.start:
+        loaded = load(recipe.start, device="cpu", dtype="float32")
+        return loaded.model.requires_grad_(True), loaded.tokenizer
+    tokenizer = train_tokenizer()
+    names = [tokenizer.encode(f" {trade}")[-1] for trade in TRADES]
+    return induction_start(pocket_config(len(tokenizer)), names, recipe.seed), tokenizer
+
+
+def _learn(
+    model, dropout: ContextDropout, recipe: BaseRecipe, rows: Rows, batches: Sequence[tuple[Stage, int]]
+) -> tuple[float, float]:
+    """Gradients of one step, batch by batch: its mean loss, and the share of answers that are wholly right."""
+    shape = model.config.num_hidden_layers, model.config.num_key_value_heads
+    drawn: list[tuple[list[Row], list[bool]]] = []
+    for stage, count in batches:
+        dropped = [rows.rng.random() < recipe.dropout for _ in range(count)]
+        # Heads that see different tokens cannot agree on which of two values is newer.
+        drawn.append(([rows.row(replace(stage, amended=0.0) if drop else stage) for drop in dropped], dropped))
+    answered = sum(label != IGNORE for batch, _ in drawn for row in batch for label in row.labels)
+    total, right = 0.0, []
+    for batch, dropped in drawn:
+        ids, labels = pad_rows(batch)
+        generator = torch.Generator().manual_seed(rows.rng.randrange(1 << 40))
+        dropout.draw(generator, [row.context for row in batch], ids.shape[1], dropped, *shape)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(ids).last_hidden_state[:, :-1]
             wanted = labels[:, 1:] != IGNORE
             logits = model.lm_head(hidden[wanted])
         gold = labels[:, 1:][wanted]
-        loss = F.cross_entropy(logits.float(), gold)
+        loss = F.cross_entropy(logits.float(), gold, reduction="sum") / answered
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        answers = whole_answers(logits.argmax(-1) == gold, gold, tokenizer.eos_token_id)
-        share = answers.float().mean().item()
-        mean = share if in_stage == 0 else 0.9 * mean + 0.1 * share
-        step, in_stage = step + 1, in_stage + 1
-        if step % 10 == 0:
-            elapsed = (time.monotonic() - start) / 60
-            report(f"step {step} {elapsed:.1f} min, {now.facts} facts: loss {loss.item():.3f}, right {mean:.3f}")
-        if step % 50 == 0 or step == recipe.steps:
-            save_state(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))
-    save_state(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))
-    if step < recipe.steps:
-        return False
-    model.save_pretrained(output / "base")
-    tokenizer.save_pretrained(output / "base")
-    (output / "base" / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-    return True
+        total += loss.item()
+        right.append(whole_answers(logits.argmax(-1) == gold, gold, rows.tokenizer.eos_token_id))
+    return total, torch.cat(right).float().mean().item()
 
 
 def pad_rows(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ Every call goes on where the last one stopped."""
     examples = """\
 examples:
   still pocket base --output runs/pocket --minutes 10
+  still pocket base --output runs/longer --start-from DIR                  # its second part alone: long matters
   still pocket compactor --output runs/pocket --seed 0
   still pocket compactor --output runs/second --base pocket --start-from runs/pocket/compactor-seed0   # at 32x
   still pocket compactor --output runs/16x --base pocket --ratios 16       # one that serves a single ratio
@@ -43,7 +44,7 @@ examples:
         parser.add_argument("--seed", type=int, default=0, help="seed of the part")
         parser.add_argument("--base", metavar="DIR", help="base of a compactor (default: OUTPUT/base)")
         parser.add_argument("--steps", type=int, metavar="N", help="steps of the part (default: the recipe's)")
-        parser.add_argument("--start-from", metavar="DIR", help="a trained compactor to go on from")
+        parser.add_argument("--start-from", metavar="DIR", help="what to go on from: a trained compactor, or a base")
         parser.add_argument(
             "--ratios", type=_ratios, metavar="LIST", help="ratios of a compactor's training (default: 2 to 64)"
         )
@@ -70,7 +71,7 @@ examples:
     def _base(self, args: argparse.Namespace) -> bool:
         from .base import BaseRecipe, train_base
 
-        recipe = BaseRecipe(seed=args.seed, **_given(steps=args.steps))
+        recipe = BaseRecipe(seed=args.seed, **_given(steps=args.steps, start=args.start_from))
         return train_base(args.output, recipe, args.minutes)
 
     def _agent(self, args: argparse.Namespace) -> bool:

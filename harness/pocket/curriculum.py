@@ -48,6 +48,15 @@ STAGES = (
     Stage(64, 0.0, 0.1, 0.0, until=2.0, amended=0.25),
 )
 
+LONG = tuple(
+    (Stage(facts, 0.0, 0.0, 0.0, until=2.0, amended=0.25), rows) for facts, rows in ((64, 2), (128, 1), (256, 1))
+)
+"""Matters of one, two and four times the standard length, and the rows of each in a step: what a base goes on with
+once it recalls, so that it still does where contexts are read in chunks."""
+
+ASKED = 96
+"""Most questions of a row, drawn at random where a matter has more facts."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -72,13 +81,14 @@ class Rows:
         self.rng = random.Random(f"pocket base {seed}")
 
     def row(self, stage: Stage) -> Row:
-        """Ids and labels of one matter with every question asked once, in random order."""
+        """Ids and labels of one matter with its questions asked once, in random order: all of them, up to `ASKED`."""
         kind = self.rng.random()
         if kind < stage.lists + stage.uniform:
             context, pairs = self._uniform(stage, bare=kind < stage.lists)
         else:
             context, pairs = self._matter(stage)
         self.rng.shuffle(pairs)
+        pairs = pairs[:ASKED]
         questions = [f"<|user|> {question}<|end|><|assistant|>" for question, _ in pairs]
         answers = [f" {answer}<|end|>" for _, answer in pairs]
         encoded = self.tokenizer(questions + answers)["input_ids"]
@@ -89,7 +99,7 @@ class Rows:
         return Row(ids, labels, len(context))
 
     def _matter(self, stage: Stage) -> tuple[list[int], list[tuple[str, str]]]:
-        documents = max(2, min(4, stage.facts // 8))
+        documents = max(2, min(4, stage.facts // 8), stage.facts // 16)
         difficulty = Difficulty("curriculum", stage.facts, stage.amended, documents=documents)
         matter = generate_matter(self.rng.randrange(1 << 40), difficulty, "train")
         ids = self.tokenizer.apply_chat_template(context_messages(matter), tokenize=True, return_dict=False)

@@ -21,11 +21,11 @@ from still.harness.agent_sweep import AgentBench, run_agent_sweep
 from still.harness.agent_table import agent_rows
 from still.harness.ask import Prompt, ask
 from still.harness.cells import SweepConfig
-from still.harness.pocket import AGENT, SEEDS, VERSION, WEIGHTS, resolve
+from still.harness.pocket import AGENT, SEEDS, VERSION, WEIGHTS, base, resolve
 from still.harness.pocket.base import STATE, BaseRecipe, train_base, whole_answers
 from still.harness.pocket.compactors import HARD, LENGTHS, LOUDER, OPTIONS, MatterRows, louder, recipe
 from still.harness.pocket.context_dropout import HIDDEN, ContextDropout
-from still.harness.pocket.curriculum import STAGES, Rows
+from still.harness.pocket.curriculum import LONG, STAGES, Rows
 from still.harness.pocket.dialogue import context_messages
 from still.harness.pocket.induction import induction_start, pocket_config
 from still.harness.pocket.tokenizer import SPECIALS, train_tokenizer
@@ -134,8 +134,9 @@ def test_every_token_stays_visible_to_an_upper_head(tokenizer):
     assert all(len(head.unique()) == 1 for layer in hidden[0, :2, :, :300] for head in layer)
 
 
-def test_training_the_base_goes_on_where_it_was_cut_off(tmp_path):
-    small = BaseRecipe(steps=3, tokens=600, warmup=2)
+def test_training_the_base_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "LONG", tuple((replace(STAGES[0], facts=facts), 1) for facts in (8, 24)))
+    small = BaseRecipe(steps=3, tokens=600, warmup=2, long_steps=2, long_warmup=1)
     assert train_base(tmp_path / "whole", small, minutes=10, report=str)
     assert not train_base(tmp_path / "cut", small, minutes=0, report=str)
     (tmp_path / "cut" / (STATE + ".tmp")).write_bytes(b"half a file")  # a kill while a state was being written
@@ -144,6 +145,24 @@ def test_training_the_base_goes_on_where_it_was_cut_off(tmp_path):
     assert one == two
     with pytest.raises(ValueError, match="another folder"):
         train_base(tmp_path / "cut", BaseRecipe(steps=4), minutes=1)
+
+
+def test_a_base_that_recalls_goes_on_with_long_matters_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "LONG", ((replace(STAGES[0], facts=8), 2),))
+    longer, told = BaseRecipe(long_steps=1, long_warmup=1, long_rate=1e-3, start="pocket"), []
+    assert train_base(tmp_path, longer, minutes=10, report=told.append)
+    before, after = (models.load(name, device="cpu").model.state_dict() for name in ("pocket", str(tmp_path / "base")))
+    moved = [(after[name] - before[name]).abs().max() for name in before]
+    assert 1e-4 < max(moved) < 1.1e-3  # one step of AdamW at that rate
+    rates = [BaseRecipe().rate(step) for step in (0, 49, 319, 320, 329, 419)]
+    assert rates == pytest.approx([3e-5, 1.5e-3, 3e-5, 3e-5, 3e-4, 6e-6], rel=0.01)
+
+
+def test_rows_of_long_matters_ask_some_of_their_facts(tokenizer):
+    for stage, _ in LONG:
+        row = Rows(tokenizer, 0).row(stage)
+        assert sum(token == tokenizer.eos_token_id for token in row.labels) == min(stage.facts, 96)
+        assert 16 * stage.facts < row.context < len(row.ids) < 8192
 
 
 def test_matters_for_compactors_are_a_function_of_seed_and_step(tokenizer):
