@@ -146,8 +146,8 @@ def exact_criterion(deliverable: str | None, criterion: Criterion) -> Verdict:
         if _whole(_squeeze(expect["value"]), _squeeze(deliverable), ignore_case=True):
             return Verdict("fail", reason=f"gives {expect['value']!r}, which it must not")
         return Verdict("pass", recall=1.0, reason=f"does not give {expect['value']!r}")
-    sentences = re.split(r"[\n\r]+|(?<=[.!?;])\s+", deliverable)
-    about = [each for each in sentences if _whole(expect["party"], _squeeze(each), ignore_case=True)]
+    lines = [deliverable[start:end] for start, end in sentences(deliverable)]
+    about = [line for line in lines if names(line, expect["party"])]
     if not about:
         return Verdict("fail", reason=f"says nothing of {expect['party']}")
     question = Question(
@@ -158,6 +158,18 @@ def exact_criterion(deliverable: str | None, criterion: Criterion) -> Verdict:
         {"kind": expect.get("kind", "")},
     )
     return exact_judge("\n".join(about), question)
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Where the sentences and lines of a deliverable begin and end: spans of `text`, breaks between them left out."""
+    cuts = [match.span() for match in re.finditer(r"[\n\r]+|(?<=[.!?;])\s+", text)]
+    starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)]
+    return list(zip(starts, ends, strict=True))
+
+
+def names(sentence: str, name: str) -> bool:
+    """Whether a sentence names somebody or something: as a whole, in upper or lower case, over any spaces."""
+    return bool(_whole(name, _squeeze(sentence), ignore_case=True))
 
 
 def _squeeze(text: str) -> str:

@@ -139,7 +139,8 @@ class GrpoConfig:
         tasks_per_step: tasks of a step.
         group: rollouts of each task.
         all_pass_share: of the reward; the rest is the share of the criteria that pass.
-        reward: rubric, or random: the control, which must gain nothing.
+        reward: rubric, or random: the control, which must gain nothing (with credit=lines each criterion's verdict is
+            drawn as well).
         scale: divide advantages by the group's standard deviation, or by nothing.
         clip_low: ratios are clipped below 1 minus this.
         clip_high: and above 1 plus this.
@@ -154,8 +155,9 @@ class GrpoConfig:
             before every step.
         ask: log with every boundary which criteria a local policy still answers behind it; what its text says is
             logged always.
-        credit: of windows: broadcast (the trajectory's advantage), potential (shaping by what boundaries hold) or
-            ledger (each criterion's advantage to the windows that acquired or lost it).
+        credit: broadcast (the trajectory's advantage to all of its tokens), potential (windows: shaping by what
+            boundaries hold), ledger (each criterion's advantage to the windows that acquired or lost it) or lines
+            (to the lines of memos and deliverables that name it).
         credit_share: of that credit beside the trajectory's advantage.
         credit_decay: of later windows' steps, for the potential.
         potential: what counts as held: written, answered, or gain (how much likelier the right answers became).
@@ -179,7 +181,7 @@ class GrpoConfig:
     rollout_temperature: float = 1.0
     rollouts: str = "local"
     ask: bool = True
-    credit: Literal["broadcast", "potential", "ledger"] = "broadcast"
+    credit: Literal["broadcast", "potential", "ledger", "lines"] = "broadcast"
     credit_share: float = 0.3
     credit_decay: float = 1.0
     potential: Literal["written", "answered", "gain"] = "answered"
@@ -194,13 +196,18 @@ class GrpoConfig:
         for name in ("credit_share", "credit_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if self.credit != "broadcast":
+        if self.credit != "broadcast" and self.scale != "none":
+            raise ValueError(f"credit={self.credit} is in units of the reward: take scale=none")
+        if self.needs_ledger:
             if self.reward == "random":
                 raise ValueError(f"credit={self.credit} knows the rubric, so that reward=random is no control with it")
-            if self.scale != "none":
-                raise ValueError(f"credit={self.credit} is in units of the reward: take scale=none")
             if self.potential != "written" and not self.ask:
                 raise ValueError(f"potential={self.potential} needs ask")
+
+    @property
+    def needs_ledger(self) -> bool:
+        """Whether its credit rests on what is found behind boundaries."""
+        return self.credit in ("potential", "ledger")
 
 
 def _positive(config: object, *names: str) -> None:

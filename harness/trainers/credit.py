@@ -1,8 +1,8 @@
 """Credit for single windows from what their boundaries hold: potential shaping, and the ledger of criteria. Pure.
 
-Plain GRPO gives every window of a trajectory the trajectory's advantage. Both credits here say more of where it was
-earned, and mix with it: `(1 - share) * plain + share * credit`. Even credit is the plain advantage again, so that a
-share changes no scale.
+Plain GRPO gives every window of a trajectory the trajectory's advantage. The credits here say more of where it was
+earned (`lines` says it of single lines), and mix with it: `(1 - share) * plain + share * credit`. Even credit is the
+plain advantage again, so that a share changes no scale.
 """
 
 from __future__ import annotations
@@ -84,6 +84,24 @@ def _window_at(read: Sequence[float], share: float) -> int:
     return max(number for number, start in enumerate(read) if start <= share or not number)
 
 
+def criterion_advantages(passed: Mapping[str, Mapping[str, bool]]) -> dict[str, dict[str, float]]:
+    """Each criterion's own advantage: whether it passes, minus how often it does in the group.
+
+    Args:
+        passed: by trajectory of one task, criteria that its deliverables meet; unscored ones left out.
+
+    Returns:
+        By trajectory and criterion, numbers from -1 to 1; their mean is the rate's advantage where all are scored.
+    """
+    rates = {
+        criterion: fmean(one[criterion] for one in passed.values() if criterion in one)
+        for criterion in {name for one in passed.values() for name in one}
+    }
+    return {
+        name: {criterion: met - rates[criterion] for criterion, met in one.items()} for name, one in passed.items()
+    }
+
+
 def ledger_credit(group: Mapping[str, Trajectory]) -> dict[str, list[float]]:
     """Each criterion's own advantage, given to the windows that earned or lost it.
 
@@ -97,16 +115,13 @@ def ledger_credit(group: Mapping[str, Trajectory]) -> dict[str, list[float]]:
         By trajectory, a number for each window; their mean is the trajectory's share of passed criteria against the
         group's, criterion by criterion.
     """
-    baseline: dict[str, float] = {}
-    for criterion in {name for one in group.values() for name in one.passed}:
-        baseline[criterion] = fmean(one.passed[criterion] for one in group.values() if criterion in one.passed)
+    own = criterion_advantages({name: one.passed for name, one in group.items()})
     found = {}
     for name, one in group.items():
         credit = [0.0] * one.windows
-        for criterion, passed in one.passed.items():
-            advantage = (passed - baseline[criterion]) / len(one.passed)
+        for criterion, advantage in own[name].items():
             for window, part in _responsible(one, criterion).items():
-                credit[window] += part * advantage * one.windows
+                credit[window] += part * advantage / len(one.passed) * one.windows
         found[name] = credit
     return found
 

@@ -32,9 +32,11 @@ from ..windows import WindowRow, check_rows, rows_of_run
 from .advantages import Advantages, combined_reward, group_advantages
 from .behaviour import mean_behaviour, was_cut
 from .config import GrpoConfig, TrainSettings
+from .credit import criterion_advantages
 from .evaluate import evaluate
 from .grading import Grade, grade_runs, random_rewards
 from .ledgers import check_credit, numbers, trajectory_of, watcher, window_advantages
+from .lines import anchors, line_advantages
 from .loop import RowTrainer, barrier, world
 from .model import RowModel, Share
 from .placing import is_placed, place
@@ -229,16 +231,40 @@ class Rollouts:
             )  # fmt: skip
         return rows
 
-    def _credit(self, made: Advantages, rewards, groups, kept, runs) -> tuple[Callable[[WindowRow], float], dict]:
-        """The advantage of a row, and numbers for the log."""
+    def _credit(
+        self, made: Advantages, rewards, groups, kept, runs
+    ) -> tuple[Callable[[WindowRow], float | list[float]], dict]:
+        """The advantage of a row or of its tokens, and numbers for the log."""
         if self.config.credit == "broadcast":
             return lambda row: made.of[row.trajectory_id], {}
+        if self.config.credit == "lines":
+            return self._line_credit(made, groups, kept), {}
         known = {
             name: trajectory_of(*kept[name], runs[name], rewards[name], self._graded[name]["labels"], self.config)
             for name in made.of
         }
         found, log = window_advantages(made.of, groups, known, self.config)
         return lambda row: found[row.trajectory_id][row.window], log
+
+    def _line_credit(self, made: Advantages, groups, kept) -> Callable[[WindowRow], list[float]]:
+        """The advantages of a row's trained tokens, by the criteria that their lines name."""
+        drawn = random_rewards(self.settings.train_seed)
+        passed: dict[str, dict[str, dict[str, bool]]] = {}
+        for name in made.of:
+            labels = {id_: each for id_, each in self._graded[name]["labels"].items() if each != "unscored"}
+            by_chance = self.config.reward == "random"
+            passed.setdefault(groups[name], {})[name] = {
+                id_: drawn(f"{name} {id_}") < 0.5 if by_chance else label == "pass" for id_, label in labels.items()
+            }
+        own = {name: each for group in passed.values() for name, each in criterion_advantages(group).items()}
+        named = {name: anchors(kept[name][0]) for name in made.of}
+
+        def of_row(row: WindowRow) -> list[float]:
+            name = row.trajectory_id
+            share = self.config.credit_share
+            return line_advantages(row, self.loaded.tokenizer.decode, named[name], own[name], made.of[name], share)
+
+        return of_row
 
     @torch.no_grad()
     def _refer(self, shares: Sequence[Share]) -> None:

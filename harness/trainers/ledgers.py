@@ -14,6 +14,7 @@ from typing import Any
 from ..probe import Probe, ledger, read_private
 from .config import GrpoConfig
 from .credit import Trajectory, correlation, ledger_credit, mixed, potential_credit
+from .lines import anchors
 
 LEDGER = "ledger.jsonl"
 KINDS = ("written", "answered")
@@ -122,6 +123,14 @@ def check_credit(config: GrpoConfig, tasks: Sequence[Any], backend: str) -> None
         ValueError: says what is missing.
     """
     if config.credit == "broadcast":
+        return
+    if config.credit == "lines":
+        mute = [task.id for task in tasks if not anchors(task)]
+        if mute:
+            raise ValueError(
+                f"no criterion of {mute[0]} says which party it is about, by which credit=lines finds its lines: take "
+                f"synthetic matters, or credit=broadcast"
+            )
         return
     blind = [task.id for task in tasks if not probed(task)]
     if blind:

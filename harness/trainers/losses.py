@@ -100,7 +100,7 @@ class PolicyLoss:
 def policy_loss(
     logprobs: torch.Tensor,
     sampled: torch.Tensor,
-    advantage: float | torch.Tensor,
+    advantage: float | Sequence[float] | torch.Tensor,
     *,
     low: float = 0.2,
     high: float = 0.28,
@@ -113,7 +113,7 @@ def policy_loss(
     Args:
         logprobs: under the model that trains `[tokens]`.
         sampled: when the tokens were sampled `[tokens]`.
-        advantage: of the trajectory.
+        advantage: of the trajectory, or of each token `[tokens]`.
         low: the ratio is clipped below `1 - low`.
         high: and above `1 + high`.
         cap: no token counts with a ratio above this, whatever its advantage.

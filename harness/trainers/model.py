@@ -26,13 +26,13 @@ class Share:
     Attributes:
         row: what is trained on.
         scale: what its summed token losses are multiplied by; 0 for a row that only fills a place.
-        advantage: of its trajectory; None for supervised training.
+        advantage: of the row, or of each of its trained tokens; None for supervised training.
         reference: log-probabilities of its trained tokens under a reference, or None.
     """
 
     row: WindowRow
     scale: float
-    advantage: float | None = None
+    advantage: float | Sequence[float] | None = None
     reference: torch.Tensor | None = None
 
 

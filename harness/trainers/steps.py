@@ -22,7 +22,7 @@ class StepSource(Protocol):
 
 def shares_of(
     rows: Sequence[WindowRow], normaliser: str, constant: float, memo_weight: float,
-    advantage: Callable[[WindowRow], float] | None = None,
+    advantage: Callable[[WindowRow], float | Sequence[float]] | None = None,
 ) -> list[Share]:  # fmt: skip
     """Rows with their scales, and their advantages where there are any."""
     counted = [Counted(row.trajectory_id, _weighed(row, memo_weight)) for row in rows]

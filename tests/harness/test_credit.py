@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from agent_cases import Reader, tiny_agent
 from trainer_cases import RUN, Honest, exact, matters
 
@@ -24,7 +25,9 @@ from still.harness.trainers.credit import (
 )
 from still.harness.trainers.grpo import Rollouts, run_grpo
 from still.harness.trainers.ledgers import LEDGER, probed
+from still.harness.trainers.lines import spoken_of
 from still.harness.trainers.setup import make_module
+from still.harness.windows import IGNORE
 
 NOTHING = frozenset()
 
@@ -163,11 +166,78 @@ def test_a_step_with_gains_as_potential_is_taken_and_logged(tmp_path):
     assert "ledger_written_held" in (tmp_path / "run" / "report.html").read_text()
 
 
+def pieces(*texts):
+    """A decoder of tokens that are these texts."""
+    return lambda ids: "".join(texts[each] for each in ids)
+
+
+def test_a_token_speaks_of_the_criteria_that_its_line_names():
+    texts = ('{"content": "', "Ash", " Farm", ": $1", "\\", "n", "Ash", " Farms", ": $2", ". ", "birch  ", "mill",
+             " and ash", "\n", "farm", "; $3", "\\n", "Done")  # fmt: skip
+    found = spoken_of(range(len(texts)), pieces(*texts), {"a": "Ash Farm", "b": "Birch Mill", "c": "Cedar"})
+    about = ["a"] * 4 + [""] * 6 + ["b"] * 3 + [""] * 5  # "Ash Farms" is somebody else, and a line's end cuts a name
+    assert ["".join(sorted(each)) for each in found] == about
+
+
+def test_lines_are_found_in_the_tokens_of_any_tokenizer():
+    """A SentencePiece decoder drops the space in front of what it is given."""
+
+    def decode(ids):
+        return "".join(("Ash", " Farm", ": one", ".\n", "Birch", " Mill", ": two")[each] for each in ids).lstrip(" ")
+
+    found = spoken_of(range(7), decode, {"a": "ash farm", "b": "birch mill"})
+    assert found == [frozenset("a")] * 4 + [frozenset("b")] * 3
+
+
+def test_lines_earn_their_own_criterions_advantage(tmp_path):
+    (task,) = matters(tmp_path / "lab", (1,))
+    module, loaded = make_module(tiny_agent(layers=1), None, SETTINGS, loss="policy")
+    config = replace(CONFIG, credit="lines", credit_share=1.0)
+    source = Rollouts(module, loaded, [task], RUN, config, SETTINGS, tmp_path / "run", exact()[0],
+                      policy_of=knows_and_does_not(task))  # fmt: skip
+    shares = source.step(0)
+    parties = [criterion.expect["party"] for criterion in task.criteria if not criterion.expect.get("absent")]
+    lines = 0
+    for share in shares:
+        assert len(share.advantage) == share.row.trained
+        tokens = [token for token in share.row.labels if token != IGNORE]
+        good = share.row.trajectory_id.endswith("seed-0")
+        inside = [advantage for advantage in share.advantage if advantage != pytest.approx(0.41 if good else -0.41)]
+        # four criteria pass in one of two runs; the run that says nothing has no line, so all of it gets the plain one
+        assert inside == [pytest.approx(0.5)] * len(inside)
+        assert good or not inside
+        text = loaded.tokenizer.decode(tokens)
+        assert bool(inside) == any(party in text for party in parties)
+        lines += bool(inside)
+    assert lines
+    loss = module([shares[0]]).loss
+    flat = module([replace(shares[0], advantage=0.41)]).loss
+    assert not torch.isclose(loss, flat)
+
+
+def test_random_verdicts_are_the_control_of_credit_by_lines(tmp_path):
+    (task,) = matters(tmp_path / "lab", (1,))
+    module, loaded = make_module(tiny_agent(layers=1), None, SETTINGS, loss="policy")
+    config = replace(CONFIG, credit="lines", credit_share=1.0, reward="random", group=6)
+
+
+    def knows(loaded, window):
+        return Honest(loaded.tokenizer, lambda: Oracle(task, 600, len), window, loaded)
+
+    source = Rollouts(module, loaded, [task], RUN, config, SETTINGS, tmp_path / "run", exact()[0], policy_of=knows)
+    shares = source.step(0)  # all pass everything, so that only chance tells them apart
+    found = {round(advantage, 6) for share in shares for advantage in share.advantage}
+    assert len(found) > 6
+    assert min(found) < 0 < max(found)
+
+
 def test_credit_without_a_ledger_is_refused(tmp_path):
     (task,) = matters(tmp_path / "lab", (1,))
     blind = replace(task, criteria=tuple(replace(each, expect=None) for each in task.criteria))
     with pytest.raises(ValueError, match="states a value that can be looked for"):
         run_grpo([blind], (), None, RUN, replace(CONFIG, credit="ledger"), SETTINGS, tmp_path, *exact())
+    with pytest.raises(ValueError, match="which party it is about"):
+        run_grpo([blind], (), None, RUN, replace(CONFIG, credit="lines"), SETTINGS, tmp_path, *exact())
     with pytest.raises(ValueError, match="slots have no text"):
         run_grpo([task], (), None, replace(RUN, backend="kv"), replace(CONFIG, credit="ledger"), SETTINGS, tmp_path,
                  *exact())  # fmt: skip
