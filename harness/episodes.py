@@ -74,14 +74,18 @@ class Row:
         return [i if t else -100 for i, t in zip(self.input_ids, self.trained, strict=True)]
 
 
-def rows_of(events: Sequence[Mapping[str, Any]]) -> list[Row]:
+def rows_of(events: Sequence[Mapping[str, Any]], untrained: Mapping[int, str] | None = None) -> list[Row]:
     """The training rows of a logged run: M memos make M + 1 rows; with slots, or without a boundary, there is one.
 
     Rejected memos are not there, and turns that the harness issued again are context.
+
+    Args:
+        events: of the run.
+        untrained: other turns that are context, see `windows.streams`.
     """
     run, base = events[0], list(events[0]["base_ids"])
     slots = any(event["event"] == "compact" and event["artifact"]["kind"] in SLOTS for event in events)
-    windows, rows, cuts = streams(events), [], []
+    windows, rows, cuts = streams(events, untrained), [], []
     for number, window in enumerate(windows):
         if not (slots and number):
             rows.append(([*base], [False] * len(base), [0] * len(base)))

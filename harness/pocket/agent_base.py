@@ -50,6 +50,7 @@ class AgentRecipe:
         dropout: share of the question rows in which heads do not see all of the matter.
         seed: of the rows.
         start: model that is trained on.
+        slips: share of the steps whose rows teach to take a private note (`slips`).
     """
 
     steps: int = 700
@@ -61,6 +62,7 @@ class AgentRecipe:
     dropout: float = 0.5
     seed: int = 0
     start: str = "pocket"
+    slips: float = 0.0
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: a rise, then a straight fall to a fiftieth."""
@@ -80,7 +82,8 @@ def game_rows(tokenizer, recipe: AgentRecipe, step: int) -> list[AgentRow]:
     stage = recipe.stage(step)
     if stage and rng.random() < EARLIER:
         stage = rng.randrange(stage)
-    source = agent_rows(AGENT_STAGES[stage], tokenizer, rng.randrange(1 << 40))
+    slips = recipe.slips > 0 and rng.random() < recipe.slips
+    source = agent_rows(AGENT_STAGES[stage], tokenizer, rng.randrange(1 << 40), slips=slips)
     rows = sorted((next(source) for _ in range(DRAWN)), key=lambda row: len(row.input_ids))
     last = rng.randrange(DRAWN)
     count = max(1, recipe.tokens // len(rows[last].input_ids))

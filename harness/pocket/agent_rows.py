@@ -26,6 +26,7 @@ from ...eval.matters.assignments import Assignment, write_assignments
 from ...eval.tasks import load_task
 from ..episodes import Row, oracle_events, rows_of
 from ..run_config import RunConfig
+from .slips import slip_rows
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,14 @@ class AgentRows:
         tokenizer: the pocket's.
         seed: the same seed always gives the same rows.
         split: whose names and values; "train" but in tests.
+        slips: the teacher's first draft has wrong lines, and it is told so privately (`slips`).
 
     Attributes:
         too_long: rows that were left out because they are longer than the stage's window.
     """
 
-    def __init__(self, stage: AgentStage, tokenizer, seed: int, split: str = "train"):
-        self.stage, self.tokenizer, self.split, self.too_long = stage, tokenizer, split, 0
+    def __init__(self, stage: AgentStage, tokenizer, seed: int, split: str = "train", slips: bool = False):
+        self.stage, self.tokenizer, self.split, self.slips, self.too_long = stage, tokenizer, split, slips, 0
         self.rng = random.Random(f"agent rows {seed}")
 
     def __iter__(self) -> Iterator[Row]:
@@ -103,9 +105,14 @@ class AgentRows:
         asked, config, seed = draw(self.stage, self.rng)
         with TemporaryDirectory(prefix="still-agent-row-") as folder:
             (place,) = write_assignments(Path(folder) / "lab", asked, [seed], self.split)
-            return rows_of(oracle_events(load_task(place), self.tokenizer, config, Path(folder) / "run"))
+            task, root = load_task(place), Path(folder) / "run"
+            if self.slips:
+                return slip_rows(task, self.tokenizer, config, root, self.rng)
+            return rows_of(oracle_events(task, self.tokenizer, config, root))
 
 
-def agent_rows(stage: AgentStage, tokenizer, seed: int, split: str = "train") -> Iterator[Row]:
+def agent_rows(
+    stage: AgentStage, tokenizer, seed: int, split: str = "train", slips: bool = False
+) -> Iterator[Row]:  # fmt: skip
     """Rows of a stage without end; see `AgentRows`."""
-    return iter(AgentRows(stage, tokenizer, seed, split))
+    return iter(AgentRows(stage, tokenizer, seed, split, slips))

@@ -33,6 +33,7 @@ examples:
   still pocket compactor --output runs/16x --base pocket --ratios 16       # one that serves a single ratio
   still pocket compactor --output runs/uneven --seed 0 --base pocket --split split.json --uneven 0.5
   still pocket agent --output runs/agent --minutes 10                      # teach the pocket the agent's game
+  still pocket agent --output runs/told --start-from pocket-agent --slips 0.5 --steps 150   # and to take a private note
   still pocket agent-compactor --output runs/agent --start-from DIR        # and its compactor the agent's windows"""
     resume = "run the same command again to go on from the newest state"
 
@@ -49,6 +50,10 @@ examples:
             "--ratios", type=_ratios, metavar="LIST", help="ratios of a compactor's training (default: 2 to 64)"
         )
         parser.add_argument("--split", metavar="FILE", help="split of `still budgets` that the compactor is to carry")
+        parser.add_argument(
+            "--slips", type=float, metavar="SHARE",
+            help="share of an agent's steps on wrong drafts, a private note, and the draft again (default: 0)",
+        )  # fmt: skip
         parser.add_argument(
             "--uneven", type=float, metavar="SHARE",
             help="share of the steps whose slots are divided unevenly, around the split (default: the recipe's)",
@@ -77,7 +82,7 @@ examples:
     def _agent(self, args: argparse.Namespace) -> bool:
         from .agent_base import AgentRecipe, train_agent
 
-        recipe = AgentRecipe(seed=args.seed, **_given(steps=args.steps, start=args.start_from))
+        recipe = AgentRecipe(seed=args.seed, **_given(steps=args.steps, start=args.start_from, slips=args.slips))
         return train_agent(args.output, recipe, args.minutes)
 
     def _compactor(self, args: argparse.Namespace, base: LoadedModel, folder: Path) -> dict[str, float]:

@@ -101,3 +101,24 @@ def test_the_compactors_recipe_fits_places_and_trains_behind_both_kinds_of_slots
     again = StillCompactor.from_pretrained(train_agent_compactor(base, fresh, tmp_path, steps=2), model=base.model)
     assert all(torch.equal(weight, made.state_dict()[name]) for name, weight in again.state_dict().items())
     assert again.config.split == made.config.split
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_after_a_private_note_the_teacher_writes_its_draft_again(number, tokenizer):
+    rows = AgentRows(AGENT_STAGES[number], tokenizer, 5, slips=True)
+    slipped = 0
+    for _ in range(4):
+        row = rows.episode()[-1]
+        text = tokenizer.decode(row.input_ids)
+        learnt = tokenizer.decode([token for token, flag in zip(row.input_ids, row.trained, strict=True) if flag])
+        if "[PRIVATE-" not in text:
+            continue
+        slipped += 1
+        wrong, right = (part.split('"}')[0] for part in text.split("output/terms.md")[-4::2])
+        assert wrong != right
+        assert wrong not in learnt
+        assert learnt.count("output/terms.md") == 1
+        assert learnt.endswith(f"{right}\"}}<|end|> Done.<|end|>")
+        assert "[PRIVATE-" not in learnt
+        assert text.split("[PRIVATE-")[0].endswith(" Done.<|end|><|user|> ")
+    assert slipped >= 2
