@@ -31,6 +31,8 @@ from .tokenizer import CHAT_TEMPLATE
 
 DRAWN = 16
 """Rows that are drawn for a step; neighbours in length are taken, so that little of a batch is padding."""
+GOES_ON = 2e-4
+"""Peak rate of an agent that goes on; a higher one breaks its memos before they are learnt again."""
 EARLIER = 0.1
 """Share of the steps whose rows come from an earlier stage than the current one."""
 

@@ -80,9 +80,12 @@ examples:
         return train_base(args.output, recipe, args.minutes)
 
     def _agent(self, args: argparse.Namespace) -> bool:
-        from .agent_base import AgentRecipe, train_agent
+        from .agent_base import GOES_ON, AgentRecipe, train_agent
 
-        recipe = AgentRecipe(seed=args.seed, **_given(steps=args.steps, start=args.start_from, slips=args.slips))
+        given = _given(steps=args.steps, start=args.start_from, slips=args.slips)
+        if args.start_from:
+            given["learning_rate"] = GOES_ON
+        recipe = AgentRecipe(seed=args.seed, **given)
         return train_agent(args.output, recipe, args.minutes)
 
     def _compactor(self, args: argparse.Namespace, base: LoadedModel, folder: Path) -> dict[str, float]:
