@@ -3,8 +3,8 @@
     still pocket agent --output runs/told --start-from pocket-agent --slips 0.5 --steps 150     # it can use one
     python bench/private_submit.py --model runs/told/base -o runs/private
 
-The model plays training assignments, without the rubric, at iSFT's temperature: once with one private bit whenever it
-stops short (`--private submit`), once without (`--private none`); seeds, tasks and the number of rollouts are the same.
+The model plays training assignments of known wording, without the rubric: once with one private bit whenever it stops
+short (`--private submit`), once without (`--private none`); seeds, tasks and the number of rollouts are the same.
 A rollout counts when it passes every criterion in two gradings and the leak gate. Finished rollouts are not played
 again. Prints a line for each condition and adds them to bench/rows/private_submit.csv.
 """
@@ -18,7 +18,7 @@ import shlex
 from pathlib import Path
 
 import torch
-from pocket_training import ASKED, GAME, TASKS, still
+from pocket_training import GAME, still
 from shapes import ROWS
 
 from still import models
@@ -43,12 +43,14 @@ def main() -> None:
     parser.add_argument("--model", default="pocket-agent", help="teacher and student (default: pocket-agent)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the rollouts")
     parser.add_argument("--backend", choices=("kv", "memo"), default="kv", help="(default: kv)")
-    parser.add_argument("--count", type=int, default=100, help="tasks of 10 parties (default: 100)")
+    parser.add_argument("--count", type=int, default=100, help="tasks (default: 100)")
+    parser.add_argument("--parties", type=int, default=20, help="of a task, over 8 documents (default: 20)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling (default: 1)")
     parser.add_argument("--rollouts", type=int, default=1, help="of each task (default: 1)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    size, _ = TASKS["10"]
-    made = ["matters", "generate", *shlex.split(f"{ASKED} {size}"), "--split", "train", "--seeds", f"0:{args.count}"]
+    size = f"--family assignments --criteria {args.parties} --documents 8 --split train --seeds 0:{args.count}"
+    made = ["matters", "generate", *shlex.split(size)]
     if still([*made, "-o", str(args.output / "tasks")], args.output / "tasks.log"):
         raise SystemExit(f"no tasks could be made: see {args.output / 'tasks.log'}")
     tasks = [load_task(folder) for folder in find_tasks(args.output / "tasks" / "tasks")]
@@ -64,7 +66,8 @@ def main() -> None:
     clean: dict[str, set[str]] = {}
     for condition in CONDITIONS:
         config = IsftConfig(
-            rollouts=args.rollouts, keep_per_task=args.rollouts, private=condition, rubric=False, evaluate_on=()
+            rollouts=args.rollouts, keep_per_task=args.rollouts, private=condition, private_rounds=1, rubric=False,
+            temperature=args.temperature, evaluate_on=(),
         )
         folder = args.output / condition
         prepare(LocalPolicy(loaded, window), tasks, loaded.tokenizer, run, config, TrainSettings(), graders, folder, 1)
@@ -87,8 +90,8 @@ def write(args: argparse.Namespace, found: dict[str, list[Attempt]], clean: dict
         sampled = sum(len(e["output_ids"]) for each in attempts for e in read_run(each.folder) if e["event"] == "turn")
         told = [each for each in attempts if each.corrections]
         rows.append({
-            "condition": name, "backend": args.backend, "tasks": len(set(clusters)), "rollouts": len(attempts),
-            "told": len(told), "repaired": sum(each.folder in clean[name] for each in told),
+            "condition": name, "backend": args.backend, "parties": args.parties, "temperature": args.temperature,
+            "tasks": len(set(clusters)), "rollouts": len(attempts), "told": len(told), "repaired": sum(each.folder in clean[name] for each in told),
             "leaked": sum(each.kept for each in attempts) - len(clean[name]), "kept": len(clean[name]),
             **{f"yield{end}": round(100 * getattr(rate, part), 1) for end, part in ENDS.items()},
             **{f"gain{end}": round(100 * getattr(gain, part), 1) if gain else "" for end, part in ENDS.items()},
