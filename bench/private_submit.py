@@ -91,7 +91,8 @@ def write(args: argparse.Namespace, found: dict[str, list[Attempt]], clean: dict
         told = [each for each in attempts if each.corrections]
         rows.append({
             "condition": name, "backend": args.backend, "parties": args.parties, "temperature": args.temperature,
-            "tasks": len(set(clusters)), "rollouts": len(attempts), "told": len(told), "repaired": sum(each.folder in clean[name] for each in told),
+            "tasks": len(set(clusters)), "rollouts": len(attempts),
+            "told": len(told), "repaired": sum(each.folder in clean[name] for each in told),
             "leaked": sum(each.kept for each in attempts) - len(clean[name]), "kept": len(clean[name]),
             **{f"yield{end}": round(100 * getattr(rate, part), 1) for end, part in ENDS.items()},
             **{f"gain{end}": round(100 * getattr(gain, part), 1) if gain else "" for end, part in ENDS.items()},
