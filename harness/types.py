@@ -52,6 +52,10 @@ class ToolCall:
         return found if isinstance(found, dict) else None
 
 
+class NoRoom(ValueError):
+    """A policy's window is full: no turn fits."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One message of the conversation.

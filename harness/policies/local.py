@@ -20,7 +20,7 @@ from ...models import LoadedModel
 from ...reading import capture_queries
 from ...rope import full_attention_layers
 from ..backends.slots import exact_cache
-from ..types import ContextSize, Limit, Message, Sampled
+from ..types import ContextSize, Limit, Message, NoRoom, Sampled
 from .calls import parser_of
 from .chat import ChatFormat
 
@@ -208,7 +208,7 @@ class LocalSession:
         append_ids, size = self._prompt(), self.size()
         room = self.policy.window - size.total - len(self.chat.opening)
         if room < 1:
-            raise ValueError(f"a window of {self.policy.window} tokens has no room for a turn: {size}")
+            raise NoRoom(f"a window of {self.policy.window} tokens has no room for a turn: {size}")
         ends = frozenset(self.policy.ends | set(self.chat.closing[:1]))
         turn = Turn(append_ids, min(limit.tokens, room), limit, self._prompt_tokens(), ends)
         self._read_prompt(turn, [*self._state.carry, *append_ids])

@@ -19,9 +19,9 @@ from ..play import claim, run_id
 from ..run_config import RunConfig
 from ..runs import read_run, write_atomically
 from ..tools import Workspace
-from ..types import Policy
+from ..types import NoRoom, Policy
 from .config import IsftConfig
-from .grading import Grade, falls_short, grade_runs
+from .grading import Grade, Scored, falls_short, grade_runs
 from .ledgers import watcher
 from .teacher import PRIVATE, OracleTeacher, PrivateChannel, TeacherPolicy, make_backend
 
@@ -120,9 +120,13 @@ class Collector:
             if not (folder / "events.jsonl").exists():
                 roll_back(Path(before.folder), folder)
         channel = PrivateChannel(folder, task, f"round {self.round} attempt {number}")
-        end = self._play(task, number, folder, channel)
+        scored: list[Scored] = []
+        try:
+            end = self._play(task, number, folder, channel)
+            scored = [grade_runs(grade, [(task, folder)])[0] for grade in self.graders[: self.config.gradings]]
+        except NoRoom as problem:  # a teacher sees more than its student, and another attempt may be shorter
+            end = {"status": "failed", "stop": f"{problem}; a teacher with a longer window has more"}
         events = read_run(folder)
-        scored = [grade_runs(grade, [(task, folder)])[0] for grade in self.graders[: self.config.gradings]]
         degraded = any(event["event"] == "compact" and event["degraded"] for event in events)
         attempt = Attempt(
             self.round, task.id, number, str(folder), self.teacher.name, end["status"], end["stop"],

@@ -14,12 +14,14 @@ from agent_cases import of, tiny_agent_tokenizer
 from trainer_cases import RUN, exact, matters, scripted_teacher
 
 from still.eval.tasks import Criterion
+from still.harness.policies.scripted import ScriptedSession
 from still.harness.runs import RunFolder, read_run
 from still.harness.trainers.collect import Collector
 from still.harness.trainers.config import IsftConfig
 from still.harness.trainers.leaks import LeakReport, Said, leaks_of, privilege, transcript
 from still.harness.trainers.report import yield_difference
 from still.harness.trainers.teacher import PrivateChannel
+from still.harness.types import NoRoom
 from still.harness.windows import IGNORE, check_rows, rows_of_run
 
 
@@ -94,6 +96,23 @@ def test_attempts_that_are_done_are_read_and_a_cut_one_is_gone_on_with(tmp_path)
     before = (folder / "events.jsonl").stat().st_mtime_ns
     collect(tmp_path / "cut", tasks)
     assert (folder / "events.jsonl").stat().st_mtime_ns == before
+
+
+def test_an_attempt_whose_teacher_has_no_room_left_fails_alone(tmp_path, monkeypatch):
+    tasks, sample, first = matters(tmp_path / "lab"), ScriptedSession.sample, []
+
+    def full(session, limit):
+        first[:] = first or [session]
+        if session is first[0] and len(session.seen) > 4:
+            raise NoRoom("a window of 400 tokens has no room for a turn")
+        return sample(session, limit)
+
+    monkeypatch.setattr(ScriptedSession, "sample", full)
+    failed, kept = collect(tmp_path / "round", tasks)
+    assert (failed.status, failed.kept, failed.rates) == ("failed", False, [])
+    assert "400 tokens has no room" in failed.reason
+    assert "longer window" in failed.reason
+    assert kept.kept
 
 
 def test_a_rollback_begins_at_the_last_boundary_of_the_attempt_before(tmp_path):
