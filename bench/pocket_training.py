@@ -53,6 +53,10 @@ GRPO_LEDGER = (
     GRPO.replace("--lr 5e-5 --warmup 8", "--lr 1e-4 --schedule linear --warmup 4")
     + " --credit ledger --credit-share 0.7 --potential written"
 )
+GRPO_KV = (
+    "grpo --backend kv --ratio 32 --compactor-mode rl --steps 40 --tasks-per-step 4 --group 8 --lr 1e-4 "
+    "--schedule linear --warmup 4 --no-ask --credit lines --credit-share 1"
+)
 ISFT = (
     "isft --teacher oracle --rounds 3 --rollouts 2 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
     "--epochs 2 --batch 4 --lr 2e-4 --schedule linear --start last --no-union"
@@ -139,6 +143,8 @@ RUNS = (
     *(Run("grpo", GRPO, 8, seed) for seed in range(3)),
     Run("grpo-random", f"{GRPO} --reward random", 8),
     *(Run("grpo-ledger", GRPO_LEDGER, 10, seed, matters="10-many") for seed in range(3)),
+    *(Run("grpo-kv-32", GRPO_KV, 10, seed, matters="10-many") for seed in range(3)),
+    Run("grpo-kv-32-random", f"{GRPO_KV} --reward random", 10, matters="10-many"),
     Run("isft-memo", f"{ISFT} {MEMO} --budget 192t", 14),
     Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO} --budget 192t", 14, like="isft-memo"),
     Run("isft-memo-10", f"{ISFT} {MEMO} --budget 128t", 10),

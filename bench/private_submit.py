@@ -70,6 +70,7 @@ def main() -> None:
             temperature=args.temperature, evaluate_on=(),
         )
         folder = args.output / condition
+        (folder / "selection.json").unlink(missing_ok=True)  # of fewer tasks
         prepare(LocalPolicy(loaded), tasks, loaded.tokenizer, run, config, TrainSettings(), graders, folder, 1)
         places = [folder / "collect" / task.id / f"attempt-{n}" for task in tasks for n in range(args.rollouts)]
         found[condition] = [Attempt(**json.loads((place / "attempt.json").read_text())) for place in places]
