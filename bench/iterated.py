@@ -11,11 +11,10 @@ the full cache, with nothing beside it but the instruction: what a chunk's compa
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-from pathlib import Path
 
 import torch
+from shapes import ROWS, append_csv
 
 from still import models, slots_for
 from still.cache import StillCache
@@ -29,7 +28,6 @@ from still.prompts import render, render_alone, render_answer
 from still.provenance import provenance
 from still.types import CompactKV
 
-ROWS = Path(__file__).parent / "rows" / "iterated.csv"
 QUARTERS = ("0-25 %", "25-50 %", "50-75 %", "75-100 %")
 
 
@@ -137,13 +135,7 @@ def main() -> None:
             "matters": len(tokens), "seeds": " ".join(map(str, bench.compactors)), "model": loaded.name,
             "device": made["device"]["name"], "commit": (made["git"] or {}).get("commit", ""),
         })  # fmt: skip
-    ROWS.parent.mkdir(exist_ok=True)
-    fresh = not ROWS.exists()
-    with ROWS.open("a", newline="") as out:
-        writer = csv.DictWriter(out, list(rows[0]))
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_csv(ROWS / "iterated.csv", rows)
 
 
 if __name__ == "__main__":

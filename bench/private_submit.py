@@ -12,14 +12,13 @@ again. Prints a line for each condition and adds them to bench/rows/private_subm
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shlex
 from pathlib import Path
 
 import torch
 from pocket_training import GAME, still
-from shapes import ROWS
+from shapes import ROWS, append_csv
 
 from still import models
 from still.eval.judges import find_judge
@@ -104,13 +103,7 @@ def write(args: argparse.Namespace, found: dict[str, list[Attempt]], clean: dict
         print(f"{name:8} {rows[-1]['kept']} of {len(attempts)} kept, {rate.estimate:.1%} [{rate.low:.1%}, "
               f"{rate.high:.1%}]{said}; {rows[-1]['repaired']} of {len(told)} that were told, "
               f"{rows[-1]['leaked']} leaked")  # fmt: skip
-    path = ROWS / "private_submit.csv"
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, list(rows[0]))
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_csv(ROWS / "private_submit.csv", rows)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,6 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def append_rows(name: str, rows: Iterable[dict], config: dict, folder: Path = ROWS, on: str = "cpu") -> Path:
     """Append measurements to `rows/<name>.csv`; conditions are added to each, `on` is the device."""
-    folder.mkdir(parents=True, exist_ok=True)
     device, git = describe_device(on), git_state() or {}
     known, named = versions(), ("still-kv", "torch", "transformers", *(("triton",) if on != "cpu" else ()))
     threads = f", {os.cpu_count()} cores, {device.get('threads', '?')} threads"
@@ -119,10 +118,16 @@ def append_rows(name: str, rows: Iterable[dict], config: dict, folder: Path = RO
         "commit": git.get("commit", "") + ("+changes" if git.get("dirty") else ""),
     }
     path = folder / f"{name}.csv"
+    append_csv(path, [{**row, **common} for row in rows], COLUMNS)
+    return path
+
+
+def append_csv(path: Path, rows: list[dict], columns: Iterable[str] | None = None) -> None:
+    """Append rows to a table, which begins with their columns (those of the first row unless given)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(columns or rows[0]))
         if fresh:
             writer.writeheader()
-        writer.writerows({**row, **common} for row in rows)
-    return path
+        writer.writerows(rows)

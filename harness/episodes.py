@@ -25,11 +25,11 @@ from .agent import Episode, drive
 from .backends.oracle import AskedFacts
 from .backends.text import Memo, TextBackend, Uncompacted
 from .documents import Documents
-from .policies.scripted import ScriptedPolicy, ScriptedSession
+from .policies.scripted import Player, ScriptedPolicy, ScriptedSession
 from .run_config import RunConfig
 from .runs import RunFolder, read_run
 from .tools import NEXT, Workspace
-from .types import MEMO, Artifact, Boundary, Limit, Message, ToolCall
+from .types import MEMO, Artifact, Boundary, Limit, Message, Policy, ToolCall
 from .windows import KINDS, SLOTS, streams
 
 __all__ = ["KINDS", "Oracle", "Pretended", "Row", "oracle_events", "rows_of", "synthetic_rows"]
@@ -239,15 +239,36 @@ def oracle_events(task: LabTask, tokenizer, config: RunConfig, folder: Path) -> 
     Raises:
         ValueError: the config has no window, or a backend whose rows have no shape of their own.
     """
+    return script_events(task, tokenizer, config, folder, lambda *limits: Oracle(task, *limits))
+
+
+def script_events(
+    task: LabTask, tokenizer, config: RunConfig, folder: Path, player_of: Callable[[int, Callable[[str], int]], Player],
+    seen_as: Callable[[ScriptedPolicy], Policy] = lambda script: script,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Play a task with any script; the run's events.
+
+    Args:
+        task: with its rubric.
+        tokenizer: with a chat template that has tool calls.
+        config: with a window; `backend` full, memo, kv or hybrid.
+        folder: of the run.
+        player_of: makes the player, of the tokens of a memo and what counts a text's.
+        seen_as: the policy that the loop plays with, of the script's.
+
+    Raises:
+        ValueError: the config has no window, or a backend whose rows have no shape of their own.
+    """
     if config.window is None or config.backend not in ("full", "memo", "kv", "hybrid"):
         raise ValueError(f"window is {config.window}, backend {config.backend}: a number; full, memo, kv or hybrid")
-    policy = ScriptedPolicy(tokenizer, lambda: lambda seen, limit: oracle(seen, limit), config.window, name="oracle")
+    script = ScriptedPolicy(tokenizer, lambda: lambda seen, limit: player(seen, limit), config.window, name="oracle")
+    policy = seen_as(script)
     kinds = {"full": Uncompacted, "memo": Memo, "kv": Pretended, "hybrid": Pretended}
     backend = kinds[config.backend](config, policy)
     run = RunFolder(folder)
     documents = Documents.load(task.agent_view(), cache=folder / "converted", workers=1)
     episode = Episode(Workspace(run.workspace, documents), policy, backend, config, run)
-    oracle = Oracle(task, backend.memo_tokens, episode.session.count)
+    player = player_of(backend.memo_tokens, episode.session.count)
     drive(episode)
     return read_run(folder)
 

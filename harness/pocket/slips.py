@@ -14,15 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ...eval.tasks import LabTask
-from ..agent import Episode, drive
-from ..backends.text import Memo, Uncompacted
-from ..documents import Documents
-from ..episodes import LINE, MISSING, Oracle, Pretended, Row, rows_of
+from ..episodes import LINE, MISSING, Oracle, Row, rows_of, script_events
 from ..policies.chat import ChatFormat
 from ..policies.scripted import ScriptedPolicy
 from ..run_config import RunConfig
-from ..runs import RunFolder, read_run
-from ..tools import Workspace
 from ..trainers.teacher import PrivateChannel, TeacherPolicy
 from ..types import Limit, Message, ToolCall
 from ..windows import flawed_turns
@@ -86,22 +81,18 @@ def slip_rows(task: LabTask, tokenizer, config: RunConfig, folder: Path, rng: ra
         folder: of the run.
         rng: draws the slips.
     """
-    kinds = {"full": Uncompacted, "memo": Memo, "kv": Pretended, "hybrid": Pretended}
     player: list[Slipping] = []
-    script = ScriptedPolicy(
-        tokenizer, lambda: lambda seen, limit: player[0](seen, limit), config.window, name="slipping oracle"
-    )
     channel = PrivateChannel(folder, task, f"slip {rng.random()}")
-    policy = TeacherPolicy(
-        script, tokenizer, channel, config.window, rubric=False, falls_short=lambda: player[0].slipped, rounds=1
-    )
-    run = RunFolder(folder)
-    documents = Documents.load(task.agent_view(), cache=folder / "converted", workers=1)
-    backend = kinds[config.backend](config, policy)
-    episode = Episode(Workspace(run.workspace, documents), policy, backend, config, run)
-    player.append(Slipping(task, backend.memo_tokens, episode.session.count, rng))
-    drive(episode)
-    events = read_run(folder)
+
+    def player_of(memo_tokens: int, count: Any) -> Slipping:
+        player.append(Slipping(task, memo_tokens, count, rng))
+        return player[0]
+
+    def told_once(script: ScriptedPolicy) -> TeacherPolicy:
+        slipped = {"falls_short": lambda: player[0].slipped, "rounds": 1}
+        return TeacherPolicy(script, tokenizer, channel, config.window, rubric=False, **slipped)
+
+    events = script_events(task, tokenizer, config, folder, player_of, told_once)
     untrained = flawed_turns(events, channel.corrected_at)
     inner = list(as_the_teacher_saw(events, channel, ChatFormat(tokenizer, events[0]["tools"])))
     return rows_of(inner, untrained | {event["turn"]: "failed stop" for event in inner if event.get("turn", 0) < 0})
