@@ -24,7 +24,7 @@ from ...models import load
 from ..episodes import KINDS
 from ..episodes import Row as AgentRow
 from .agent_rows import AGENT_STAGES, agent_rows
-from .base import load_state, pad_rows, save_state, whole_answers
+from .base import load_state, logits_of_labels, pad_rows, save_state, whole_answers
 from .context_dropout import ContextDropout
 from .curriculum import IGNORE, STAGES, Row, Rows
 from .tokenizer import CHAT_TEMPLATE
@@ -163,12 +163,8 @@ def _draw(dropout: ContextDropout, model, rows: list[Row], dropped: list[bool], 
 
 def _learn(model, ids: torch.Tensor, labels: torch.Tensor, weight: float) -> torch.Tensor:
     """Add the gradient of a batch's mean loss; returns which of its labels were right, flat."""
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(ids).last_hidden_state[:, :-1]
-        wanted = labels[:, 1:] != IGNORE
-        logits = model.lm_head(hidden[wanted])
-    gold = labels[:, 1:][wanted]
-    (weight * F.cross_entropy(logits.float(), gold)).backward()
+    logits, gold = logits_of_labels(model, ids, labels)
+    (weight * F.cross_entropy(logits, gold)).backward()
     return logits.argmax(-1) == gold
 
 

@@ -155,16 +155,21 @@ def _learn(
         ids, labels = pad_rows(batch)
         generator = torch.Generator().manual_seed(rows.rng.randrange(1 << 40))
         dropout.draw(generator, [row.context for row in batch], ids.shape[1], dropped, *shape)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(ids).last_hidden_state[:, :-1]
-            wanted = labels[:, 1:] != IGNORE
-            logits = model.lm_head(hidden[wanted])
-        gold = labels[:, 1:][wanted]
-        loss = F.cross_entropy(logits.float(), gold, reduction="sum") / answered
+        logits, gold = logits_of_labels(model, ids, labels)
+        loss = F.cross_entropy(logits, gold, reduction="sum") / answered
         loss.backward()
         total += loss.item()
         right.append(whole_answers(logits.argmax(-1) == gold, gold, rows.tokenizer.eos_token_id))
     return total, torch.cat(right).float().mean().item()
+
+
+def logits_of_labels(model, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward in bfloat16: float32 logits `[n, vocabulary]` where `labels` has n tokens to learn, and those."""
+    wanted = labels[:, 1:] != IGNORE
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(ids).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden[wanted])
+    return logits.float(), labels[:, 1:][wanted]
 
 
 def pad_rows(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
