@@ -32,17 +32,16 @@ QUARTERS = ("0-25 %", "25-50 %", "50-75 %", "75-100 %")
 
 
 def caches(
-    bench: Bench, compactor, ids: torch.Tensor, chunk: int, ratio: float, head: int, depths: list[float]
+    model, full, compactor, ids: torch.Tensor, chunk: int, ratio: float, head: int, depths: list[float]
 ) -> dict:
-    """Every way to a cache of this context, by name: caches, each with the facts that are asked of it.
+    """Every way to a compact cache of this context, by name: caches, each with the facts that are asked of it.
 
     Args:
+        full: the context's own cache.
         head: tokens of the instruction before the documents.
         depths: of the facts.
     """
-    model, tokens, every = bench.model, ids.shape[1], range(len(depths))
-    full = bench.read(ids[0].tolist()).cache
-    ways = {"full": [(full, every)]}
+    tokens, every, ways = ids.shape[1], range(len(depths)), {}
     if tokens <= compactor.config.chunk:
         ways["one pass"] = [(compactor.prefill(model, ids, ratio=ratio), every)]
     places = [int(depth * tokens) for depth in depths]
@@ -100,9 +99,10 @@ def main() -> None:
         alone, floor_questions = render_alone(bench.tokenizer, [q.text for q in each.questions], bench.form)
         head = next(place for place, pair in enumerate(zip(ids, [*alone, -1], strict=False)) if len(set(pair)) > 1)
         depths = [question.tags["depth"] for question in each.questions]
-        ways = [("none", [(bench.read(alone).cache, range(len(depths)))], floor_questions)]
+        full, every = bench.read(ids).cache, range(len(depths))
+        ways = [("none", [(bench.read(alone).cache, every)], floor_questions), ("full", [(full, every)], questions)]
         for compactor in bench.compactors.values():
-            made = caches(bench, compactor, context, args.chunk, args.ratio, head, depths)
+            made = caches(bench.model, full, compactor, context, args.chunk, args.ratio, head, depths)
             ways += [(name, parts, questions) for name, parts in made.items()]
         seen: dict[str, list[bool]] = {}
         for name, parts, texts in ways:

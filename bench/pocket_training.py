@@ -41,7 +41,6 @@ TASKS = {
     "10": ("--criteria 10 --documents 4", "0:40"),
     "10-many": ("--criteria 10 --documents 4", "0:600"),
     "14": ("--criteria 14 --documents 5", "0:60"),
-    "14-many": ("--criteria 14 --documents 5", "0:600"),
 }
 """Matters by their number of parties, and the seeds of those to train on."""
 HELD_OUT = "1000:1040"
@@ -145,8 +144,8 @@ RUNS = (
     *(Run("grpo", GRPO, 8, seed) for seed in range(3)),
     Run("grpo-random", f"{GRPO} --reward random", 8),
     *(Run("grpo-ledger", GRPO_LEDGER, 10, seed, matters="10-many") for seed in range(3)),
-    *(Run("grpo-lines", GRPO_LINES.replace("128t", "192t"), 14, seed, matters="14-many") for seed in range(3)),
-    Run("grpo-lines-random", f"{GRPO_LINES.replace('128t', '192t')} --reward random", 14, matters="14-many"),
+    *(Run("grpo-lines", GRPO_LINES, 10, seed, matters="10-many") for seed in range(3)),
+    Run("grpo-lines-random", f"{GRPO_LINES} --reward random", 10, matters="10-many"),
     *(Run("grpo-kv-32", GRPO_KV, 10, seed, matters="10-many") for seed in range(3)),
     Run("grpo-kv-32-random", f"{GRPO_KV} --reward random", 10, matters="10-many"),
     Run("isft-memo", f"{ISFT} {MEMO} --budget 192t", 14),
