@@ -2,6 +2,7 @@
 
     python bench/iterated.py --difficulty standard --chunk 288 --count 20      # 4 chunks of a standard matter
     python bench/iterated.py --difficulty long --chunk 1152 --count 8          # 4 trained chunks
+    python bench/iterated.py --difficulty long --chunk 1152 --uneven           # by the compactors' own split
 
 Prints pass rates with intervals clustered by matter, by depth of the fact, beside floor and ceiling; appends the
 rows to bench/rows/iterated.csv. "single chunks" asks for each fact behind its own chunk alone, compacted from
@@ -18,6 +19,7 @@ from shapes import ROWS, append_csv
 
 from still import models, slots_for
 from still.cache import StillCache
+from still.cache_ragged import RaggedSlots
 from still.eval.judge import exact_judge
 from still.eval.stats import clustered_rate
 from still.harness.ask import Prompt, ask
@@ -62,13 +64,21 @@ def one_chunk(compactor, full, ids: torch.Tensor, span: range, ratio: float, hea
     for layer in map(int, compactor.layers):
         whole = full.layers[layer].keys, full.layers[layer].values
         made = compactor.compact_layer(layer, *(x[:, :, where] for x in whole), where, count)
-        layers[layer] = CompactKV(*(
-            torch.cat((x[:, :, :head], part), dim=2) for x, part in zip(whole, made[:2], strict=True)
-        ))  # fmt: skip
+        layers[layer] = behind(CompactKV(*(x[:, :, :head] for x in whole), positions=torch.arange(head)[None]), made)
+    if compactor.split:
+        return StillCache.from_layers(compactor.model_config, layers, ids.shape[1], source=full, token_ids=ids)
     positions = torch.cat((torch.arange(head), compactor.slot_positions(where, count)[0]))
     return StillCache.from_layers(
         compactor.model_config, layers, ids.shape[1], source=full, token_ids=ids, positions=positions
     )
+
+
+def behind(first: CompactKV, made: CompactKV) -> CompactKV:
+    """Some slots, equally many in every head, and those of one compaction behind them."""
+    if made.counts is None:
+        return CompactKV(*(torch.cat(pair, dim=2) for pair in zip(first[:2], made[:2], strict=True)))
+    both = RaggedSlots.of(first).then(RaggedSlots.of(made))
+    return CompactKV(both.keys[None], both.values[None], None, tuple(both.counts[0].tolist()), both.positions[None])
 
 
 def main() -> None:
@@ -79,13 +89,15 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=8)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the compactors' training")
+    parser.add_argument("--uneven", action="store_true", help="slots by the compactors' own split")
     args = parser.parse_args()
     config = SweepConfig(
         model=args.model, compactor=(args.model,), difficulty=args.difficulty, count=args.count,
         seeds=tuple(args.seeds), methods=("still",),
     )  # fmt: skip
-    loaded = models.load(args.model, device="cpu", dtype="float32")
+    loaded = models.load(args.model, "cpu", "float32", "still" if args.uneven else None)
     bench = Bench(config, loaded, config.methods)
+    compactors = {seed: own.with_split("own" if args.uneven else None) for seed, own in bench.compactors.items()}
     ends = (bench.tokenizer.eos_token_id,)
     rates: dict[str, list[list[bool]]] = {}
     deep: dict[str, list[list[bool]]] = {}
@@ -101,9 +113,9 @@ def main() -> None:
         depths = [question.tags["depth"] for question in each.questions]
         full, every = bench.read(ids).cache, range(len(depths))
         ways = [("none", [(bench.read(alone).cache, every)], floor_questions), ("full", [(full, every)], questions)]
-        for compactor in bench.compactors.values():
+        for compactor in compactors.values():
             made = caches(bench.model, full, compactor, context, args.chunk, args.ratio, head, depths)
-            ways += [(name, parts, questions) for name, parts in made.items()]
+            ways += [(name + ", uneven" * args.uneven, parts, questions) for name, parts in made.items()]
         seen: dict[str, list[bool]] = {}
         for name, parts, texts in ways:
             for cache, facts in parts:
