@@ -41,6 +41,10 @@ LOUDER = {2: 0.09, 3: 0.16, 4: 0.16}
 """Powers of tokens per slot by which the values of a layer's slots are louder when a compactor goes on with a `gain`:
 the best of a few that were tried on it without training. One that has a gain from the first step on ends up worse."""
 
+CROWD = 0.5
+"""Share of a later go's steps in which the slots of the batch's other matters stand before a matter's own, as those of
+earlier chunks do where a longer matter is read chunk by chunk."""
+
 READ_ON = 0.25
 """Share of the steps in which only a matter's first documents are compacted, and the others are read behind them."""
 
@@ -81,6 +85,7 @@ def recipe(seed: int, steps: int | None = None, start_from: str | None = None) -
         micro_batch=4,
         questions=32,
         uneven=0.5,
+        crowd=CROWD if start_from else 0.0,
         place=256,
         match=0.0 if start_from else 0.5,
         eval_contexts=8,

@@ -204,11 +204,13 @@ class BatchStream(IterableDataset):
         pad_id: fills shorter rows.
         split: around which uneven steps draw theirs.
         uneven: share of the steps that draw one.
+        crowd: share of the steps whose contexts crowd one another.
     """
 
     def __init__(
         self, source: RowSource, *, start: int, batch: int, micro_batch: int, rank: int = 0,
         world: int = 1, questions: int = 0, pad_id: int = 0, split: Split | None = None, uneven: float = 0.0,
+        crowd: float = 0.0,
     ):  # fmt: skip
         if batch % (micro_batch * world):
             raise ValueError(
@@ -217,7 +219,7 @@ class BatchStream(IterableDataset):
         self.source, self.start = source, start
         self.batch, self.micro_batch, self.rank, self.world = batch, micro_batch, rank, world
         self.questions, self.pad_id = questions, pad_id
-        self.split, self.uneven = split, uneven
+        self.split, self.uneven, self.crowd = split, uneven, crowd
         self.parts = batch // (micro_batch * world)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor | int | float]]:
@@ -236,6 +238,8 @@ class BatchStream(IterableDataset):
         batch = make_batch(rows, draw, self.source.draws.seed, self.questions, self.pad_id)
         if (split := self.split_of(draw)) is not None:
             batch["split"] = split
+        if random.Random(f"crowd {self.source.draws.seed}:{draw.step}").random() < self.crowd:
+            batch["crowd"] = True
         return batch
 
     def split_of(self, draw: Draw) -> Split | None:

@@ -78,6 +78,8 @@ class TrainConfig:
         questions: questions asked of a context in one step, drawn anew each time; 0 asks all that it has.
         uneven: share of the steps that divide their slots unevenly over the heads, each in a way of its own around
             `split`: between it and equal numbers, jittered. Such runs use the attention "still".
+        crowd: share of the steps in which a context's slots stand behind those of the other contexts of its batch, as a
+            chunk's do behind earlier ones. Contexts of one micro-batch serve one another, so it needs two or more.
         split: JSON file of `still budgets`, stored in the checkpoint; equal numbers unless given.
         place: contexts from which the compactor's placement (`--compactor.placement`) is learnt before the first step.
         top_k: teacher tokens, beside the right one, over which the loss is taken.
@@ -108,6 +110,7 @@ class TrainConfig:
     micro_batch: int = 1
     questions: int = 0
     uneven: float = 0.0
+    crowd: float = 0.0
     split: str | None = None
     place: int = 64
     top_k: int = 200
@@ -136,8 +139,14 @@ class TrainConfig:
             raise ValueError(f"lengths is {self.lengths}; each must be at least 1 token")
         if self.match < 0:
             raise ValueError(f"match is {self.match}; it must be 0 or more")
-        if not 0 <= self.uneven <= 1:
-            raise ValueError(f"uneven is {self.uneven}; it is a share of the steps: 0 to 1")
+        for name in ("uneven", "crowd"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share of the steps: 0 to 1")
+        if self.crowd and self.micro_batch == 1:
+            raise ValueError(
+                f"crowd is {self.crowd} with a micro_batch of 1: the contexts of one micro-batch crowd one another, "
+                f"so give micro_batch 2 or more"
+            )
         if self.keep < 2:
             raise ValueError(f"keep is {self.keep}; it must be 2 or more, since the newest may be half written")
         if self.schedule not in ("constant", "linear", "cosine"):

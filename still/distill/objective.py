@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..budgets import Split
 from ..cache import StillCache
 from ..compactor import StillCompactor
+from .crowd import crowded
 
 IGNORE = -100
 """Label of the tokens that are not supervised."""
@@ -103,6 +104,7 @@ class Distiller(nn.Module):
         num_items_in_batch: int | None = None,
         match: float = 0.0,
         split: Split | None = None,
+        crowd: bool = False,
     ) -> DistillOutput:
         """Loss of one batch.
 
@@ -117,6 +119,7 @@ class Distiller(nn.Module):
             match: weight of the hidden states' relative squared error on answer tokens, summed over layers. It reaches
                 every layer's compactor directly, where the KL has to pass through all layers above.
             split: how the slots are divided over the heads; the model must run `attn_implementation="still"` then.
+            crowd: the student answers with the slots of the batch's other contexts before its own; see `crowd`.
 
         Raises:
             ValueError: no answer token is supervised, or a row has fewer tokens than slots.
@@ -145,6 +148,8 @@ class Distiller(nn.Module):
         # While it trains, every layer looks for itself, which is worse than a scout: slots that stand in worse places
         # leave more to be mixed in, and what is learnt of that serves the better places too.
         layers = compactor.compact_rows(full, rows, slots=slots, scouted=not self.training)
+        if crowd:
+            layers = crowded(compactor, layers, rows)
         small = StillCache.from_layers(
             self.model.config, layers, tokens, source=full, token_ids=context_ids, attention_mask=context_mask
         )

@@ -196,6 +196,7 @@ class DistillTrainer(Trainer):
             pad_id=self.pad_id,
             split=self.split,
             uneven=config.uneven,
+            crowd=config.crowd,
         )
         workers = self.args.dataloader_num_workers
         generator = torch.Generator().manual_seed(config.seed)  # the loader would draw from the global one
