@@ -49,11 +49,9 @@ GAME = (
     "--tools read,write --sandbox none --together 20 --micro-tokens 2048"
 )
 GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 5e-5 --warmup 8 --no-ask"
-GRPO_LEDGER = (
-    GRPO.replace("--lr 5e-5 --warmup 8", "--lr 1e-4 --schedule linear --warmup 4")
-    + " --credit ledger --credit-share 0.7 --potential written"
-)
-GRPO_LINES = GRPO_LEDGER.replace("--credit ledger --credit-share 0.7", "--credit lines --credit-share 1")
+GRPO_FALLING = GRPO.replace("--lr 5e-5 --warmup 8", "--lr 1e-4 --schedule linear --warmup 4")
+GRPO_LEDGER = f"{GRPO_FALLING} --credit ledger --credit-share 0.7 --potential written"
+GRPO_LINES = f"{GRPO_FALLING} --credit lines --credit-share 1 --potential written"
 GRPO_KV = (
     "grpo --backend kv --ratio 32 --compactor-mode rl --steps 40 --tasks-per-step 4 --group 8 --lr 1e-4 "
     "--schedule linear --warmup 4 --no-ask --credit lines --credit-share 1"

@@ -238,16 +238,19 @@ class BatchStream(IterableDataset):
         batch = make_batch(rows, draw, self.source.draws.seed, self.questions, self.pad_id)
         if (split := self.split_of(draw)) is not None:
             batch["split"] = split
-        if random.Random(f"crowd {self.source.draws.seed}:{draw.step}").random() < self.crowd:
+        if self._drawn("crowd", draw, self.crowd):
             batch["crowd"] = True
         return batch
 
     def split_of(self, draw: Draw) -> Split | None:
         """The split of a step, the same on every process; None for equal numbers."""
-        key = f"{self.source.draws.seed}:{draw.step}"
-        if self.split is None or random.Random(f"uneven {key}").random() >= self.uneven:
+        if self.split is None or not self._drawn("uneven", draw, self.uneven):
             return None
-        return self.split.drawn(key)
+        return self.split.drawn(f"{self.source.draws.seed}:{draw.step}")
+
+    def _drawn(self, what: str, draw: Draw, share: float) -> bool:
+        """Whether a step is one of this share of them, the same on every process."""
+        return random.Random(f"{what} {self.source.draws.seed}:{draw.step}").random() < share
 
 
 def make_batch(rows: Sequence[Row], draw: Draw, seed: int, questions: int = 0, pad_id: int = 0) -> dict:
