@@ -51,7 +51,7 @@ class BaseRecipe:
     learning_rate: float = 1.5e-3
     warmup: int = 50
     decay: float = 0.5
-    long_steps: int = 100
+    long_steps: int = 140
     long_rate: float = 3e-4
     long_warmup: int = 10
     dropout: float = 0.5
