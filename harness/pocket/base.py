@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from ...eval.matters.words import TRADES
 from ...models import load
@@ -25,7 +26,7 @@ from .curriculum import IGNORE, LONG, STAGES, Row, Rows, Stage
 from .induction import induction_start, pocket_config
 from .tokenizer import train_tokenizer
 
-STATE = "state.pt"
+STATE, BEFORE_LONG = "state.pt", "before-long"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class BaseRecipe:
         long_steps: further steps, on rows of `curriculum.LONG`.
         long_rate: their peak rate, which rises and falls once more.
         long_warmup: steps to that peak.
+        long_share: where the finished weights stand between those before the long steps (0) and those after them (1).
+            Halfway, the pocket recalls long matters as well as at 1 and amended facts as well as at 0 (WiSE-FT,
+            arXiv 2109.01903).
         dropout: share of the rows in which heads do not see all of the matter (context dropout).
         seed: of the start and of the rows.
         start: a base that goes on with the long steps alone.
@@ -54,6 +58,7 @@ class BaseRecipe:
     long_steps: int = 140
     long_rate: float = 3e-4
     long_warmup: int = 10
+    long_share: float = 0.5
     dropout: float = 0.5
     seed: int = 0
     start: str | None = None
@@ -83,7 +88,8 @@ def whole_answers(right: torch.Tensor, gold: torch.Tensor, end: int) -> torch.Te
 def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -> bool:
     """Train for at most `minutes`, or until the recipe's last step; True when the model is finished.
 
-    Writes the finished model and tokenizer to `output / "base"`.
+    Writes the finished model and tokenizer to `output / "base"`, and the model as it was before the long steps to
+    `output / "before-long"`.
 
     Raises:
         ValueError: `output` holds a run of another recipe.
@@ -101,6 +107,8 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
     start = time.monotonic()
     model.train()
     while step < recipe.all_steps and time.monotonic() - start < 60 * minutes:
+        if step == recipe.steps:
+            model.save_pretrained(output / BEFORE_LONG)
         batches = LONG
         if step < recipe.steps:
             if STAGES[stage].is_over(mean, in_stage):
@@ -122,6 +130,11 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
     save_state(output, model, optimizer, rows, recipe, (step, stage, mean, in_stage))
     if step < recipe.all_steps:
         return False
+    if recipe.long_steps:
+        before = AutoModelForCausalLM.from_pretrained(output / BEFORE_LONG, dtype=torch.float32)
+        with torch.no_grad():
+            for after, earlier in zip(model.parameters(), before.parameters(), strict=True):
+                after.lerp_(earlier, 1 - recipe.long_share)
     model.set_attn_implementation("sdpa")
     model.save_pretrained(output / "base")
     tokenizer.save_pretrained(output / "base")

@@ -149,12 +149,16 @@ def test_training_the_base_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
 
 def test_a_base_that_recalls_goes_on_with_long_matters_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "LONG", ((replace(STAGES[0], facts=8), 2),))
-    longer, told = BaseRecipe(long_steps=1, long_warmup=1, long_rate=1e-3, start="pocket"), []
-    assert train_base(tmp_path, longer, minutes=10, report=told.append)
-    before, after = (models.load(name, device="cpu").model.state_dict() for name in ("pocket", str(tmp_path / "base")))
-    moved = [(after[name] - before[name]).abs().max() for name in before]
-    assert 1e-4 < max(moved) < 1.1e-3  # one step of AdamW at that rate
-    rates = [BaseRecipe().rate(step) for step in (0, 49, 319, 320, 329, 419)]
+    longer = BaseRecipe(long_steps=1, long_warmup=1, long_rate=1e-3, long_share=0.25, start="pocket")
+    assert train_base(tmp_path, longer, minutes=10, report=str)
+    names = ("pocket", str(tmp_path / "before-long"), str(tmp_path / "base"))
+    before, start, finished = (models.load(name, device="cpu").model.state_dict() for name in names)
+    after = torch.load(tmp_path / STATE, weights_only=True)["model"]
+    assert all(torch.equal(before[name], start[name]) for name in before)
+    assert 1e-4 < max((after[name] - before[name]).abs().max() for name in before) < 1.1e-3  # one step of AdamW
+    for name, weights in finished.items():
+        torch.testing.assert_close(weights, 0.75 * before[name] + 0.25 * after[name])
+    rates = [BaseRecipe().rate(step) for step in (0, 49, 319, 320, 329, 459)]
     assert rates == pytest.approx([3e-5, 1.5e-3, 3e-5, 3e-5, 3e-4, 6e-6], rel=0.01)
 
 
