@@ -74,6 +74,7 @@ class RowSource:
 def own_batches(shares: Sequence[Share], rank: int, world: int, micro_tokens: int) -> list[list[Share]]:
     """The micro-batches of one process: whole trajectories, the longest first to whoever has least.
 
+    Text rows stand by length, since a batch is padded to its longest.
     A process without a trajectory gets one row that counts nothing, so that all take part in the step.
     """
     groups: dict[str, list[Share]] = {}
@@ -88,6 +89,8 @@ def own_batches(shares: Sequence[Share], rank: int, world: int, micro_tokens: in
             mine += groups[name]
     if not mine:
         return [[Share(shares[0].row, 0.0, shares[0].advantage, shares[0].reference)]]
+    # Rows behind slots stay beside those of their trajectory, with which they share a prefix.
+    mine.sort(key=lambda share: 0 if share.row.prefix_plan else -_tokens(share.row))
     batches: list[list[Share]] = []
     for share in mine:
         size = _tokens(share.row)
