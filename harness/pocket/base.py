@@ -43,8 +43,8 @@ class BaseRecipe:
         long_rate: their peak rate, which rises and falls once more.
         long_warmup: steps to that peak.
         long_share: where the finished weights stand between those before the long steps (0) and those after them (1).
-            Halfway, the pocket recalls long matters as well as at 1 and amended facts as well as at 0 (WiSE-FT,
-            arXiv 2109.01903).
+            On the way the pocket recalls long matters about as well as at 1 and amended facts of standard ones about
+            as well as at 0 (WiSE-FT, arXiv 2109.01903).
         dropout: share of the rows in which heads do not see all of the matter (context dropout).
         seed: of the start and of the rows.
         start: a base that goes on with the long steps alone.
@@ -55,10 +55,10 @@ class BaseRecipe:
     learning_rate: float = 1.5e-3
     warmup: int = 50
     decay: float = 0.5
-    long_steps: int = 140
+    long_steps: int = 200
     long_rate: float = 3e-4
     long_warmup: int = 10
-    long_share: float = 0.5
+    long_share: float = 0.7
     dropout: float = 0.5
     seed: int = 0
     start: str | None = None
