@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
 from ...eval.matters.words import TRADES
 from ...models import load
@@ -109,6 +108,7 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
     while step < recipe.all_steps and time.monotonic() - start < 60 * minutes:
         if step == recipe.steps:
             model.save_pretrained(output / BEFORE_LONG)
+            tokenizer.save_pretrained(output / BEFORE_LONG)
         batches = LONG
         if step < recipe.steps:
             if STAGES[stage].is_over(mean, in_stage):
@@ -131,7 +131,7 @@ def train_base(output: Path, recipe: BaseRecipe, minutes: float, report=print) -
     if step < recipe.all_steps:
         return False
     if recipe.long_steps:
-        before = AutoModelForCausalLM.from_pretrained(output / BEFORE_LONG, dtype=torch.float32)
+        before = load(str(output / BEFORE_LONG), device="cpu", dtype="float32").model
         with torch.no_grad():
             for after, earlier in zip(model.parameters(), before.parameters(), strict=True):
                 after.lerp_(earlier, 1 - recipe.long_share)
