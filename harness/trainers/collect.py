@@ -79,7 +79,7 @@ class Collector:
         graders: one for each grading; they must not share a cache of verdicts.
         output: the round's folder.
         round: its number.
-        report: called with every attempt.
+        report: called with every attempt as it ends.
 
     Raises:
         ValueError: there are fewer graders than gradings, or a backend whose rows a teacher cannot play.
@@ -105,7 +105,6 @@ class Collector:
             mine: list[Attempt] = []
             while len(mine) < self.config.rollouts and sum(a.kept for a in mine) < self.config.keep_per_task:
                 mine.append(self.attempt(task, len(mine), mine[-1] if mine else None))
-                self.report(mine[-1])
             found += mine
         return found
 
@@ -135,6 +134,7 @@ class Collector:
             channel.corrected_at, source, sum(event["event"] == "compact" for event in events) + 1,
         )  # fmt: skip
         write_atomically(folder / DONE, json.dumps(asdict(attempt), indent=2).encode() + b"\n")
+        self.report(attempt)
         return attempt
 
     def _play(self, task: Any, number: int, folder: Path, channel: PrivateChannel) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..runs import read_run, write_atomically
 from .behaviour import mean_behaviour
 from .grading import Grade, grade_runs, rates
 from .ledgers import numbers, watcher
+from .loop import barrier, mine, world
 from .model import RowModel
 
 DONE = "evaluation.json"
@@ -32,6 +33,8 @@ def evaluate(
     together: int = 1, report: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Play and grade every held-out task on every backend, or read what an earlier start found.
+
+    Every process of a run calls this: each plays its share of the tasks, and the first one grades them.
 
     Args:
         module: policy and method.
@@ -51,12 +54,18 @@ def evaluate(
         return json.loads((output / DONE).read_text(encoding="utf-8"))
     module.eval()
     found = {}
+    rank, processes = world()
     for backend in on if tasks else ():
         config = backend_config(run, backend)
         policy = LocalPolicy(loaded, run.window)
         method = module.method if backend in ("kv", "hybrid") else None
-        outcomes = play_tasks(tasks, policy, config, output / backend, method=method, together=together,
-                              watch=watcher())  # fmt: skip
+        play = {"method": method, "together": together, "watch": watcher()}
+        if processes > 1:
+            play_tasks(mine(tasks), policy, config, output / backend, **play)
+            barrier()
+        if rank:
+            continue
+        outcomes = play_tasks(tasks, policy, config, output / backend, **play)
         ended = {outcome.task: outcome.folder for outcome in outcomes if outcome.status != "failed"}
         graded = [(task, ended[task.id]) for task in tasks if task.id in ended]
         scored = grade_runs(grade, graded)
@@ -67,5 +76,7 @@ def evaluate(
         }  # fmt: skip
         rate = found[backend]["criteria"]
         report(f"{backend}: criterion pass {100 * rate['estimate']:.1f} %" if rate else f"{backend}: nothing scored")
-    write_atomically(output / DONE, json.dumps(found, indent=2).encode() + b"\n")
-    return found
+    if not rank:
+        write_atomically(output / DONE, json.dumps(found, indent=2).encode() + b"\n")
+    barrier()
+    return json.loads((output / DONE).read_text(encoding="utf-8"))

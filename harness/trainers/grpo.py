@@ -37,7 +37,7 @@ from .evaluate import evaluate
 from .grading import Grade, grade_runs, random_rewards
 from .ledgers import check_credit, numbers, trajectory_of, watcher, window_advantages
 from .lines import anchors, line_advantages
-from .loop import RowTrainer, barrier, world
+from .loop import RowTrainer, barrier, mine, world
 from .model import RowModel, Share
 from .placing import is_placed, place
 from .setup import claim_output, join_processes, keep_apart, make_module
@@ -171,10 +171,9 @@ class Rollouts:
         heat = self.config.rollout_temperature
         run = replace(self.run, temperature=heat, retry_temperature=heat, on_failure="fail")
         method = self.module.method if run.backend in ("kv", "hybrid") else None
-        rank, processes = world()
         play = {"seeds": seeds, "method": method, "together": self.together, "watch": watch}
-        if processes > 1:
-            play_tasks(tasks[rank::processes], policy, run, folder, **play)
+        if world()[1] > 1:
+            play_tasks(mine(tasks), policy, run, folder, **play)
             barrier()
         outcomes = play_tasks(tasks, policy, run, folder, **play)
         failed = [outcome for outcome in outcomes if outcome.status == "failed"]
@@ -329,17 +328,17 @@ def run_grpo(
         module, settings, output, source, config.steps, loaded.tokenizer, options, extra=lambda: source.last
     )
     on = tuple(evaluate_on) or (run.backend,)
-    found = {}
-    if world()[0] == 0:
-        found["before"] = evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / "before",
-                                   together, lambda line: report(f"before  {line}"))  # fmt: skip
-    trainer.accelerator.wait_for_everyone()
+
+    def scores(when: str) -> dict[str, Any]:
+        return evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / when, together,
+                        lambda line: report(f"{when:7} {line}"))  # fmt: skip
+
+    found = {"before": scores("before")}
     if settings.place:
         source.place()
     trainer.fit()
+    found["after"] = scores("after")
     if world()[0] == 0:
-        found["after"] = evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / "after",
-                                  together, lambda line: report(f"after   {line}"))  # fmt: skip
         from .report import write_grpo_report
 
         write_grpo_report(output)

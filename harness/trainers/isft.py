@@ -35,7 +35,7 @@ from .evaluate import evaluate
 from .grading import Grade
 from .leaks import LeakReport, leaks_of, privilege, transcript
 from .ledgers import numbers
-from .loop import RowTrainer, barrier, world
+from .loop import RowTrainer, barrier, mine, world
 from .model import RowModel
 from .placing import place
 from .setup import claim_output, join_processes, keep_apart, make_module
@@ -86,9 +86,7 @@ def run_isft(
     module, loaded = make_module(loaded, method, settings)
     base = {name: tensor.clone() for name, tensor in trained(module).items()}
     student = Student(module, loaded, base, run, settings, options or {})
-    if world()[0] == 0:
-        evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, output / "before", together, report)
-    barrier()
+    evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, output / "before", together, report)
     rounds = []
     for number in range(1, config.rounds + 1):
         folder = output / f"round-{number}"
@@ -96,18 +94,16 @@ def run_isft(
             load_weights(module, folder / "student")
             rounds.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
             continue
-        if world()[0] == 0:
-            teacher = teacher_of(number, loaded) or LocalPolicy(loaded)
-            module.eval()
-            prepare(teacher, tasks_of(number, tasks, config), loaded.tokenizer, run, config, settings, graders, folder,
-                    number, report, module)  # fmt: skip
-        barrier()
+        teacher = teacher_of(number, loaded) or LocalPolicy(loaded)
+        module.eval()
+        prepare(teacher, tasks_of(number, tasks, config), loaded.tokenizer, run, config, settings, graders, folder,
+                number, report, module)  # fmt: skip
         every = range(1, number + 1) if config.union else [number]
         rows = [row for n in every for row in read_rows(output / f"round-{n}" / "rows.jsonl")]
         student.train(rows, folder, config)
+        scores = evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, folder / "evaluation",
+                          together, lambda line, n=number: report(f"round {n}  {line}"))  # fmt: skip
         if world()[0] == 0:
-            scores = evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, folder / "evaluation",
-                              together, lambda line, n=number: report(f"round {n}  {line}"))  # fmt: skip
             made = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
             result = {**made, "trained_rows": len(rows), "trained_tokens": sum(r.trained for r in rows),
                       "evaluation": scores}  # fmt: skip
@@ -177,6 +173,8 @@ def prepare(
 ) -> list[WindowRow]:  # fmt: skip
     """Collect, filter, gate and window: `rows.jsonl`, `leaks.json` and `selection.json` of a round.
 
+    Every process of a run calls this: each plays its share of the tasks, and the first one does the rest.
+
     Args:
         teacher: of the round.
         tasks: to collect on.
@@ -198,6 +196,11 @@ def prepare(
     collector = Collector(teacher, tokenizer, run, config, graders, folder, number,
                           lambda a: report(f"round {number}  {a.task} attempt {a.number}: "
                                            f"{'kept' if a.kept else a.reason} {a.rates}"))  # fmt: skip
+    collector.collect(mine(tasks))
+    barrier()
+    if world()[0]:
+        barrier()
+        return read_rows(folder / "rows.jsonl")
     attempts = collector.collect(tasks)
     good = [a for a in attempts if a.kept] if config.select == "kept" else [a for a in attempts if a.status == "done"]
     by_id = {task.id: task for task in tasks}
@@ -226,6 +229,7 @@ def prepare(
         "ledger": numbers([by_id[a.task] for a in attempts], [Path(a.folder) for a in attempts]),
     }  # fmt: skip
     write_atomically(folder / "selection.json", json.dumps(selection, indent=2).encode() + b"\n")
+    barrier()
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,12 @@ class RowTrainer(Trainer):
 def world() -> tuple[int, int]:
     """Rank and number of the processes of this run; launchers say so before any process group exists."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def mine(items: Sequence[Any]) -> Sequence[Any]:
+    """This process's share of what all of this run divide among them."""
+    rank, processes = world()
+    return items[rank::processes]
 
 
 def barrier() -> None:

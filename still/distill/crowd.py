@@ -1,7 +1,8 @@
-"""Contexts as chunks of a longer one: slots of others stand before each context's own.
+"""Contexts as chunks of a longer one: slots of others stand before each context's own, and after them.
 
 A context that is read chunk by chunk ends as a row of slots of many chunks, and what a chunk's slots do where they are
-not asked adds up. A compactor that only ever saw its own slots has no reason to keep them still. The other contexts
+not asked adds up; an early chunk is asked from far away, across all later ones. A compactor that only ever saw its own
+slots, right before the question, has no reason to keep them still, or to make them heard from there. The other contexts
 of a batch are compacted in the same step, so a crowd of them costs a rotation.
 """
 
@@ -17,10 +18,11 @@ from ..types import CompactKV
 
 
 def crowded(compactor: StillCompactor, layers: Mapping[int, CompactKV], rows: Sequence[int]) -> dict[int, CompactKV]:
-    """The slots of a batch's other contexts before each context's own, as if they had been read one after the other.
+    """The slots of a batch's contexts one behind the other, as chunks of a context that ends where each row's ends.
 
-    Rows follow one another in the order of the batch, and the first follows the last. Each stays where it is; those
-    before it are rotated back to where they end as it begins.
+    Contexts follow one another in the order of the batch, the first after the last. Row i has i modulo their number
+    before its own and the others after it, so that each is asked from another distance. Questions stay where they
+    are: slots are rotated back to where their context would have to stand.
 
     Args:
         compactor: it knows how the model rotates keys.
@@ -36,28 +38,28 @@ def crowded(compactor: StillCompactor, layers: Mapping[int, CompactKV], rows: Se
     if contexts == 1 or any(set(own.row_counts or [own.counts]) != {own.counts} for own in layers.values()):
         return dict(layers)
     device = next(iter(layers.values())).keys.device
-    lengths = torch.tensor(rows, device=device)
-    back = torch.stack([lengths.roll(place) for place in range(1, contexts)]).cumsum(0)
-    wide = {}
-    for layer, own in layers.items():
-        nearest_first = [_moved(compactor, layer, own, place, shift) for place, shift in enumerate(back, start=1)]
-        wide[layer] = _one_behind_the_other([*reversed(nearest_first), own])
-    return wide
+    lengths, row = torch.tensor(rows, device=device), torch.arange(len(rows), device=device)
+    places = torch.arange(contexts, device=device)[:, None]
+    order = (row - row % contexts + places) % len(rows)  # [contexts, batch]: whose slots stand at each place
+    back = lengths[order].flip(0).cumsum(0).flip(0) - lengths  # from where a context was read to where it stands here
+    return {
+        layer: _one_behind_the_other([_moved(compactor, layer, own, *at) for at in zip(order, back, strict=True)])
+        for layer, own in layers.items()
+    }
 
 
-def _moved(compactor: StillCompactor, layer: int, own: CompactKV, place: int, shift: torch.Tensor) -> CompactKV:
-    """The slots of the row `place` rows before each, rotated `shift` `[batch]` positions back."""
-    tables = compactor.rotary.cos_sin(layer, shift[:, None])
-    begin = compactor.rotary.cos_sin(layer, torch.zeros_like(shift)[:, None])  # an attention factor is put back
-    keys = own.keys.roll(place, 0)
+def _moved(compactor: StillCompactor, layer: int, own: CompactKV, order: torch.Tensor, back: torch.Tensor) -> CompactKV:
+    """The slots of the rows `order` `[batch]`, rotated `back` `[batch]` positions."""
+    tables = compactor.rotary.cos_sin(layer, back[:, None])
+    begin = compactor.rotary.cos_sin(layer, torch.zeros_like(back)[:, None])  # an attention factor is put back
+    keys = own.keys[order]
     packed = keys.ndim == 3
     turned = rotate(unrotate(keys[:, None] if packed else keys, *tables), *begin)
     where = own.positions
     if where is not None:
-        where = where.expand(len(shift), -1).roll(place, 0) - shift[:, None]
-    beta = None if own.beta is None else own.beta.roll(place, 0)
-    return own._replace(keys=turned[:, 0] if packed else turned, values=own.values.roll(place, 0), beta=beta,
-                        positions=where)  # fmt: skip
+        where = where.expand(len(back), -1)[order] - back[:, None]
+    beta = None if own.beta is None else own.beta.expand(len(back), *own.beta.shape[1:])[order]
+    return own._replace(keys=turned[:, 0] if packed else turned, values=own.values[order], beta=beta, positions=where)
 
 
 def _one_behind_the_other(parts: Sequence[CompactKV]) -> CompactKV:

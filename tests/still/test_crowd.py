@@ -40,7 +40,8 @@ def check(kind, split):
     for layer, record in wide.items():
         for row in range(3):
             expected = [[] for _ in range(compactor.kv_heads)]
-            for other, shift in ((row - 2, rows[row - 2] + rows[row - 1]), (row - 1, rows[row - 1]), (row, 0)):
+            for other in range(3):
+                shift = sum(rows[other:]) - rows[row]
                 alone = read(model, contexts[other][None] if contexts[other].ndim == 1 else contexts[other]).cache
                 here = torch.arange(rows[other])
                 keys = unrotate(alone.layers[layer].keys, *compactor.rotary.cos_sin(layer, here))
