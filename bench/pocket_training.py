@@ -7,8 +7,9 @@
 `pocket-agent` plays assignments whose documents are worded as no document that it was trained on, with a boundary after
 every document. Training tasks are of the training split, the hold-out has other names and values; the grader of both is
 exact. iSFT's first teacher is the oracle, a script that looks answers up in the rubric; then the student teaches
-itself. Every run is a `still` command on one thread, two side by side. What was finished is not run again, and what was
-cut off goes on where it was. The table goes to bench/rows/pocket_training.csv: pass rates before and after with
+itself. Every run is a `still` command on one thread, two side by side; `--processes 2 --together 1` runs one at a time
+in two processes, as on several devices. What was finished is not run again, and what was cut off goes on where it was.
+The table goes to bench/rows/pocket_training.csv: pass rates before and after with
 intervals clustered by task, and the paired gain, over all seeds of a condition.
 """
 
@@ -28,6 +29,7 @@ from pathlib import Path
 
 from shapes import ROWS
 
+from still import harness
 from still.eval.judges import find_judge
 from still.eval.reward import RubricReward
 from still.eval.stats import clustered_rate, paired_difference
@@ -35,6 +37,7 @@ from still.eval.tasks import find_tasks, load_task
 from still.harness.trainers.grading import grade_runs
 from still.provenance import provenance
 
+CONFIGS = Path(harness.__path__[0]) / "configs"
 ASKED = "--family assignments --unseen-templates"
 TASKS = {
     "8": ("--criteria 8 --documents 3", "0:400"),
@@ -165,6 +168,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--only", default="", metavar="NAMES", help="beginnings of names, with commas (default: all)")
     parser.add_argument("--together", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument("--processes", type=int, default=1, help="of each run, with a thread each (default: 1)")
     parser.add_argument("--list", action="store_true", help="print the commands")
     args = parser.parse_args()
     chosen = [run for run in RUNS if run.name.startswith(tuple(args.only.split(",")))]
@@ -178,7 +182,7 @@ def main() -> int:
     failed: list[str] = []
     for wave in ([run for run in chosen if not run.like], [run for run in chosen if run.like]):
         with ThreadPoolExecutor(args.together) as pool:
-            failed += [name for name in pool.map(lambda run: start(run, args.output), wave) if name]
+            failed += [name for name in pool.map(lambda run: start(run, args.output, args.processes), wave) if name]
     write_table(args.output)
     return 1 if failed else 0
 
@@ -201,14 +205,14 @@ def make_tasks(root: Path, which: set[str]) -> None:
                 raise SystemExit(f"no tasks could be made: see {root / 'tasks.log'}")
 
 
-def start(run: Run, root: Path) -> str:
+def start(run: Run, root: Path, processes: int) -> str:
     """Run it if it has not ended; its name if it failed."""
     if run.ended(root):
         return ""
     print(shown(run, root), flush=True)
     began = time.monotonic()
     try:
-        status = still(run.argv(root), root / f"{run.name}.log")
+        status = still(run.argv(root), root / f"{run.name}.log", processes)
     except ValueError:  # as it was shown
         return run.name
     ended = f"failed, see {root / run.name}.log" if status else "done"
@@ -216,14 +220,15 @@ def start(run: Run, root: Path) -> str:
     return run.name if status else ""
 
 
-def still(argv: list[str], log: Path) -> int:
-    """One command of `still` on one thread; its exit status."""
+def still(argv: list[str], log: Path, processes: int = 1) -> int:
+    """One command of `still` in some processes with a thread each; its exit status."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes",
+                str(processes), "--main_process_port", "0"] if processes > 1 else []  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "still.cli", *argv], env=environment, stdout=file, stderr=file
-        ).returncode
+        command = [sys.executable, "-W", "ignore", *launcher, "-m", "still.cli", *argv]
+        return subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
 
 
 def write_table(root: Path) -> None:

@@ -42,8 +42,8 @@ LOUDER = {2: 0.09, 3: 0.16, 4: 0.16}
 the best of a few that were tried on it without training. One that has a gain from the first step on ends up worse."""
 
 CROWD = 0.5
-"""Share of a later go's steps in which the slots of the batch's other matters stand before a matter's own, as those of
-earlier chunks do where a longer matter is read chunk by chunk."""
+"""Share of a later go's steps in which the slots of the batch's other matters stand before and after a matter's own, as
+those of other chunks do where a longer matter is read chunk by chunk."""
 
 READ_ON = 0.25
 """Share of the steps in which only a matter's first documents are compacted, and the others are read behind them."""

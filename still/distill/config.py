@@ -78,8 +78,9 @@ class TrainConfig:
         questions: questions asked of a context in one step, drawn anew each time; 0 asks all that it has.
         uneven: share of the steps that divide their slots unevenly over the heads, each in a way of its own around
             `split`: between it and equal numbers, jittered. Such runs use the attention "still".
-        crowd: share of the steps in which a context's slots stand behind those of the other contexts of its batch, as a
-            chunk's do behind earlier ones. Contexts of one micro-batch serve one another, so it needs two or more.
+        crowd: share of the steps in which a context's slots stand among those of the other contexts of its batch, as a
+            chunk's do between earlier and later ones. Contexts of one micro-batch serve one another, so it needs two
+            or more.
         split: JSON file of `still budgets`, stored in the checkpoint; equal numbers unless given.
         place: contexts from which the compactor's placement (`--compactor.placement`) is learnt before the first step.
         top_k: teacher tokens, beside the right one, over which the loss is taken.

@@ -119,7 +119,7 @@ class Distiller(nn.Module):
             match: weight of the hidden states' relative squared error on answer tokens, summed over layers. It reaches
                 every layer's compactor directly, where the KL has to pass through all layers above.
             split: how the slots are divided over the heads; the model must run `attn_implementation="still"` then.
-            crowd: the student answers with the slots of the batch's other contexts before its own; see `crowd`.
+            crowd: the student answers with the slots of the batch's other contexts around its own; see `crowd`.
 
         Raises:
             ValueError: no answer token is supervised, or a row has fewer tokens than slots.
