@@ -15,7 +15,7 @@ from ..runs import read_run, write_atomically
 from .behaviour import mean_behaviour
 from .grading import Grade, grade_runs, rates
 from .ledgers import numbers, watcher
-from .loop import barrier, mine, world
+from .loop import agreed, barrier, mine, world
 from .model import RowModel
 
 DONE = "evaluation.json"
@@ -50,7 +50,7 @@ def evaluate(
     Returns:
         For each backend `criteria` and `all_pass` with intervals, rollouts, unscored, failed, behaviour, ledger.
     """
-    if (output / DONE).is_file():
+    if agreed((output / DONE).is_file()):
         return json.loads((output / DONE).read_text(encoding="utf-8"))
     module.eval()
     found = {}

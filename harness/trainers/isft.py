@@ -35,7 +35,7 @@ from .evaluate import evaluate
 from .grading import Grade
 from .leaks import LeakReport, leaks_of, privilege, transcript
 from .ledgers import numbers
-from .loop import RowTrainer, barrier, mine, world
+from .loop import RowTrainer, agreed, barrier, mine, world
 from .model import RowModel
 from .placing import place
 from .setup import claim_output, join_processes, keep_apart, make_module
@@ -191,7 +191,7 @@ def prepare(
     Raises:
         ValueError: nothing was kept, or something leaks and `leaks` is stop.
     """
-    if (folder / "selection.json").is_file():
+    if agreed((folder / "selection.json").is_file()):
         return read_rows(folder / "rows.jsonl")
     collector = Collector(teacher, tokenizer, run, config, graders, folder, number,
                           lambda a: report(f"round {number}  {a.task} attempt {a.number}: "
