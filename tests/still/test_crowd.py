@@ -27,26 +27,26 @@ def uneven(compactor):
     return compactor.with_split(Split({int(layer): weights for layer in compactor.layers}))
 
 
-def check(kind, split):
+def check(kind, split, kept=4, orders=((0, 1, 2),) * 3):
     model, compactor = (distiller := distiller_for(kind)).model, distiller.compactor
     compactor = uneven(compactor) if split else compactor
     contexts = [random_ids(n, seed=n + i) for i, n in enumerate((40, 36, 44))]
     ids, mask = left_padded(contexts)
     rows = [x.shape[-1] for x in contexts]
     full = read(model, ids, mask).cache
-    layers = compactor.compact_rows(full, rows, slots=4)
+    layers = compactor.compact_rows(full, rows, slots=kept)
     wide = crowded(compactor, layers, rows)
     assert len(wide) == len(layers)
     for layer, record in wide.items():
         for row in range(3):
             expected = [[] for _ in range(compactor.kv_heads)]
-            for other in range(3):
-                shift = sum(rows[other:]) - rows[row]
+            for place, other in enumerate(orders[row]):
+                shift = sum(rows[x] for x in orders[row][place:]) - rows[row]
                 alone = read(model, contexts[other][None] if contexts[other].ndim == 1 else contexts[other]).cache
                 here = torch.arange(rows[other])
                 keys = unrotate(alone.layers[layer].keys, *compactor.rotary.cos_sin(layer, here))
                 keys = rotate(keys, *compactor.rotary.cos_sin(layer, here - shift))
-                made = compactor.compact_layer(layer, keys, alone.layers[layer].values, here - shift, 4)
+                made = compactor.compact_layer(layer, keys, alone.layers[layer].values, here - shift, kept)
                 for head, slots in enumerate(heads(made, 0)):
                     expected[head].append(slots)
             for head, own in enumerate(heads(record, row)):
@@ -57,6 +57,10 @@ def check(kind, split):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_crowd_stands_as_if_contexts_had_been_read_one_after_the_other(kind):
     check(kind, split=False)
+
+
+def test_as_many_stand_there_as_leave_no_head_more_slots_than_tokens_and_the_first_follows_the_last():
+    check("qwen3", split=False, kept=18, orders=((0, 1), (0, 1), (2, 0)))
 
 
 def test_heads_of_unequal_numbers_are_crowded_each_by_its_own():
