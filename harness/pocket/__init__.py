@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-VERSION, AGENT = "pocket-2", "pocket-agent-1"
+VERSION, AGENT = "pocket-3", "pocket-agent-1"
 SEEDS = (0, 1, 2)
 
 

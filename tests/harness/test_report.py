@@ -29,7 +29,7 @@ VERDICTS = {
 ENTROPY = {"full": 0.1, "none": 4.1, "still": 0.5, "snapkv": 3.1, "still-untrained": 3.9, "int4": 0.2}
 SLOTS = {"full": 1024, "int4": 1024, "none": 0}
 CONFIG = SweepConfig(model="pocket", methods=("still", "snapkv", "still-untrained", "int4"), ratios=(2, 8), count=2)
-INPUTS = {"model": "pocket-2 0123456789ab"}
+INPUTS = {"model": "pocket-3 0123456789ab"}
 PROVENANCE = {
     "versions": {"python": "3.12.0", "torch": "2.9.0"},
     "device": {"type": "cpu", "name": "x86_64"},

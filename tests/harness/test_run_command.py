@@ -37,7 +37,7 @@ def test_the_pocket_is_played_and_a_second_call_changes_nothing(tmp_path, lab, c
     folder = tmp_path / "runs" / load_task(lab[0]).id / "seed-0"
     config = json.loads((folder / "config.json").read_text())
     assert {"model", "task", "run_id", "max_turns", "temperature", "skills", "started_at"} < set(config)
-    assert (config["model"], config["still"]["run"]["backend"]) == ("pocket-2", backend[0])
+    assert (config["model"], config["still"]["run"]["backend"]) == ("pocket-3", backend[0])
     before = (folder / "events.jsonl").read_bytes()
     assert run(tmp_path, "--backend", *backend) == 0
     assert (folder / "events.jsonl").read_bytes() == before
