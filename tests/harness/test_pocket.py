@@ -275,22 +275,22 @@ def test_the_shipped_pocket_recalls_and_its_compactor_keeps_what_it_read():
             base.tokenizer, each.documents, [question.text for question in other.questions])[1])[0])  # fmt: skip
     assert sum(full) / 3 >= 0.95
     assert stale / (3 * 64) <= 0.03
-    assert sum(small) / sum(full) >= 0.8
+    assert sum(small) / sum(full) >= 0.95
     assert sum(wrong) / 3 <= 0.05
 
 
 @shipped
 def test_the_shipped_compactors_split_and_placement_are_worth_what_they_cost(tmp_path):
-    config = SweepConfig(
-        methods=("still", "still-uneven", "still-placed", "random"), ratios=(32,), count=2, first=930, questions=24,
-        max_new_tokens=16,
-    )  # fmt: skip
+    methods = ("still", "still-uneven", "still-placed", "random")
+    config = SweepConfig(methods=methods, ratios=(32, 64), count=2, first=930, questions=24, max_new_tokens=16)
     store = run_sweep(config, tmp_path, device="cpu", progress=False)
-    rows = {row["method"]: row for row in make_rows(store.results(), store.header)}
-    assert len({rows[name]["nbytes"] for name in ("still", "still-uneven", "still-placed", "random")}) == 1
-    passed = {name: row["pass_rate"] for name, row in rows.items()}
-    assert passed["still-uneven"] > passed["still"] + 0.1
-    assert min(passed["still"], passed["still-placed"]) > passed["random"] + 0.05
+    rows = {(row["method"], row["ratio"]): row for row in make_rows(store.results(), store.header)}
+    for ratio in config.ratios:
+        assert len({rows[name, ratio]["nbytes"] for name in methods}) == 1
+    passed = {key: row["pass_rate"] for key, row in rows.items()}
+    assert passed["still-uneven", 64] > passed["still", 64] + 0.2
+    assert passed["still", 32] > passed["still-placed", 32] + 0.1
+    assert passed["still-placed", 32] > passed["random", 32] + 0.2
 
 
 @shipped
