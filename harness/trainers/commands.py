@@ -94,6 +94,7 @@ examples:
         tasks, held_out, run, student, method = self.loaded(args)
         config = from_flags(args, IsftConfig)
         from .isft import run_isft
+        from .loop import world
 
         first = None
         if args.teacher == "oracle":
@@ -114,7 +115,8 @@ examples:
             _grade(args.report_judge, 0), teacher_of=teacher_of, method=method, together=args.together,
             options=args.trainer, report=lambda line: print(line, flush=True),
         )  # fmt: skip
-        print(args.output / "report.html")
+        if world()[0] == 0:
+            print(args.output / "report.html")
         return 0
 
 
@@ -141,6 +143,7 @@ examples:
         tasks, held_out, run, student, method = self.loaded(args)
         from ..policies.local import LocalPolicy
         from .grpo import run_grpo
+        from .loop import world
 
         policy_of = LocalPolicy
         if config.rollouts != "local":
@@ -150,7 +153,8 @@ examples:
             _grade(args.judge, 0), _grade(args.report_judge, 0), method=method, together=args.together,
             options=args.trainer, report=lambda line: print(line, flush=True), policy_of=policy_of,
         )  # fmt: skip
-        print(args.output / "report.html")
+        if world()[0] == 0:
+            print(args.output / "report.html")
         return 0
 
 
