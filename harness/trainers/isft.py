@@ -191,17 +191,23 @@ def prepare(
     Raises:
         ValueError: nothing was kept, or something leaks and `leaks` is stop.
     """
-    if agreed((folder / "selection.json").is_file()):
-        return read_rows(folder / "rows.jsonl")
-    collector = Collector(teacher, tokenizer, run, config, graders, folder, number,
-                          lambda a: report(f"round {number}  {a.task} attempt {a.number}: "
-                                           f"{'kept' if a.kept else a.reason} {a.rates}"))  # fmt: skip
-    collector.collect(mine(tasks))
-    barrier()
-    if world()[0]:
+    if not agreed((folder / "selection.json").is_file()):
+        collector = Collector(teacher, tokenizer, run, config, graders, folder, number,
+                              lambda a: report(f"round {number}  {a.task} attempt {a.number}: "
+                                               f"{'kept' if a.kept else a.reason} {a.rates}"))  # fmt: skip
+        collector.collect(mine(tasks))
         barrier()
-        return read_rows(folder / "rows.jsonl")
-    attempts = collector.collect(tasks)
+        if world()[0] == 0:
+            _select(collector.collect(tasks), teacher, tasks, tokenizer, config, settings, folder, number, module)
+        barrier()
+    return read_rows(folder / "rows.jsonl")
+
+
+def _select(
+    attempts: Sequence[Attempt], teacher: Any, tasks: Sequence[Any], tokenizer: Any, config: IsftConfig,
+    settings: TrainSettings, folder: Path, number: int, module: RowModel | None,
+) -> None:  # fmt: skip
+    """The attempts of a round filtered, gated and windowed, on disk; see `prepare`."""
     good = [a for a in attempts if a.kept] if config.select == "kept" else [a for a in attempts if a.status == "done"]
     by_id = {task.id: task for task in tasks}
     gate = gate_of([(by_id[a.task], a) for a in good], config)
@@ -229,8 +235,6 @@ def prepare(
         "ledger": numbers([by_id[a.task] for a in attempts], [Path(a.folder) for a in attempts]),
     }  # fmt: skip
     write_atomically(folder / "selection.json", json.dumps(selection, indent=2).encode() + b"\n")
-    barrier()
-    return rows
 
 
 def gate_of(attempts: Sequence[tuple[Any, Attempt]], config: IsftConfig) -> LeakReport:
