@@ -12,6 +12,7 @@ the full cache, with nothing beside it but the instruction: what a chunk's compa
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 
 import torch
@@ -30,6 +31,10 @@ from still.prompts import render, render_alone, render_answer
 from still.provenance import provenance
 from still.types import CompactKV
 
+APPENDED = {
+    "append": {}, "append, slots where their tokens stood": {"reach": math.inf},
+    "append, no raw chunk held back": {"keep_last": 0},
+}  # fmt: skip
 QUARTERS = ("0-25 %", "25-50 %", "50-75 %", "75-100 %")
 
 
@@ -51,8 +56,8 @@ def caches(
     inside = [[fact for fact in every if places[fact] in span] for span in spans]
     ways["single chunks"] = [(one_chunk(compactor, full, ids, span, ratio, head), facts)
                              for span, facts in zip(spans, inside, strict=True) if facts]  # fmt: skip
-    for keep, name in ((chunk, "append"), (0, "append, no raw chunk held back")):
-        ways[name] = [(compactor.prefill(model, ids, ratio=ratio, chunk=chunk, keep_last=keep), every)]
+    for name, options in APPENDED.items():
+        ways[name] = [(compactor.prefill(model, ids, ratio=ratio, chunk=chunk, **options), every)]
     again = compactor.prefill(model, ids, slots=int(chunk / ratio), chunk=chunk, mode="recompact")
     return {**ways, "recompact": [(again, every)]}
 
@@ -88,12 +93,13 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=288)
     parser.add_argument("--ratio", type=float, default=8)
     parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--questions", type=int, default=0, help="drawn for each matter; 0 asks about every fact")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the compactors' training")
     parser.add_argument("--uneven", action="store_true", help="slots by the compactors' own split")
     args = parser.parse_args()
     config = SweepConfig(
         model=args.model, compactor=(args.model,), difficulty=args.difficulty, count=args.count,
-        seeds=tuple(args.seeds), methods=("still",),
+        questions=args.questions, seeds=tuple(args.seeds), methods=("still",),
     )  # fmt: skip
     loaded = models.load(args.model, "cpu", "float32", "still" if args.uneven else None)
     bench = Bench(config, loaded, config.methods)

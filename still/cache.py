@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,9 @@ class StillCache(Cache):
         attention_mask: `[batch, tokens]` of the first forward where its rows are left-padded.
         config: the model's config, or the model; a bound `StillCompactor` knows it.
         chunk: tokens compacted at a time; `compactor.config.chunk` unless given.
+        reach: farthest that slots stand before the raw tokens, in tokens: those of longer contexts are spread evenly
+            over so many, whatever they stand for, since a question finds less from farther away than was trained. The
+            trained chunk, for a `StillCompactor`, unless given; `math.inf` leaves slots where their tokens stood.
         offloading: keep layers on the CPU while they are not used, as transformers' own caches do.
         offload_only_non_sliding: leave sliding-window layers where they are.
 
@@ -70,6 +74,7 @@ class StillCache(Cache):
         attention_mask: torch.Tensor | None = None,
         config: Any = None,
         chunk: int | None = None,
+        reach: float | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
     ):
@@ -82,7 +87,7 @@ class StillCache(Cache):
         if chunk is None:
             raise ValueError(f"{type(compactor).__name__} has no config.chunk; pass chunk=, in tokens")
         ratio = (8 if slots is None else chunk / slots) if ratio is None else ratio
-        policy = SelfCompaction(compactor, chunk, ratio, slots, keep_last, mode)
+        policy = SelfCompaction(compactor, chunk, ratio, slots, keep_last, mode, _reach(compactor, reach))
         if mode == "recompact" and getattr(getattr(compactor, "config", None), "beta", False):
             raise ValueError("mode='recompact' would lose the beta that this compactor learned; use mode='append'")
         if hasattr(compactor, "check_trained"):
@@ -427,3 +432,19 @@ class StillCache(Cache):
     def load(cls, path: str | Path, model: Any, verify: bool = False, **options) -> StillCache:
         """Open a saved cache, memory-mapped. See `still.cache_io.load`."""
         return cache_io.load(cls, path, model, verify=verify, **options)
+
+
+def _reach(compactor: LayerCompactor, reach: float | None) -> int | None:
+    """Of `SelfCompaction`: what was given, or what a compactor that can move its slots was trained for."""
+    if reach is None:
+        return getattr(compactor, "reach", None)
+    if reach == math.inf:
+        return None
+    if not hasattr(compactor, "moved"):
+        raise ValueError(
+            f"reach is {reach:g}, and {type(compactor).__name__} cannot rotate its slots to other positions (it has no "
+            f"moved()): leave reach out"
+        )
+    if reach != int(reach) or reach < 1:
+        raise ValueError(f"reach is {reach:g}; it must be a whole number of tokens, 1 or more, or math.inf")
+    return int(reach)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .budgets import slots_for
 from .cache_heads import mute_heads, ragged_slots, recompact_heads, slot_positions
-from .cache_ragged import RaggedSlots
+from .cache_ragged import RaggedSlots, even_positions
 from .types import CompactKV
 
 MODES = ("append", "recompact")
@@ -22,6 +22,7 @@ class LayerCompactor(Protocol):
     It may also have `slot_positions(positions, slots)`, the logical positions `[batch or 1, slots]` at which the slots
     are rotated, or return them as an attribute `positions` of its result; evenly spread ones are taken otherwise. If it
     has `taken_back(layer, slots, later, heads=None)`, slots so far that it names when a chunk is appended fall silent.
+    A `reach` needs its `moved(layer, keys, before, after)`, which rotates keys from some positions to others.
     """
 
     def compact_layer(
@@ -94,6 +95,8 @@ class SelfCompaction:
         keep_last: newest tokens that stay raw.
         mode: `"append"` compacts each chunk once, and the slots grow with the context; those that a later chunk takes
             back fall silent. `"recompact"` compacts the slots so far and the next chunk together to one fixed size.
+        reach: farthest that slots stand before the raw tokens, in tokens; None for where their own tokens stood. See
+            `_pull`.
     """
 
     compactor: LayerCompactor
@@ -102,6 +105,7 @@ class SelfCompaction:
     slots: int | None = None
     keep_last: int = 256
     mode: str = "append"
+    reach: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -112,6 +116,8 @@ class SelfCompaction:
             raise ValueError(f"keep_last is {self.keep_last}; it must be 0 tokens or more")
         if self.slots is not None and not 1 <= self.slots <= self.chunk:
             raise ValueError(f"slots is {self.slots}; it must lie between 1 and the chunk's {self.chunk} tokens")
+        if self.reach is not None and self.reach < 1:
+            raise ValueError(f"reach is {self.reach}; it must be 1 token or more, or None")
         slots_for(self.chunk, self.ratio)
 
     def budget(self, tokens: int) -> int:
@@ -126,10 +132,36 @@ class SelfCompaction:
         """Compact every whole chunk beyond the newest `keep_last` raw tokens, and with `partial` the rest too."""
         keep_last = self.keep_last if keep_last is None else keep_last
         while rows.raw - keep_last >= self.chunk:
-            rows = self._step(layer, rows, self.chunk)
+            rows = self._pull(layer, self._step(layer, rows, self.chunk))
         if partial and rows.raw > keep_last:
-            rows = self._step(layer, rows, rows.raw - keep_last)
+            rows = self._pull(layer, self._step(layer, rows, rows.raw - keep_last))
         return rows
+
+    def _pull(self, layer: int, rows: Packed) -> Packed:
+        """Spread the slots evenly over the last `reach` tokens before the raw ones, once they stand farther back.
+
+        Slots carry what they know; a position only says where to look. From farther away than it was trained, a base
+        finds less, and a compactor's slots were trained no farther from a question than a chunk. The order of the slots
+        and all lengths stay as they are, and no two slots of a head come to one position: more than `reach` slots
+        stand next to one another, so that at ratio 1 none moves.
+        """
+        if self.reach is None:
+            return rows
+        where = rows.slot_positions if rows.ragged is None else rows.ragged.positions
+        end, most = rows.logical - rows.raw, rows.slots if rows.ragged is None else int(rows.ragged.counts.max())
+        reach = max(self.reach, most)
+        if not where.numel() or int(where.min()) >= end - reach:
+            return rows
+        span = torch.tensor([end - reach, end - 1], device=where.device)
+        if rows.ragged is not None:
+            ragged = rows.ragged
+            nearer = torch.cat([even_positions(span, n)[0] for n in ragged.counts.flatten().tolist()]).to(where)
+            keys = self.compactor.moved(layer, ragged.keys[None, None], where[None], nearer[None])[0, 0]
+            return replace(rows, ragged=replace(ragged, keys=keys, positions=nearer))
+        nearer = even_positions(span, rows.slots)
+        keys = self.compactor.moved(layer, rows.keys[:, :, : rows.slots], where, nearer)
+        keys = torch.cat((keys, rows.keys[:, :, rows.slots :]), dim=2)
+        return replace(rows, keys=keys, slot_positions=nearer)
 
     def _step(self, layer: int, rows: Packed, tokens: int) -> Packed:
         if rows.ragged is not None and self.mode == "recompact":

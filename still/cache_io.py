@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,7 +100,7 @@ def _heads(cache) -> dict[str, Any]:
 
 
 def _policy(policy) -> dict[str, Any]:
-    return {name: getattr(policy, name) for name in ("chunk", "ratio", "slots", "keep_last", "mode")}
+    return {name: getattr(policy, name) for name in ("chunk", "ratio", "slots", "keep_last", "mode", "reach")}
 
 
 def save(cache, path: str | Path) -> Path:
@@ -261,7 +262,8 @@ def _ragged(own: dict[str, torch.Tensor]) -> RaggedSlots:
 
 
 def _resume(policy: dict[str, Any]) -> dict[str, Any]:
-    return {**policy, "ratio": policy["ratio"] if policy["slots"] is None else None}
+    ratio = policy["ratio"] if policy["slots"] is None else None
+    return {**policy, "ratio": ratio, "reach": policy.get("reach") or math.inf}  # files of earlier versions have none
 
 
 def _plain_layer(kind: str, layer, path):

@@ -26,7 +26,7 @@ from .kernels import latent_attention
 from .perceiver import LayerPerceiver, perceive, plain
 from .placement import Worth, contributions, phases
 from .reading import check_mask, read
-from .rope import Rotary, Turning, full_attention_layers, rotate
+from .rope import Rotary, Turning, full_attention_layers, rotate, unrotate
 from .rows import join_rows
 from .together import Together, side_by_side
 from .types import CompactKV, Reading
@@ -324,6 +324,19 @@ class StillCompactor(nn.Module, ModelHubMixin):
         """Un-rotated keys and values side by side, `[batch, kv_heads, tokens, 2 * head_dim]`; see `compact_layer`."""
         return plain([keys], [values], self._turning(layer, positions, {}))[0]
 
+    @property
+    def reach(self) -> int:
+        """Farthest from what follows, in tokens, that its slots stood in training."""
+        return self.config.chunk
+
+    def moved(self, layer: int, keys: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Keys `[batch, heads, slots, head_dim]` rotated at positions `before`, as they are at positions `after`.
+
+        Positions are `[batch or 1, slots or 1]`. A slot of zeros stays one.
+        """
+        first, last = (self.rotary.cos_sin(layer, where) for where in (before, after))
+        return rotate(unrotate(keys.float(), *first), *last).to(keys.dtype)
+
     def taken_back(
         self,
         layer: int,
@@ -434,6 +447,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
         chunk: int | None = None,
         mode: str = "append",
         keep_last: int | None = None,
+        reach: float | None = None,
     ) -> StillCache:
         """Read a context with the frozen model and compact it; one longer than a chunk goes chunk by chunk.
 
@@ -450,6 +464,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
             mode: "append" (each chunk gets the slots of its own length at the ratio, rounded down; slots so far that it
                 takes back fall silent, see `taken_back`) or "recompact" (one size for any context, at most a chunk).
             keep_last: raw tokens held back while reading; one chunk unless given.
+            reach: of a context longer than a chunk, as in `StillCache`.
 
         Raises:
             ValueError: the context is empty, the mask is no left padding, or the budget or the mode makes no sense.
@@ -472,7 +487,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
             size = {"slots": budget}
         cache = StillCache(
             self, **size, keep_last=chunk if keep_last is None else keep_last, mode=mode, chunk=chunk,
-            attention_mask=attention_mask, config=model.config,
+            reach=reach, attention_mask=attention_mask, config=model.config,
         )  # fmt: skip
         cache.columns.warned = True  # padded rows compact between the chunks, in `continuation`
         decoder = model.get_decoder()

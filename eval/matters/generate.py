@@ -57,6 +57,7 @@ DIFFICULTIES = {
     "easy": Difficulty("easy", facts=24, documents=3),
     "standard": Difficulty("standard", facts=64),
     "long": Difficulty("long", facts=256, documents=16),
+    "longer": Difficulty("longer", facts=1024, documents=64),
 }
 """Named difficulties. All numbers in the README use `standard` unless they say otherwise."""
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..compactor import StillCompactor
-from ..rope import rotate, unrotate
 from ..types import CompactKV
 
 
@@ -50,11 +49,10 @@ def crowded(compactor: StillCompactor, layers: Mapping[int, CompactKV], rows: Se
 
 def _moved(compactor: StillCompactor, layer: int, own: CompactKV, order: torch.Tensor, back: torch.Tensor) -> CompactKV:
     """The slots of the rows `order` `[batch]`, rotated `back` `[batch]` positions."""
-    tables = compactor.rotary.cos_sin(layer, back[:, None])
-    begin = compactor.rotary.cos_sin(layer, torch.zeros_like(back)[:, None])  # an attention factor is put back
     keys = own.keys[order]
     packed = keys.ndim == 3
-    turned = rotate(unrotate(keys[:, None] if packed else keys, *tables), *begin)
+    begin = torch.zeros_like(back)
+    turned = compactor.moved(layer, keys[:, None] if packed else keys, back[:, None], begin[:, None])
     where = own.positions
     if where is not None:
         where = where.expand(len(back), -1)[order] - back[:, None]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 
 import pytest
@@ -170,7 +171,8 @@ def test_recompacting_keeps_one_size(kind):
 def test_recompacting_spreads_the_slots_over_all_that_was_read():
     model = tiny_model("qwen3", layers=1)  # the keys of one layer do not depend on what was compacted before
     context = random_ids(1, 64)
-    cache = StillCompactor.for_model(model, slots=4, chunk=16).prefill(model, context, slots=8, mode="recompact")
+    compactor = StillCompactor.for_model(model, slots=4, chunk=16)
+    cache = compactor.prefill(model, context, slots=8, mode="recompact", reach=math.inf)
     assert cache.layers[0].slot_positions.tolist() == [[0, 9, 18, 27, 36, 45, 54, 63]]
     full = read(model, context).cache.layers[0]
     for ends in ("keys", "values"):  # a slot between two older ones is a mixture of both
