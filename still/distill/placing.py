@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..compactor import StillCompactor
 from ..methods.base import attention_scale
-from ..placement import Scorer, SecondLook, listed
+from ..placement import Placement, Scorer, SecondLook, listed
 from ..reading import capture_queries
 from .data import Row
 
@@ -80,8 +80,36 @@ class Wanted(NamedTuple):
     tokens: dict[int, torch.Tensor]
 
 
+class Look(NamedTuple):
+    """What the frozen model made of a text, for all contexts in it.
+
+    Attributes:
+        ids: of the text.
+        cache: full, of all of it.
+        queries: rotated ones of each full-attention layer `[1, query_heads, tokens, head_dim]`.
+        states: the last layer's hidden states `[tokens, width]`.
+    """
+
+    ids: list[int]
+    cache: DynamicCache
+    queries: dict[int, torch.Tensor]
+    states: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def at(cls, model, ids: list[int]) -> Look:
+        """Read a text."""
+        cache, queries, decoder = DynamicCache(config=model.config), {}, model.get_decoder()
+        with capture_queries(decoder, queries):
+            inputs = torch.tensor([ids], device=model.device)
+            states = decoder(input_ids=inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        return cls(ids, cache, queries, states)
+
+
 @torch.no_grad()
-def informed(model, text: Asked, states: torch.Tensor, block: int = 64) -> torch.Tensor:
+def informed(
+    model, text: Asked, states: torch.Tensor, block: int = 64, cache: DynamicCache | None = None
+) -> torch.Tensor:
     """What the context adds to each of a text's answer tokens.
 
     Most tokens of an answer follow from those before them, whatever the context says, and yet attend to it. A slot kept
@@ -92,6 +120,7 @@ def informed(model, text: Asked, states: torch.Tensor, block: int = 64) -> torch
         text: see `Asked`.
         states: the last layer's hidden states of the whole text `[tokens, width]`.
         block: answer tokens whose logits are held at a time.
+        cache: the full cache of the text: what stands before the context is not read again then.
 
     Returns:
         `[asked]`, KL in nats from the model's prediction with the context to its prediction without, where all other
@@ -99,21 +128,35 @@ def informed(model, text: Asked, states: torch.Tensor, block: int = 64) -> torch
     """
     (first, end), device = text.context, states.device
     ids, asked = torch.tensor(text.ids, device=device), torch.tensor(text.asked, device=device)
+    before = _cut(cache, first, model.config) if cache is not None and int(asked.min()) >= end else None
+    skipped = 0 if before is None else first
     places = torch.arange(len(ids), device=device)
-    others = torch.cat((places[:first], places[end:]))[None]
+    others = torch.cat((places[skipped:first], places[end:]))[None]
     # The mask says that it is one text: a jump in the positions alone would be taken for the start of another.
+    mask = torch.ones(1, skipped + others.shape[1], dtype=torch.long, device=device)
     alone = model.get_decoder()(
-        input_ids=ids[others], position_ids=others, attention_mask=torch.ones_like(others), use_cache=False
-    ).last_hidden_state[0]
+        input_ids=ids[others], position_ids=others, attention_mask=mask, past_key_values=before,
+        use_cache=before is not None,
+    ).last_hidden_state[0]  # fmt: skip
     head, added = model.get_output_embeddings(), []
-    for one, other in zip(states[asked].split(block), alone[asked - (end - first)].split(block), strict=True):
+    for one, other in zip(states[asked].split(block), alone[asked - (end - first) - skipped].split(block), strict=True):
         known, guessed = head(one).float().log_softmax(-1), head(other).float().log_softmax(-1)
         added.append((known.exp() * (known - guessed)).sum(-1))
     return torch.cat(added)
 
 
+def _cut(cache: DynamicCache, tokens: int, config) -> DynamicCache | None:
+    """The cache of a text's first tokens; None where a layer keeps more than keys and values of each."""
+    if not tokens or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    cut = DynamicCache(config=config)
+    for index, layer in enumerate(cache.layers):
+        cut.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens], index)
+    return cut
+
+
 @torch.no_grad()
-def wanted(compactor: StillCompactor, model, text: Asked) -> Wanted:
+def wanted(compactor: StillCompactor, model, text: Asked, look: Look | None = None) -> Wanted:
     """How much each token of a context is wanted by the answer token that wants it most.
 
     An answer token counts by what the context adds to it (`informed`; from `ENOUGH` on in full). What a head
@@ -123,21 +166,24 @@ def wanted(compactor: StillCompactor, model, text: Asked) -> Wanted:
     most. A sum over answers would let tokens that each of them sees a little outweigh one that a single answer cannot
     do without.
 
+    Args:
+        compactor: knows the layers.
+        model: the frozen model.
+        text: see `Asked`.
+        look: at its ids, if there was one.
+
     Raises:
         ValueError: nothing is asked.
     """
     if not text.asked:
         raise ValueError("a text without answers says nothing of what is wanted")
     first, end = text.context
-    ids, asked = torch.tensor([text.ids], device=model.device), torch.tensor(text.asked, device=model.device)
-    cache, queries = DynamicCache(config=model.config), {}
-    decoder = model.get_decoder()
-    with capture_queries(decoder, queries):
-        states = decoder(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
-    unseen = torch.arange(ids.shape[1], device=ids.device) > asked[:, None]
-    need = (informed(model, text, states) / ENOUGH).clamp(0, 1)
-    mean = torch.zeros(len(asked), end - first, dtype=torch.float64, device=ids.device)
-    weights, mass = torch.zeros((), dtype=torch.float64, device=ids.device), {}
+    _, cache, queries, states = Look.at(model, text.ids) if look is None else look
+    asked = torch.tensor(text.asked, device=states.device)
+    unseen = torch.arange(len(text.ids), device=asked.device) > asked[:, None]
+    need = (informed(model, text, states, cache=cache) / ENOUGH).clamp(0, 1)
+    mean = torch.zeros(len(asked), end - first, dtype=torch.float64, device=asked.device)
+    weights, mass = torch.zeros((), dtype=torch.float64, device=asked.device), {}
     for layer in map(int, compactor.layers):
         query = queries[layer][0, :, asked].float().unflatten(0, (compactor.kv_heads, -1))
         logits = query @ cache.layers[layer].keys[0].float()[:, None].transpose(-1, -2) * attention_scale(model, layer)
@@ -197,25 +243,35 @@ def fit_placement(
     parts = {int(name): layer.placement for name, layer in compactor.layers.items()}
     width = sum(2 * part.first.inner[..., 0].numel() for part in parts.values())  # bytes of a token
     each = max(1, MOST // (width * len(texts)))  # tokens of a text
-    worths, seen, mass = [], [], {}
+    worths, seen, mass, look = [], [], {}, None
     for text in tqdm(texts, desc="what answers look at", unit="text", disable=not progress):
-        one = wanted(compactor, model, text)
+        if look is None or look.ids != text.ids:  # contexts of one text follow one another
+            look = Look.at(model, text.ids)
+        one = wanted(compactor, model, text, look)
         worths.append(one.worth)
-        kept = torch.randperm(len(one.worth), generator=generator)[:each].to(model.device)
+        kept = torch.randperm(len(one.worth), generator=generator)[:each].sort().values.to(model.device)
         seen.append({layer: (parts[layer].features(tokens[:, kept]).half(), one.worth[kept].expand(len(tokens), -1))
                      for layer, tokens in one.tokens.items()})  # fmt: skip
         mass = {layer: mass.get(layer, 0) + own for layer, own in one.mass.items()}
+    del look
     with torch.no_grad():
         compactor.note_mass(mass)
+    sizes = [min(each, len(worth)) for worth in worths]
     seen = [{layer: tuple(torch.cat([one[layer][i] for one in seen], dim=1) for i in (0, 1)) for layer in parts}]
     fit = partial(_fit, lr=lr, generator=generator, progress=progress)
     fit({layer: part.first for layer, part in parts.items()}, seen, batch, steps, name="first look")
+    kept = {layer: features.split(sizes, dim=1) for layer, (features, _) in seen[0].items()}
     seen, room = [], MOST // width
-    for text, worth in zip(tqdm(texts, desc="once more", unit="text", disable=not progress), worths, strict=True):
+    for index, worth in enumerate(tqdm(worths, desc="once more", unit="text", disable=not progress)):
         room -= listed(len(worth))
         if room < 0 and seen:
             break
-        seen.append(_seen_again(compactor, model, text, worth))
+        features = {layer: own[index] for layer, own in kept.items()}
+        if len(worth) > each:  # it was thinned out, and a second look compares all of its tokens
+            tokens = _tokens(compactor, _read(model, texts[index]), texts[index])
+            features = {layer: parts[layer].features(own) for layer, own in tokens.items()}
+        seen.append(_seen_again(parts, features, worth))
+    del kept
     last = fit({layer: part.second for layer, part in parts.items()}, seen, None, -(-steps // 2), name="second look")
     compactor.config.scout = _scout(compactor, model, texts[:CANVASSED], worths)
     return last
@@ -240,13 +296,12 @@ def _read(model, text: Asked) -> DynamicCache:
 
 
 @torch.no_grad()
-def _seen_again(compactor: StillCompactor, model, text: Asked, worth: torch.Tensor) -> Shown:
-    """What a second look will see of a text."""
+def _seen_again(parts: Mapping[int, Placement], features: Mapping[int, torch.Tensor], worth: torch.Tensor) -> Shown:
+    """What a second look will see of a text whose features `[kv_heads, tokens, 2 * head_dim]` are given by layer."""
     shown = {}
-    for layer, tokens in _tokens(compactor, _read(model, text), text).items():
-        part = compactor.layers[str(layer)].placement
-        features = part.features(tokens[None])
-        places, again = part.shortlist(features, part.first(features))
+    for layer, own in features.items():
+        own = own[None].float()
+        places, again = parts[layer].shortlist(own, parts[layer].first(own))
         shown[layer] = again[0].half(), worth[places[0]]
     return shown
 

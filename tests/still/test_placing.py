@@ -7,11 +7,12 @@ from safetensors.torch import load_file
 from test_distill_train import QUICK, assert_same, random_rows, weights
 from tiny_models import random_ids, tiny_model
 from tiny_text import tiny_base
+from transformers import DynamicCache
 
 from still import StillCompactor
 from still.distill.config import TrainConfig
 from still.distill.data import Row
-from still.distill.placing import ENOUGH, REACH, Asked, fit_placement, informed, wanted
+from still.distill.placing import ENOUGH, REACH, Asked, Look, fit_placement, informed, wanted
 from still.distill.train import train
 from still.placement import choose, inclusion
 
@@ -53,6 +54,12 @@ def test_what_a_context_adds_is_the_divergence_from_the_prediction_without_it(co
     found = informed(model, Asked(ids[0].tolist(), context, asked), states, block=2)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert (found > 1e-3).all()
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    for size in (2, 64):  # with what stands before the context as it was read
+        again = informed(model, Asked(ids[0].tolist(), context, asked), states, size, cache)
+        torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-4)
+    assert cache.get_seq_length() == 30
 
 
 def test_tokens_that_only_predictable_answers_look_at_are_worth_nothing():
@@ -63,6 +70,21 @@ def test_tokens_that_only_predictable_answers_look_at_are_worth_nothing():
     found = wanted(compactor, model, Asked(random_ids(30).tolist(), (3, 20), [24, 25, 28]))
     assert found.worth.max() == 0
     assert all(mass.max() == 0 for mass in found.mass.values())
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "qwen3_next"])
+def test_contexts_of_one_text_share_its_reading(kind):
+    """Each is wanted as if it were alone in the world, also where a layer keeps a state instead of tokens."""
+    model = tiny_model(kind)
+    compactor, ids = StillCompactor.for_model(model, slots=8, chunk=64, placement=8), random_ids(60).tolist()
+    look, asked = Look.at(model, ids), [50, 52, 57]
+    for context in ((0, 20), (20, 35), (30, 50)):
+        alone, shared = (wanted(compactor, model, Asked(ids, context, asked), x) for x in (None, look))
+        assert_same(alone._asdict()["tokens"], shared.tokens, 1e-6)
+        torch.testing.assert_close(alone.worth, shared.worth, atol=1e-6, rtol=1e-5)
+    found, expected = (informed(model, Asked(ids, (20, 35), asked), look.states, cache=x) for x in (look.cache, None))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert look.cache.get_seq_length() == 60
 
 
 def entropy(share):
