@@ -100,7 +100,8 @@ def recompact_heads(
         chosen = [heads[head if head in group else group[0]] for head in range(len(heads))]
         old_keys, old_values = (torch.stack([parts[i] for parts in chosen], dim=1) for i in (0, 1))
         where = heads[group[0]][2]
-        record = compactor.compact_layer(layer, old_keys, old_values, where, slots)
+        # A head of few slots and a short last chunk may have fewer columns than the average head is to keep.
+        record = compactor.compact_layer(layer, old_keys, old_values, where, min(slots, where.shape[1]))
         made.append(ragged_slots(compactor, layer, record, where, old_keys))
         source[:, group] = torch.arange(batch)[:, None] + index * batch
     return RaggedSlots.join(made).rows(source)

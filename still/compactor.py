@@ -269,7 +269,9 @@ class StillCompactor(nn.Module, ModelHubMixin):
             which = [head for head, n in enumerate(slots) if n == count]
             tables = self._tables(layer, positions, count, known)
             part = CompactKV(keys[:, which], values[:, which])
-            if count < keys.shape[2]:  # where every token has a slot there is nothing to mix
+            if not count:
+                part = CompactKV(part.keys[:, :, :0], part.values[:, :, :0])
+            elif count < keys.shape[2]:  # where every token has a slot there is nothing to mix
                 (part,) = self._mix([layer], [part.keys], [part.values], count, tables, known, which, worth)
             if part.beta is None and self.config.beta:
                 part = part._replace(beta=part.keys.new_zeros(part.keys.shape[:3]))

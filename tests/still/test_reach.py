@@ -136,3 +136,15 @@ def test_bad_reaches_are_refused_by_name():
     with pytest.raises(ValueError, match="StridedCompactor cannot rotate its slots"):
         StillCache(StridedCompactor(CHUNK), ratio=4, config=model.config, reach=8)
     assert StillCache(StridedCompactor(CHUNK), ratio=4, config=model.config).policy.reach is None
+
+
+def test_uneven_heads_are_compacted_again_with_a_short_last_chunk():
+    """A head may have fewer columns than the average head is to keep, or no slot at all."""
+    attention.register()
+    model = tiny_model("qwen3", attention="still")
+    compactor = compactor_for(model).with_split(Split({0: (3.9, 0.01), 1: (1.0, 1.0)}, floor=0))
+    for tokens in (48, 49, 57):
+        cache = compactor.prefill(model, random_ids(1, tokens), slots=4, mode="recompact")
+        assert cache.logical_length == tokens
+        assert torch.isfinite(answer(model, cache, random_ids(1, 3))).all()
+    assert cache.head_slots() == {0: [10, 0], 1: [3, 3]}
