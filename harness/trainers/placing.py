@@ -7,8 +7,10 @@ the windows of rollouts and the frozen full cache's attention from what the agen
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,6 +51,17 @@ def windows_of(rows: Sequence[WindowRow], rollouts: int, seed: int) -> list[Aske
     return [text for row in rng.sample(last, min(rollouts, len(last))) for text in asked_of(row)]
 
 
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """The threads of all processes for this one, while the others wait for it."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(max(own, min(own * world()[1], os.cpu_count() or 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
 def is_placed(folder: Path) -> bool:
     """Whether `place` has ended there."""
     return (folder / DONE).is_file()
@@ -80,7 +93,7 @@ def place(module: RowModel, rows: Sequence[WindowRow], folder: Path, settings: T
                 f"place is {settings.place}, but none of the {len(rows)} rows goes on behind slots: take --backend kv "
                 f"or hybrid, and windows that end"
             )
-        with torch.random.fork_rng(devices=[]):  # the steps' draws are the same, fitted now or before
+        with torch.random.fork_rng(devices=[]), all_cores():  # the steps' draws are the same, fitted now or before
             module.eval()
             fit_placement(module.compactor, module.policy, texts, settings.train_seed, STEPS, progress=False)
         module.compactor.save_pretrained(folder)
