@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from agent_cases import tiny_agent
 from trainer_cases import RUN, exact, matters, scripted_teacher
 
@@ -13,6 +15,7 @@ from still.harness.trainers import evaluate as evaluation
 from still.harness.trainers import isft
 from still.harness.trainers.config import IsftConfig, TrainSettings
 from still.harness.trainers.loop import mine
+from still.harness.trainers.placing import all_cores
 from still.harness.trainers.setup import make_module
 
 SETTINGS = TrainSettings(lr=1e-3, micro_tokens=4000)
@@ -90,3 +93,20 @@ def test_processes_share_what_a_teacher_plays(tmp_path, monkeypatch):
     assert [row.input_ids for row in rows] == [row.input_ids for row in whole]
     assert len(said) == 3  # each attempt is told of once
     assert others.items() <= written(shared / "collect").items()
+
+
+def test_who_works_alone_has_the_threads_of_those_who_wait(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        monkeypatch.setattr(os, "cpu_count", lambda: 3)
+        for processes, threads in ((1, 1), (2, 2), (8, 3)):
+            monkeypatch.setenv("WORLD_SIZE", str(processes))
+            with all_cores():
+                assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == 1
+        with pytest.raises(RuntimeError, match="broken"), all_cores():
+            raise RuntimeError("broken")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
