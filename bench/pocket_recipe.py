@@ -114,6 +114,8 @@ def main() -> None:
             note("base", seconds)
         make_compactors(root, args.cores, note)
         note("all parts of this call", time.monotonic() - start)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on from here") from None
     finally:
         if rows:
             append_csv(ROWS / "pocket_recipe.csv", rows)
