@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import subprocess
-import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from shapes import ROWS, append_csv
+from shapes import ROWS, append_csv, run_still
 
 from still.provenance import provenance
 
@@ -46,13 +44,8 @@ def still(arguments: str, log: Path, threads: int) -> float:
     Raises:
         RuntimeError: it failed.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with log.open("a") as file:
-        argv = [sys.executable, "-m", "still.cli", *shlex.split(arguments)]
-        code = subprocess.run(argv, stdout=file, stderr=subprocess.STDOUT, env=env, check=False).returncode
-    if code:
+    if code := run_still(shlex.split(arguments), log, threads):
         raise RuntimeError(f"still {arguments} ended with {code}: see {log}, mend it and start again")
     return time.monotonic() - start
 

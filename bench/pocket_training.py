@@ -18,16 +18,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import shlex
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shapes import ROWS
+from shapes import ROWS, run_still
 
 from still import harness
 from still.eval.judges import find_judge
@@ -224,11 +222,7 @@ def still(argv: list[str], log: Path, processes: int = 1) -> int:
     """One command of `still` in some processes with a thread each; its exit status."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes",
                 str(processes), "--main_process_port", "0"] if processes > 1 else []  # fmt: skip
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", *launcher, "-m", "still.cli", *argv]
-        return subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+    return run_still(argv, log, launcher=launcher)
 
 
 def write_table(root: Path) -> None:

@@ -9,8 +9,10 @@ import csv
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from still.bench.arithmetic import Decoder
@@ -131,3 +133,19 @@ def append_csv(path: Path, rows: list[dict], columns: Iterable[str] | None = Non
         if fresh:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def run_still(argv: Sequence[str], log: Path, threads: int = 1, launcher: Sequence[str] = ()) -> int:
+    """One command of `still`, its output appended to a file; its exit status.
+
+    Args:
+        argv: after `still`.
+        log: the file.
+        threads: of each process.
+        launcher: arguments of Python before `-m still.cli`, such as those of `accelerate launch`.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-W", "ignore", *launcher, "-m", "still.cli", *argv]
+    with log.open("a", encoding="utf-8") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        return subprocess.run(command, env=environment, stdout=file, stderr=file).returncode

@@ -434,7 +434,7 @@ class StillCache(Cache):
         return cache_io.load(cls, path, model, verify=verify, **options)
 
 
-def _reach(compactor: LayerCompactor, reach: float | None) -> int | None:
+def _reach(compactor: LayerCompactor, reach: float | None) -> float | None:
     """Of `SelfCompaction`: what was given, or what a compactor that can move its slots was trained for."""
     if reach is None:
         return getattr(compactor, "reach", None)
@@ -445,6 +445,4 @@ def _reach(compactor: LayerCompactor, reach: float | None) -> int | None:
             f"reach is {reach:g}, and {type(compactor).__name__} cannot rotate its slots to other positions (it has no "
             f"moved()): leave reach out"
         )
-    if reach != int(reach) or reach < 1:
-        raise ValueError(f"reach is {reach:g}; it must be a whole number of tokens, 1 or more, or math.inf")
-    return int(reach)
+    return reach

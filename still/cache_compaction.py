@@ -105,7 +105,7 @@ class SelfCompaction:
     slots: int | None = None
     keep_last: int = 256
     mode: str = "append"
-    reach: int | None = None
+    reach: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -116,8 +116,8 @@ class SelfCompaction:
             raise ValueError(f"keep_last is {self.keep_last}; it must be 0 tokens or more")
         if self.slots is not None and not 1 <= self.slots <= self.chunk:
             raise ValueError(f"slots is {self.slots}; it must lie between 1 and the chunk's {self.chunk} tokens")
-        if self.reach is not None and self.reach < 1:
-            raise ValueError(f"reach is {self.reach}; it must be 1 token or more, or None")
+        if self.reach is not None and (self.reach < 1 or self.reach % 1):
+            raise ValueError(f"reach is {self.reach}; it must be a whole number of tokens, 1 or more, or math.inf")
         slots_for(self.chunk, self.ratio)
 
     def budget(self, tokens: int) -> int:

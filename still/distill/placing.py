@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..compactor import StillCompactor
 from ..methods.base import attention_scale
 from ..placement import Placement, Scorer, SecondLook, listed
-from ..reading import capture_queries
+from ..reading import capture_queries, read
 from .data import Row
 
 REACH = 2.0
@@ -29,8 +29,8 @@ ENOUGH = 0.5
 """Nats that a context must add to what is known of an answer's token for that token to count in full."""
 
 MOST = 1 << 30
-"""Bytes of tokens' features that are kept at most. Beyond, contexts are thinned out for the first look, and the second
-one, which compares tokens of a text, does without the last texts."""
+"""Bytes of tokens' features that are kept at most for either look. Beyond, contexts are thinned out for the first look,
+and the second one, which compares tokens of a text, does without the last texts."""
 
 CANVASSED = 32
 """Texts by which the layer that looks for all is chosen."""
@@ -260,18 +260,18 @@ def fit_placement(
     seen = [{layer: tuple(torch.cat([one[layer][i] for one in seen], dim=1) for i in (0, 1)) for layer in parts}]
     fit = partial(_fit, lr=lr, generator=generator, progress=progress)
     fit({layer: part.first for layer, part in parts.items()}, seen, batch, steps, name="first look")
-    kept = {layer: features.split(sizes, dim=1) for layer, (features, _) in seen[0].items()}
+    each_text = {layer: features.split(sizes, dim=1) for layer, (features, _) in seen[0].items()}
     seen, room = [], MOST // width
     for index, worth in enumerate(tqdm(worths, desc="once more", unit="text", disable=not progress)):
         room -= listed(len(worth))
         if room < 0 and seen:
             break
-        features = {layer: own[index] for layer, own in kept.items()}
+        features = {layer: own[index] for layer, own in each_text.items()}
         if len(worth) > each:  # it was thinned out, and a second look compares all of its tokens
             tokens = _tokens(compactor, _read(model, texts[index]), texts[index])
             features = {layer: parts[layer].features(own) for layer, own in tokens.items()}
         seen.append(_seen_again(parts, features, worth))
-    del kept
+    del each_text
     last = fit({layer: part.second for layer, part in parts.items()}, seen, None, -(-steps // 2), name="second look")
     compactor.config.scout = _scout(compactor, model, texts[:CANVASSED], worths)
     return last
@@ -290,9 +290,7 @@ def _scout(compactor: StillCompactor, model, texts: Sequence[Asked], worths: Seq
 
 def _read(model, text: Asked) -> DynamicCache:
     """The full cache of a text up to the end of its context."""
-    cache, ids = DynamicCache(config=model.config), torch.tensor([text.ids[: text.context[1]]], device=model.device)
-    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
-    return cache
+    return read(model, torch.tensor([text.ids[: text.context[1]]], device=model.device)).cache
 
 
 @torch.no_grad()
