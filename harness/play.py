@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def claim(task: LabTask, policy: Policy, config: RunConfig, root: Path, method: 
 def play_tasks(
     tasks: Iterable[LabTask], policy: Policy, config: RunConfig, output: Path, *, seeds: Iterable[int] = (0,),
     method: Any = None, sandbox: Any = None, together: int = 1, report: Callable[[Outcome], None] = lambda _: None,
-    watch: Callable[[LabTask, Path], Callable[[Episode], None]] | None = None,
+    watch: Callable[[LabTask, Path], Callable[[Episode], None]] | None = None, share: tuple[int, int] = (0, 1),
 ) -> list[Outcome]:  # fmt: skip
     """Play every task with every seed, each in `output/TASK/seed-N`; runs that ended are left as they are.
 
@@ -106,6 +107,8 @@ def play_tasks(
         together: runs at a time: decoded in one batch by a local model, requested in parallel of a server.
         report: called as each run ends.
         watch: makes what looks at each boundary of a run, of its task and folder; see `Episode.watch`.
+        share: a process's number and how many there are, each of which plays as many runs. Of a task's seeds each
+            gets some: those of one task are about as long as each other.
 
     Raises:
         ValueError: the backend and the policy do not go together.
@@ -120,20 +123,18 @@ def play_tasks(
         report(outcome)
 
     def opened() -> Iterator[Episode]:
-        for task in tasks:
-            for seed in seeds:
-                settings, root = replace(config, seed=seed), output / task.id / f"seed-{seed}"
-                try:
-                    claim(task, policy, settings, root, method)
-                    if (outcome := finished(task.id, root)) is None:
-                        eyes = None if watch is None else watch(task, root)
-                        yield open_episode(task, policy, settings, root, method, sandbox, watch=eyes)
-                    else:
-                        ended(outcome)
-                except Exception as problem:
-                    ended(_failed(task.id, root, problem))
+        for task, seed in islice(product(tasks, seeds), share[0], None, share[1]):
+            settings, root = replace(config, seed=seed), output / task.id / f"seed-{seed}"
+            try:
+                claim(task, policy, settings, root, method)
+                if (outcome := finished(task.id, root)) is None:
+                    eyes = None if watch is None else watch(task, root)
+                    yield open_episode(task, policy, settings, root, method, sandbox, watch=eyes)
+                else:
+                    ended(outcome)
+            except Exception as problem:
+                ended(_failed(task.id, root, problem))
 
-    seeds = list(seeds)
     for episode, end in drive_many(opened(), together, sampler(policy, together)):
         root, task = episode.folder.root, episode.task.id
         try:

@@ -15,7 +15,7 @@ from ..runs import read_run, write_atomically
 from .behaviour import mean_behaviour
 from .grading import Grade, grade_runs, rates
 from .ledgers import numbers, watcher
-from .loop import agreed, barrier, mine, world
+from .loop import agreed, barrier, world
 from .model import RowModel
 
 DONE = "evaluation.json"
@@ -61,7 +61,7 @@ def evaluate(
         method = module.method if backend in ("kv", "hybrid") else None
         play = {"method": method, "together": together, "watch": watcher()}
         if processes > 1:
-            play_tasks(mine(tasks), policy, config, output / backend, **play)
+            play_tasks(tasks, policy, config, output / backend, **play, share=world())
             barrier()
         if rank:
             continue

@@ -37,7 +37,7 @@ from .evaluate import evaluate
 from .grading import Grade, grade_runs, random_rewards
 from .ledgers import check_credit, numbers, trajectory_of, watcher, window_advantages
 from .lines import anchors, line_advantages
-from .loop import RowTrainer, barrier, mine, world
+from .loop import RowTrainer, barrier, world
 from .model import RowModel, Share
 from .placing import is_placed, place
 from .setup import claim_output, join_processes, keep_apart, make_module
@@ -173,7 +173,7 @@ class Rollouts:
         method = self.module.method if run.backend in ("kv", "hybrid") else None
         play = {"seeds": seeds, "method": method, "together": self.together, "watch": watch}
         if world()[1] > 1:
-            play_tasks(mine(tasks), policy, run, folder, **play)
+            play_tasks(tasks, policy, run, folder, **play, share=world())
             barrier()
         outcomes = play_tasks(tasks, policy, run, folder, **play)
         failed = [outcome for outcome in outcomes if outcome.status == "failed"]

@@ -70,6 +70,18 @@ def test_no_task_no_run(tmp_path, capsys):
     assert "no task.json" in capsys.readouterr().err
 
 
+def test_of_each_task_every_process_plays_some_seeds(tmp_path, lab):
+    tokenizer = AutoTokenizer.from_pretrained(find("pocket").path)
+    policy = ScriptedPolicy(tokenizer, Reader, 3000)
+    config, tasks = RunConfig(backend="full", tools=("read", "write")), [load_task(folder) for folder in lab]
+    shares = [
+        {(outcome.task, outcome.folder.name) for outcome in outcomes}
+        for rank in range(2)
+        for outcomes in [play_tasks(tasks, policy, config, tmp_path / "runs", seeds=iter(range(4)), share=(rank, 2))]
+    ]
+    assert shares == [{(task.id, f"seed-{seed}") for task in tasks for seed in seeds} for seeds in ((0, 2), (1, 3))]
+
+
 def test_one_task_that_breaks_leaves_the_others_alone(tmp_path, lab):
     def broken(seen, limit):
         raise RuntimeError("no script")
