@@ -81,7 +81,7 @@ def claim(task: LabTask, policy: Policy, config: RunConfig, root: Path, method: 
     """
     folder = RunFolder(root)
     same = {**asdict(config), "policy": policy.name, "options": method.options() if method is not None else {}}
-    folder.claim({
+    folder.claim(same, lambda: {
         "model": policy.name, "task": task.id, "run_id": run_id(task, config), "max_turns": config.max_turns,
         "temperature": config.temperature, "skills": [], "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "still": {"run": same, "provenance": provenance(config, config.seed)},

@@ -36,7 +36,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
@@ -204,18 +204,22 @@ class RunFolder:
             for path in files
         ]
 
-    def claim(self, config: dict[str, Any]) -> None:
+    def claim(self, run: dict[str, Any], config: Callable[[], dict[str, Any]]) -> None:
         """Write LAB's `config.json`, or check that the one there is of the same run.
+
+        Args:
+            run: what runs must have in common, `still.run` of the file.
+            config: makes the file's content, where there is none yet.
 
         Raises:
             RunError: the folder holds a run with other settings.
         """
         path = self.root / "config.json"
         if not path.exists():
-            write_atomically(path, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+            write_atomically(path, json.dumps(config(), indent=2, ensure_ascii=False).encode() + b"\n")
             return
         there = json.loads(path.read_text(encoding="utf-8")).get("still", {}).get("run", {})
-        ours = json.loads(json.dumps(config["still"]["run"]))
+        ours = json.loads(json.dumps(run))
         other = [f"{key} {there.get(key)!r}, not {value!r}" for key, value in ours.items() if there.get(key) != value]
         if other:
             raise RunError(f"{self.root} holds a run with {'; '.join(other)}: give another output folder")
