@@ -347,7 +347,9 @@ class StillCache(Cache):
             attention_mask: of the new tokens where they are padded.
 
         Returns:
-            `input_ids` and `position_ids` `[batch, tokens]`, and `attention_mask` `[batch, context + tokens]`.
+            `input_ids` and `position_ids` `[batch, tokens]`, and `attention_mask` `[batch, context + tokens]`. Pass on
+            all three: what lacks is noticed once, of rows of unequal length that no `prompt` or `continuation` was ever
+            made for.
         """
         return make_continuation(self, new_ids, attention_mask)
 

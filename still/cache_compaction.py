@@ -20,7 +20,9 @@ class LayerCompactor(Protocol):
     """Anything that compacts one layer: a `StillCompactor`, or a method that looks at keys and values alone.
 
     It may also have `slot_positions(positions, slots)`, the logical positions `[batch or 1, slots]` at which the slots
-    are rotated, or return them as an attribute `positions` of its result; evenly spread ones are taken otherwise. If it
+    are rotated, or return them as an attribute `positions` of its result; evenly spread ones are taken otherwise.
+    Unequal slots are compacted again if it has `head_counts(tokens, slots)`, the slots of every head by layer (empty
+    where they are equal), and `compact_layer` takes some heads alone (`heads=`), with a number for each of them. If it
     has `taken_back(layer, slots, later, heads=None)`, slots so far that it names when a chunk is appended fall silent.
     A `reach` needs its `moved(layer, keys, before, after)`, which rotates keys from some positions to others.
     """
@@ -219,9 +221,10 @@ class SelfCompaction:
         return replace(rows, keys=rows.keys.masked_fill(gone, 0), values=rows.values.masked_fill(gone, 0), beta=beta)
 
     def _recompact_heads(self, layer: int, rows: Packed, tokens: int) -> Packed:
-        slots = self.budget(min(self.chunk, rows.logical - rows.raw + tokens))
+        read = rows.logical - rows.raw + tokens
+        slots = self.budget(min(self.chunk, read))
         fresh = rows.keys[:, :, :tokens], rows.values[:, :, :tokens], rows.raw_positions()[:tokens]
-        return rows.without(tokens, recompact_heads(self.compactor, layer, rows.ragged, *fresh, slots))
+        return rows.without(tokens, recompact_heads(self.compactor, layer, rows.ragged, *fresh, read, slots))
 
 
 def _join(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -62,49 +62,75 @@ def recompact_heads(
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: torch.Tensor,
+    tokens: int,
     slots: int,
 ) -> RaggedSlots:
     """Compact each head's own slots and the next tokens together. The heads differ in length, but the rows do not.
 
-    A compactor takes heads of one length. So it is called once for all heads that share their positions, with copies
-    of one of them in the place of the others, and only those heads' slots are taken: heads must be independent.
+    A head that is to keep more than it has leaves what it lacks to others of the layer; one that is to keep all stays
+    as it is.
 
     Args:
-        compactor: a layer compactor.
+        compactor: a layer compactor with `head_counts`, that compacts some heads alone.
         layer: index of the layer.
         old: the slots so far.
         keys: of the next tokens, `[batch, kv_heads, tokens, head_dim]`.
         values: `[batch, kv_heads, tokens, head_dim]`.
         positions: of these tokens, `[tokens]`.
-        slots: to which the compactor is asked to compact, on average.
+        tokens: that old slots and these tokens stand for.
+        slots: that the average head of all layers is to keep.
 
     Raises:
-        ValueError: the old slots have a beta, which would be lost.
+        ValueError: the old slots have a beta, which would be lost, or the compactor has no `head_counts`.
     """
     if old.beta is not None:
         raise ValueError("recompact would lose the beta of the slots; use mode='append', or slots without beta")
-    batch = old.batch
-    heads = []  # keys, values [batch, n, head_dim] and positions [batch, n] of each head
+    if not hasattr(compactor, "head_counts"):
+        raise ValueError(
+            f"{type(compactor).__name__} does not say how many slots each head keeps (head_counts), so that unequal "
+            f"ones cannot be compacted again; use mode='append'"
+        )
+    batch, heads = old.counts.shape
+    columns = []  # keys, values [batch, n, head_dim] and positions [batch, n] of each head
     for head, rows in enumerate(zip(*(old.heads(row) for row in range(batch)), strict=True)):
         own = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         new = keys[:, head], values[:, head], positions.expand(batch, -1).to(own[2].dtype)
-        heads.append([torch.cat(parts, dim=1) for parts in zip(own, new, strict=True)])
+        columns.append([torch.cat(parts, dim=1) for parts in zip(own, new, strict=True)])
+    wanted = compactor.head_counts(tokens, slots).get(layer, (slots,) * heads)
+    counts = _within([parts[0].shape[1] for parts in columns], wanted)
+    made: list[Sequence[torch.Tensor]] = [()] * heads
+    for group in _alike(columns, counts):
+        own_keys, own_values = (torch.stack([columns[head][i] for head in group], dim=1) for i in (0, 1))
+        where, count = columns[group[0]][2], counts[group[0]]
+        record = CompactKV(own_keys[:, :, :count], own_values[:, :, :count], positions=where[:, :count])
+        if 0 < count < where.shape[1]:
+            record = compactor.compact_layer(layer, own_keys, own_values, where, count, heads=group)
+        at = slot_positions(compactor, record, where, count).expand(batch, -1)
+        for place, head in enumerate(group):
+            made[head] = record.keys[:, place], record.values[:, place], at
+    packed = [torch.cat(parts, dim=1) for parts in zip(*made, strict=True)]
+    return RaggedSlots.of(CompactKV(packed[0], packed[1], counts=tuple(counts), positions=packed[2]))
+
+
+def _within(room: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """What heads keep who want so many slots and have room for so many."""
+    counts = [min(both) for both in zip(room, wanted, strict=True)]
+    for head, most in enumerate(room):
+        counts[head] = min(most, counts[head] + sum(wanted) - sum(counts))
+    return counts
+
+
+def _alike(columns: Sequence[Sequence[torch.Tensor]], counts: Sequence[int]) -> list[list[int]]:
+    """Heads that stand at the same positions and keep equally many slots."""
     groups: list[list[int]] = []
-    for head, (_, _, where) in enumerate(heads):
-        group = next((group for group in groups if torch.equal(heads[group[0]][2], where)), None)
-        if group is None:
-            groups.append(group := [])
-        group.append(head)
-    made, source = [], torch.empty(batch, len(heads), dtype=torch.long)
-    for index, group in enumerate(groups):
-        chosen = [heads[head if head in group else group[0]] for head in range(len(heads))]
-        old_keys, old_values = (torch.stack([parts[i] for parts in chosen], dim=1) for i in (0, 1))
-        where = heads[group[0]][2]
-        # A head of few slots and a short last chunk may have fewer columns than the average head is to keep.
-        record = compactor.compact_layer(layer, old_keys, old_values, where, min(slots, where.shape[1]))
-        made.append(ragged_slots(compactor, layer, record, where, old_keys))
-        source[:, group] = torch.arange(batch)[:, None] + index * batch
-    return RaggedSlots.join(made).rows(source)
+    for head, (_, _, where) in enumerate(columns):
+        for group in groups:
+            if counts[group[0]] == counts[head] and torch.equal(columns[group[0]][2], where):
+                group.append(head)
+                break
+        else:
+            groups.append([head])
+    return groups
 
 
 def mute_heads(

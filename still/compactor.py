@@ -25,7 +25,7 @@ from .config import StillConfig
 from .kernels import latent_attention
 from .perceiver import LayerPerceiver, perceive, plain
 from .placement import Worth, contributions, phases
-from .reading import check_mask, read
+from .reading import check_mask, check_unmoved, read
 from .rope import Rotary, Turning, full_attention_layers, rotate, unrotate
 from .rows import join_rows
 from .together import Together, side_by_side
@@ -200,11 +200,15 @@ class StillCompactor(nn.Module, ModelHubMixin):
         if heads is not None:
             tables = self._tables(layer, positions, slots, {})
             return self._mix([layer], [keys], [values], slots, tables, {}, list(heads))[0]
+        counts = self.head_counts(keys.shape[2], slots)
+        return self._compact(layer, keys, values, counts.get(layer, slots), positions, {})
+
+    def head_counts(self, tokens: int, slots: int) -> dict[int, tuple[int, ...]]:
+        """Slots of every KV head by layer, of a chunk of `tokens` tokens; empty where all heads have `slots`."""
         split = self.split
         if split is not None and split.floor > slots and not split.exact:
             split = replace(split, floor=slots)  # a short last chunk: the floor is one of whole contexts
-        counts = self._counts(split, keys.shape[2], slots)
-        return self._compact(layer, keys, values, counts.get(layer, slots), positions, {})
+        return self._counts(split, tokens, slots)
 
     @staticmethod
     def _counts(split: Split | None, tokens: int, slots: int) -> dict[int, tuple[int, ...]]:
@@ -417,11 +421,8 @@ class StillCompactor(nn.Module, ModelHubMixin):
         else:
             cache = reading
         tokens = cache.get_seq_length()
-        if input_ids is not None and input_ids.shape[-1] != tokens:
-            raise ValueError(
-                f"the cache holds {tokens} tokens and input_ids {input_ids.shape[-1]}: a forward has moved the cache "
-                f"on since it read the context; read the context again"
-            )
+        if input_ids is not None:
+            check_unmoved(cache, input_ids)
         rows = _row_lengths(cache, attention_mask)
         resolve_slots(max(rows), slots, ratio)
         layers = self.compact_rows(cache, rows, slots, ratio)

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from inspect import getmodule
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
 from .rope import full_attention_layers
 from .types import Reading
@@ -82,6 +82,20 @@ def _forward(model, input_ids, attention_mask, cache, queries: bool) -> tuple[di
     if queries and (missing := set(full_attention_layers(model.config)) - set(kept)):
         raise ValueError(f"no queries came from layers {sorted(missing)}: their attention bypasses AttentionInterface")
     return kept, seconds
+
+
+def check_unmoved(cache: Cache, input_ids: torch.Tensor) -> None:
+    """Refuse a cache that holds more or fewer tokens than `input_ids` `[batch, tokens]`.
+
+    Raises:
+        ValueError: a forward has moved it on, as each does that is given the cache itself and no copy.
+    """
+    tokens = cache.get_seq_length()
+    if input_ids.shape[-1] != tokens:
+        raise ValueError(
+            f"the cache holds {tokens} tokens and input_ids {input_ids.shape[-1]}: a forward has moved the cache on "
+            f"since it read the context; read the context again"
+        )
 
 
 def check_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:

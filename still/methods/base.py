@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..budgets import Split, resolve_slots
+from ..reading import check_unmoved
 from ..rope import Rotary, full_attention_layers
 from ..rows import join_rows
 from ..types import CompactKV, Reading
@@ -116,9 +117,13 @@ class Method:
             token_ids=reading.input_ids,
             attention_mask=reading.attention_mask,
             row_slots=budgets if self.split is None else None,
-            provenance={"method": self.name, "options": self.options(), "query_aware": self.query_aware},
+            provenance=self.provenance(),
             floor=1 if self.split is None else self.split.floor,
         )
+
+    def provenance(self) -> dict[str, Any]:
+        """What a cache records of the method that made it."""
+        return {"method": self.name, "options": self.options(), "query_aware": self.query_aware}
 
     def compact_layer(
         self,
@@ -264,7 +269,12 @@ class Eviction(Method):
 
 
 def row_lengths(reading: Reading) -> list[int]:
-    """Real tokens in each row of the batch."""
+    """Real tokens in each row of the batch.
+
+    Raises:
+        ValueError: the cache is of other tokens by now.
+    """
+    check_unmoved(reading.cache, reading.input_ids)
     if reading.attention_mask is None:
         return [reading.input_ids.shape[-1]] * reading.input_ids.shape[0]
     return reading.attention_mask.long().sum(-1).tolist()

@@ -106,9 +106,8 @@ def test_gradients_are_the_same_with_checkpointing_and_however_the_step_is_cut(t
     other = RowModel(copy.deepcopy(loaded.model), made, compactor=mode)
     other.checkpoint_activations()
     assert_close(reference, step(other, rows), 2e-5)
-    other.eval()
-    with torch.no_grad():
-        assert max(float((other.logprobs(row) - sampled_of(row)).abs().max()) for row in rows) < 1e-4
+    assert other.policy.training  # otherwise nothing is checkpointed
+    assert max(float((other.logprobs(row) - sampled_of(row)).detach().abs().max()) for row in rows) < 1e-4
 
 
 @pytest.mark.parametrize("method", ["still", "still-uneven"])

@@ -221,9 +221,16 @@ class RaggedStrided:
         self.config = type("Config", (), {"chunk": chunk})
         self.whole = whole
 
-    def compact_layer(self, layer, keys, values, positions, slots) -> CompactKV:
+    def head_counts(self, tokens, slots) -> dict[int, tuple[int, ...]]:
         few = max(1, slots // 2)
-        counts = (few, 2 * slots - few) if not self.whole else (slots, slots)
+        return {layer: (slots, slots) if self.whole else (few, 2 * slots - few) for layer in range(2)}
+
+    def compact_layer(self, layer, keys, values, positions, slots, heads=None) -> CompactKV:
+        if heads is not None:
+            at = strided(keys.shape[2], slots)
+            where = positions[None] if positions.ndim == 1 else positions
+            return CompactKV(keys[:, :, at], values[:, :, at], positions=where[:, at])
+        counts = self.head_counts(keys.shape[2], slots)[layer]
         places = [strided(keys.shape[2], n) for n in counts]
         where = positions[None] if positions.ndim == 1 else positions
         record = kept(keys, values, counts)

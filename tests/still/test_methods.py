@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import functools
 import random
+import warnings
 
 import pytest
 import torch
 from tiny_models import CONFIGS, left_padded, random_ids, tiny_model
 
-from still import methods
+from still import StillCompactor, methods
 from still.methods.base import LayerView, attention_scale, row_lengths
 from still.reading import read, read_after
 from still.rope import Rotary, full_attention_layers, rotate, unrotate
@@ -99,6 +100,52 @@ def test_kept_slots_equal_the_budget(name):
 @pytest.mark.parametrize("name", BUDGETED)
 def test_kept_slots_equal_the_budget_everywhere(name):
     check_counts(name, grid(600))
+
+
+def stirred(model, **options) -> StillCompactor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        compactor = StillCompactor.for_model(model, **options).requires_grad_(False)
+        for weight in compactor.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.01)
+    return compactor
+
+
+def test_still_keeps_as_many_slots_as_the_budget():
+    model, _ = reading_of("qwen3")
+    generator, compactor = torch.Generator().manual_seed(1), stirred(model, slots=8, chunk=64)
+    for tokens, slots in grid(200):
+        keys, values = torch.randn(2, 1, 2, tokens, 64, generator=generator)
+        kept = compactor.compact_layer(0, keys, values, torch.arange(tokens), slots)
+        assert kept.keys.shape == kept.values.shape == (1, 2, slots, 64), (tokens, slots)
+        assert kept.keys.isfinite().all()
+        assert kept.values.isfinite().all()
+
+
+def test_still_reads_what_is_longer_than_a_chunk_chunk_by_chunk():
+    model = tiny_model("qwen3")
+    compactor = stirred(model, slots=8, chunk=32)
+    ids, mask = left_padded([random_ids(100), random_ids(75, seed=1)])
+    compactor.config.trained_lengths = [16, 32]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*outside the trained")
+        cache = methods.get("still", compactor=compactor).compact(model, read(model, ids, mask), ratio=4)
+    wanted = compactor.prefill(model, ids, mask, ratio=4)
+    assert cache.row_slots() == wanted.row_slots() == [25, 18]
+    for ours, theirs in zip(cache.layers, wanted.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.slot_positions, theirs.slot_positions)
+    assert cache.provenance["query_aware"] is False
+
+
+@pytest.mark.parametrize("name", [name for name in methods.NAMES if name != "none"])
+def test_a_reading_that_a_forward_has_moved_on_is_refused(name):
+    model = tiny_model("qwen3")
+    reading = read(model, random_ids(1, 30), queries=True)
+    more = {"compactor": stirred(model, slots=8, chunk=64)} if name == "still" else {}
+    model(random_ids(1, 4, seed=3), past_key_values=reading.cache)
+    with pytest.raises(ValueError, match="holds 34 tokens and input_ids 30: a forward has moved the cache on"):
+        methods.get(name, **more).compact(model, reading, slots=8)
 
 
 def test_truncation_and_streaming_llm_keep_what_they_say():

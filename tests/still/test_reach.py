@@ -147,4 +147,4 @@ def test_uneven_heads_are_compacted_again_with_a_short_last_chunk():
         cache = compactor.prefill(model, random_ids(1, tokens), slots=4, mode="recompact")
         assert cache.logical_length == tokens
         assert torch.isfinite(answer(model, cache, random_ids(1, 3))).all()
-    assert cache.head_slots() == {0: [10, 0], 1: [3, 3]}
+        assert cache.head_slots() == {0: [10, 0], 1: [3, 3]}
