@@ -30,7 +30,7 @@ def add_adapter(model, rank: int, seed: int = 0):
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as problem:
-        raise ModuleNotFoundError("train_policy=lora needs peft: pip install peft") from problem
+        raise ModuleNotFoundError("train_policy=lora needs peft: pip install 'still-kv[train]'") from problem
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
