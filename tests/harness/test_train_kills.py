@@ -25,15 +25,16 @@ from safetensors.torch import load_file
 
 from still.distill.checkpoints import MARKER, checkpoints, is_complete
 from still.harness.runs import read_run
+from still.harness.trainers.placing import DONE
 
 WEIGHTS = {
     "rows": "checkpoint-10/policy/model.safetensors", "isft": "run/round-2/student/policy/model.safetensors",
-    "grpo": "run/trained/policy/model.safetensors",
+    "grpo": "run/trained/policy/model.safetensors", "kv": "run/trained/policy/model.safetensors",
 }  # fmt: skip
 CHECKPOINT = "checkpoint-"
 LOGS = {
     "rows": ["metrics.jsonl"], "isft": ["run/round-1/train/metrics.jsonl", "run/round-2/train/metrics.jsonl"],
-    "grpo": ["run/metrics.jsonl"],
+    "grpo": ["run/metrics.jsonl"], "kv": ["run/metrics.jsonl"],
 }  # fmt: skip
 
 
@@ -72,9 +73,13 @@ def played(folder: Path) -> dict[str, list]:
 
 
 def assert_alike(kind: str, one: Path, other: Path, bound: float = 1e-6) -> None:
-    mine, theirs = load_file(one / WEIGHTS[kind]), load_file(other / WEIGHTS[kind])
-    assert mine.keys() == theirs.keys()
-    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= bound
+    compactors = sorted(one.glob("run/trained/compactor/*.safetensors"))
+    files = [WEIGHTS[kind], *(str(path.relative_to(one)) for path in compactors)]
+    assert len(files) == 1 + (kind == "kv")
+    for file in files:
+        mine, theirs = load_file(one / file), load_file(other / file)
+        assert mine.keys() == theirs.keys()
+        assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= bound
     ours, others = curve(kind, one), curve(kind, other)
     assert [step for step, _ in ours] == [step for step, _ in others]
     assert torch.allclose(torch.tensor([x for _, x in ours]), torch.tensor([x for _, x in others]), atol=1e-5)
@@ -106,10 +111,14 @@ def stage(kind: str, folder: Path) -> str:
         return "train" if not (rounds[-1] / "student" / "complete.json").is_file() else "evaluate"
     if kind == "isft" and run.exists():
         return "evaluate"
-    if kind == "grpo" and (steps := sorted(run.glob("rollouts/step-*"))):
+    if kind == "kv" and (run / "placement").exists() and not (run / "placement" / DONE).is_file():
+        return "place"
+    if kind in ("grpo", "kv") and (steps := sorted(run.glob("rollouts/step-*"))):
         if not (steps[-1] / "rewards-0.json").is_file():
             return "rollouts"
-        return "train" if not (run / "trained").exists() else "evaluate"
+        return "train" if not (run / "evaluation" / "after").exists() else "evaluate"
+    if kind in ("grpo", "kv") and (run / "evaluation" / "before").exists():
+        return "evaluate"
     return "train" if checkpoints(folder) else "begin"
 
 
@@ -132,7 +141,7 @@ def killed_at(server, kind: str, folder: Path, target: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("kind", "moments"), [("isft", 10), ("grpo", 10)])
+@pytest.mark.parametrize(("kind", "moments"), [("isft", 10), ("grpo", 10), ("kv", 5)])
 def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_never_was(tmp_path, server, kind, moments):
     seen: dict[Path, int] = {}
     killed_at(server, kind, tmp_path / "whole", sys.maxsize)
@@ -148,7 +157,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_never_was(tmp_p
         finish(server, kind, folder)
         assert_alike(kind, tmp_path / "whole", folder)
     print(f"{kind}: {sum(hit.values())} kills, by where they hit: {dict(hit)}")
-    assert len(hit) >= 2
+    assert len(hit) >= 3
 
 
 def killed_inside_a_checkpoint(server, kind: str, folder: Path, rng: random.Random) -> None:
