@@ -163,7 +163,7 @@ def _store(folder: Path, split) -> None:
     """Put the split into a compactor's config."""
     from dataclasses import replace
 
-    from ..compactor import CONFIG
+    from ..compactor_io import CONFIG
     from ..config import StillConfig
     from .cells import write_file
 

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub import ModelHubMixin
 from torch import nn
 from transformers.cache_utils import Cache
 
 from .budgets import Split, resolve_slots
 from .cache import StillCache
 from .cache_compaction import MODES
-from .config import StillConfig
+from .compactor_io import find_compactor, read_compactor, write_compactor
+from .config import StillConfig, fingerprint
 from .kernels import latent_attention
 from .perceiver import LayerPerceiver, perceive, plain
 from .placement import Worth, contributions, phases
 from .reading import check_mask, check_unmoved, read
-from .rope import Rotary, Turning, full_attention_layers, rotate, unrotate
-from .rows import join_rows
+from .rope import Rotary, Tables, Turning, full_attention_layers, rotate, unrotate
+from .rows import cached_lengths, join_rows
 from .together import Together, side_by_side
 from .types import CompactKV, Reading
 
-WEIGHTS, CONFIG = "compactor.safetensors", "compactor.json"
 LATENTS, SOURCES = {"cpu": 2**18}, {"cpu": 2**24}
 """Bytes of latents, and of un-rotated keys and values, that are compacted at once: all layers of a small model, one of
 a large one. Beyond them an operation takes longer than calling it, and its operands leave the cache."""
@@ -40,35 +36,6 @@ ELSEWHERE = 2**26
 KEPT = 2**12
 """Tokens that every context begins with, whose rotary tables are kept from one compaction to the next: of a small
 model's compaction they would be a twentieth."""
-
-
-def fingerprint(model) -> str:
-    """Sixteen hex digits of everything in a model's config that shapes its KV cache."""
-    config = model.config.get_text_config(decoder=True)
-    shape = {
-        name: getattr(config, name, None)
-        for name in (
-            "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "head_dim", "vocab_size", "rope_parameters", "layer_types", "sliding_window",
-        )
-    }  # fmt: skip
-    return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-class Tables(NamedTuple):
-    """Rotary tables of one span of tokens, alike for all full-attention layers.
-
-    Attributes:
-        tokens: how the model rotates the tokens.
-        slots: the model's cos and sin at the slots' positions.
-        turns: the compactor's own tables of slots (None where latents are placed, and turn as their tokens) and tokens.
-        where: the slots' positions `[rows, slots]`.
-    """
-
-    tokens: Turning
-    slots: tuple[torch.Tensor, torch.Tensor]
-    turns: tuple[torch.Tensor | None, torch.Tensor]
-    where: torch.Tensor
 
 
 class StillCompactor(nn.Module, ModelHubMixin):
@@ -423,7 +390,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
         tokens = cache.get_seq_length()
         if input_ids is not None:
             check_unmoved(cache, input_ids)
-        rows = _row_lengths(cache, attention_mask)
+        rows = cached_lengths(cache, attention_mask)
         resolve_slots(max(rows), slots, ratio)
         layers = self.compact_rows(cache, rows, slots, ratio)
         self.check_trained(max(rows), ratio if ratio is not None else max(rows) / slots)
@@ -605,12 +572,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
             "kv_heads": first.kv_heads,
             "layers": [int(name) for name in self.layers],
         }
-        state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        weights, config = (save_directory / f"{name}.tmp" for name in (WEIGHTS, CONFIG))
-        save_file(state, weights, metadata={"format": "pt", **{k: json.dumps(v) for k, v in shape.items()}})
-        config.write_text(self.config.to_json())
-        config.replace(save_directory / CONFIG)
-        weights.replace(save_directory / WEIGHTS)
+        write_compactor(save_directory, self.config, shape, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, model=None, **download) -> StillCompactor:
@@ -625,44 +587,14 @@ class StillCompactor(nn.Module, ModelHubMixin):
             FileNotFoundError: the folder lacks the compactor's files.
             ValueError: the weights do not fit the config, or the model is another one.
         """
-        # Not the mixin's own: it looks for a config.json, and a base model's must not be mistaken for ours.
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            name = str(pretrained_model_name_or_path)
-            folder = Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG], **download))
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}; it is no folder of StillCompactor.save_pretrained")
-        config = StillConfig.from_json((folder / CONFIG).read_text())
-        try:
-            with safe_open(folder / WEIGHTS, "pt") as file:
-                shape = {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            compactor = cls(config, shape["head_dim"], shape["kv_heads"], shape["layers"])
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"{folder / WEIGHTS} is no whole file of a compactor's weights ({error}): copy or train it again"
-            ) from error
+        folder = find_compactor(pretrained_model_name_or_path, **download)
+        config, shape, state = read_compactor(folder)
+        compactor = cls(config, **shape)
         try:
             compactor.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {error}") from error
+            raise ValueError(f"the weights in {folder} do not fit its config: {error}") from error
         return compactor if model is None else compactor.bind(model)
-
-
-def _row_lengths(cache: Cache, attention_mask: torch.Tensor | None) -> list[int]:
-    tokens = cache.get_seq_length()
-    if tokens < 1:
-        raise ValueError("the cache is empty; read a context into it first")
-    if attention_mask is None:
-        layer = next(layer for layer in cache.layers if getattr(layer, "keys", None) is not None)
-        return [tokens] * layer.keys.shape[0]
-    if attention_mask.shape[-1] != tokens:
-        raise ValueError(f"the attention mask covers {attention_mask.shape[-1]} tokens, the cache holds {tokens}")
-    rows = attention_mask.long().sum(-1).tolist()
-    if min(rows) < 1:
-        raise ValueError(f"row {rows.index(min(rows))} of the batch has no token")
-    return rows
 
 
 def _states(cache: Cache, layer: int, tokens: int, rows) -> tuple[torch.Tensor, torch.Tensor]:

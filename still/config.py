@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 
@@ -106,3 +107,16 @@ class StillConfig:
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)} in the compactor's config; a newer version wrote it?")
         return cls(**values)
+
+
+def fingerprint(model) -> str:
+    """Sixteen hex digits of everything in a model's config that shapes its KV cache."""
+    config = model.config.get_text_config(decoder=True)
+    shape = {
+        name: getattr(config, name, None)
+        for name in (
+            "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "vocab_size", "rope_parameters", "layer_types", "sliding_window",
+        )
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]

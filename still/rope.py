@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -157,3 +158,19 @@ class Rotary:
                 f"layer {layer} of {name} does not rotate its keys by split halves with the tables of rotary_emb "
                 f"(interleaved pairs, or no rotation in this layer?); such models are not supported"
             )
+
+
+class Tables(NamedTuple):
+    """Rotary tables of one span of tokens, alike for all full-attention layers.
+
+    Attributes:
+        tokens: how the model rotates the tokens.
+        slots: the model's cos and sin at the slots' positions.
+        turns: the compactor's own tables of slots (None where latents are placed, and turn as their tokens) and tokens.
+        where: the slots' positions `[rows, slots]`.
+    """
+
+    tokens: Turning
+    slots: tuple[torch.Tensor, torch.Tensor]
+    turns: tuple[torch.Tensor | None, torch.Tensor]
+    where: torch.Tensor

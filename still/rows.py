@@ -1,4 +1,4 @@
-"""Rows of a padded batch that were compacted apart, back in one record."""
+"""Rows of a padded batch: how long they are, and what was compacted apart, back in one record."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import pad
+from transformers.cache_utils import Cache
 
 from .types import CompactKV
 
@@ -55,3 +56,23 @@ def join_rows(parts: Sequence[CompactKV], rows: Sequence[Sequence[int]]) -> Comp
 def _left(x: torch.Tensor, dim: int, width: int) -> torch.Tensor:
     """`x` with zeros on the left of a dim, up to `width`."""
     return pad(x, (0, 0) * (x.ndim - 1 - dim) + (width - x.shape[dim], 0))
+
+
+def cached_lengths(cache: Cache, attention_mask: torch.Tensor | None) -> list[int]:
+    """Real tokens of each row of a full cache, under a mask `[batch, tokens]` of left padding or None.
+
+    Raises:
+        ValueError: there is none, in the cache or in a row, or the mask has another length.
+    """
+    tokens = cache.get_seq_length()
+    if tokens < 1:
+        raise ValueError("the cache is empty; read a context into it first")
+    if attention_mask is None:
+        layer = next(layer for layer in cache.layers if getattr(layer, "keys", None) is not None)
+        return [tokens] * layer.keys.shape[0]
+    if attention_mask.shape[-1] != tokens:
+        raise ValueError(f"the attention mask covers {attention_mask.shape[-1]} tokens, the cache holds {tokens}")
+    rows = attention_mask.long().sum(-1).tolist()
+    if min(rows) < 1:
+        raise ValueError(f"row {rows.index(min(rows))} of the batch has no token")
+    return rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ...compactor import CONFIG, WEIGHTS
+from ...compactor_io import CONFIG, WEIGHTS
 from ...config import StillConfig
 from .model import RowModel
 from .sharding import assign

@@ -16,7 +16,8 @@ from transformers import Trainer, TrainingArguments
 
 from ..attention import attending
 from ..budgets import Split
-from ..compactor import WEIGHTS, StillCompactor
+from ..compactor import StillCompactor
+from ..compactor_io import WEIGHTS
 from .batches import BatchStream, RowSource
 from .checkpoints import is_complete, mark_complete, step_of, take_up
 from .config import TrainConfig

@@ -1,0 +1,74 @@
+"""A compactor on disk or on the Hub: weights as safetensors, and a config as JSON beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .config import StillConfig
+
+WEIGHTS, CONFIG = "compactor.safetensors", "compactor.json"
+
+
+def write_compactor(
+    folder: Path, config: StillConfig, shape: Mapping[str, Any], state: Mapping[str, torch.Tensor]
+) -> None:
+    """Write both files, each whole or not at all, the weights last.
+
+    Args:
+        folder: that is there.
+        config: of the compactor.
+        shape: `head_dim`, `kv_heads` and `layers`.
+        state: its weights, stored as fp32.
+    """
+    state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in state.items()}
+    weights, text = (folder / f"{name}.tmp" for name in (WEIGHTS, CONFIG))
+    save_file(state, weights, metadata={"format": "pt", **{key: json.dumps(value) for key, value in shape.items()}})
+    text.write_text(config.to_json())
+    text.replace(folder / CONFIG)
+    weights.replace(folder / WEIGHTS)
+
+
+def find_compactor(name: str | Path, **download) -> Path:
+    """The folder of a compactor: `name` itself, or what the Hub has under it.
+
+    Args:
+        name: folder or Hub id.
+        **download: what `huggingface_hub.snapshot_download` takes.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+    """
+    # Not the mixin's own: it looks for a config.json, and a base model's must not be mistaken for ours.
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG], **download))
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} holds no {file}; it is no folder of StillCompactor.save_pretrained")
+    return folder
+
+
+def read_compactor(folder: Path) -> tuple[StillConfig, dict[str, Any], dict[str, torch.Tensor]]:
+    """Config, shape (see `write_compactor`) and weights.
+
+    Raises:
+        ValueError: a file is no whole one of a compactor.
+    """
+    config = StillConfig.from_json((folder / CONFIG).read_text())
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            known = file.metadata() or {}
+            shape = {name: json.loads(known[name]) for name in ("head_dim", "kv_heads", "layers")}
+            return config, shape, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} is no whole file of a compactor's weights ({error}): copy or train it again"
+        ) from error
