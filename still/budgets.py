@@ -21,7 +21,7 @@ def slots_for(tokens: int, ratio: float) -> int:
         raise ValueError(f"the context has {tokens} tokens; there is nothing to compact")
     if not ratio >= 1:
         raise ValueError(f"ratio is {ratio}; it must be 1 or more (tokens per slot)")
-    return max(1, int(tokens / ratio))
+    return max(1, int(tokens / ratio * (1 + 1e-12)))  # 512 / (512 / 186) is not 186
 
 
 def resolve_slots(tokens: int, slots: int | None = None, ratio: float | None = None) -> int:

@@ -258,9 +258,14 @@ class StillCache(Cache):
         """Compact now: whole chunks beyond the newest `keep_last` raw tokens, with `partial` the rest of them too.
 
         A short last chunk gets the slots of its own length. Returns the cache itself.
+
+        Raises:
+            ValueError: the cache has no compactor, or `keep_last` is negative.
         """
         if self.policy is None:
             raise ValueError("a ready-made cache has no compactor; StillCache(compactor, ...) compacts as it grows")
+        if keep_last is not None and keep_last < 0:
+            raise ValueError(f"keep_last is {keep_last}; it must be 0 tokens or more")
         for layer in self.compact_layers:
             layer.compact(keep_last, partial)
         self.columns.prompted = None

@@ -15,7 +15,14 @@ def make_prompt(cache, question_ids, attention_mask=None, previous_ids=None) -> 
     if cache.ragged and _is_stock(cache):
         refuse_ragged(cache.config)
     question, mask = _new_tokens(cache, question_ids, attention_mask)
-    length, known = cache.logical_length, cache.token_ids if previous_ids is None else previous_ids
+    length, known = cache.logical_length, cache.token_ids if previous_ids is None else torch.atleast_2d(previous_ids)
+    if previous_ids is not None and len(known) < cache.compact_layers[0].batch:
+        raise ValueError(
+            f"previous_ids has {len(known)} rows and the cache {cache.compact_layers[0].batch}, those of a beam search "
+            f"among them: give ids of every row, or go on from a clone of the cache that was taken before the search"
+        )
+    if known is not None and known.shape[-1] < length <= known.shape[-1] + _shifted(cache):
+        known = pad(known, (length - known.shape[-1], 0))
     if known is None or known.shape[-1] < length:
         count = 0 if known is None else known.shape[-1]
         raise ValueError(
@@ -119,6 +126,12 @@ def _shift(cache, columns: int, mask: torch.Tensor) -> torch.Tensor:
         if cache.token_ids is not None:
             cache.token_ids = pad(cache.token_ids, (columns, 0))
     return pad(mask, (columns, 0), value=False)
+
+
+def _shifted(cache) -> int:
+    """Columns on the left that are padding in every row: those that `_shift` made, and maybe more."""
+    mask = cache.columns.mask
+    return 0 if mask is None else int((mask.any(0).cumsum(0) == 0).sum())
 
 
 def _check_windows(cache, rewritten: torch.Tensor, natural: torch.Tensor) -> None:

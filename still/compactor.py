@@ -75,6 +75,8 @@ class StillCompactor(nn.Module, ModelHubMixin):
     def for_model(cls, model, slots: int | None = None, ratio: float | None = None, **options) -> StillCompactor:
         """A fresh compactor for `model`: untrained, it keeps a strided subset of the tokens.
 
+        Heads narrower than 64 are too soft a start for that: it then mixes neighbouring tokens in.
+
         Args:
             model: a Hugging Face causal language model with rotary embeddings.
             slots: trained slots per KV head, or
@@ -466,7 +468,9 @@ class StillCompactor(nn.Module, ModelHubMixin):
             mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
             inputs = cache.continuation(ids, mask) if start else _first_inputs(ids, mask)
             decoder(**inputs, past_key_values=cache, use_cache=True)
-        cache.token_ids, cache.provenance = input_ids, self.provenance()
+        # Rows of unequal length may have got columns of padding on the left: see `continuation`.
+        cache.token_ids = torch.nn.functional.pad(input_ids, (cache.logical_length - tokens, 0))
+        cache.provenance = self.provenance()
         return cache.compact(keep_last=0, partial=True)
 
     def provenance(self) -> dict:

@@ -102,6 +102,8 @@ class Rotary:
         kinds = {rope.get("rope_type") for rope in ropes.values() if isinstance(rope, dict)} | {ropes.get("rope_type")}
         if moving := kinds & set(MOVING_ROPES):
             raise ValueError(f"rope type {moving.pop()!r} changes with the length and cannot be undone")
+        if getattr(config, "num_key_value_heads", None) is None:
+            raise ValueError(f"{config.model_type} has no num_key_value_heads; such models are not supported")
         rotary = cls(module, getattr(config, "layer_types", None))
         if model not in _checked:
             rotary._check_keys(decoder, config)
@@ -156,7 +158,7 @@ class Rotary:
                     continue
             raise ValueError(
                 f"layer {layer} of {name} does not rotate its keys by split halves with the tables of rotary_emb "
-                f"(interleaved pairs, or no rotation in this layer?); such models are not supported"
+                f"(interleaved pairs, tables of another width, no rotation here?); such models are not supported"
             )
 
 

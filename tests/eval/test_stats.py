@@ -238,3 +238,11 @@ def test_real_judges_agree_as_a_hand_count_says(lab):
     chance = (sum(sonnet) * sum(gpt) + (170 - sum(sonnet)) * (170 - sum(gpt))) / 170**2
     assert stats.cohens_kappa(sonnet, gpt) == pytest.approx((observed - chance) / (1 - chance))
     assert stats.mcnemar(only_sonnet, only_gpt) == 1.0
+
+
+def test_clusters_that_balance_out_give_no_narrower_interval_than_independent_draws():
+    # a pass and a fail in every cluster but one: the clustered variance is far below that of independent draws
+    interval = stats.clustered_rate(*spread([(1, 2)] * 20 + [(2, 2)]))
+    plain = stats.wilson(22, 42)
+    assert interval.low <= plain.low
+    assert interval.high >= plain.high

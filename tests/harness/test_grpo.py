@@ -6,9 +6,11 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from agent_cases import Reader, of, tiny_agent
 from trainer_cases import RUN, Honest, attentive, exact, matters
 
@@ -17,9 +19,12 @@ from still.budgets import Split
 from still.cli import main
 from still.compactor import StillCompactor
 from still.harness.runs import read_run
+from still.harness.trainers import grpo as grpo_module
 from still.harness.trainers.behaviour import behaviour, was_cut
 from still.harness.trainers.config import GrpoConfig, TrainSettings
-from still.harness.trainers.grpo import run_grpo
+from still.harness.trainers.grpo import Rollouts, run_grpo
+from still.harness.trainers.ledgers import LEDGER, trajectory_of
+from still.harness.trainers.model import Share
 from still.harness.trainers.report import smoothed
 from still.harness.types import Message
 
@@ -195,3 +200,58 @@ def test_the_command_trains_a_model_from_a_folder(tmp_path, capsys):
     assert main(["grpo", str(tmp_path), "--policy", "server:x", "--tokenizer", str(tmp_path / "model"),
                  "-o", str(tmp_path / "o")]) == 2  # fmt: skip
     assert "needs a local model" in capsys.readouterr().err
+
+
+def source_for(tasks, config, root=None, grade=None, module=None):
+    return Rollouts(module, None, tasks, RUN, config, SETTINGS, root or Path(), grade)
+
+
+def test_steps_take_every_task_once_before_any_comes_again():
+    tasks = [SimpleNamespace(id=number) for number in range(6)]
+    source = source_for(tasks, replace(CONFIG, tasks_per_step=2))
+    passes = [[task.id for step in range(3) for task in source._order(3 * epoch + step)[:2]] for epoch in range(2)]
+    assert [sorted(each) for each in passes] == [list(range(6))] * 2
+    assert passes[0] != passes[1]  # each pass has an order of its own
+
+
+def test_the_share_of_all_pass_in_a_reward_is_the_configs(tmp_path):
+    graded = SimpleNamespace(pass_rate=0.8, all_pass=False, verdicts=())
+    config = replace(CONFIG, reward="rubric", all_pass_share=0.5)
+    source = source_for((), config, tmp_path, lambda rollouts: [graded for _ in rollouts])
+    assert source._rewards({"a": (None, tmp_path)}, tmp_path, 0) == {"a": pytest.approx(0.4)}
+
+
+def test_the_kl_is_to_the_reference():
+    module = SimpleNamespace(logprobs=lambda row, policy=None: policy)
+    source, shares = source_for((), CONFIG, module=module), [Share(None, 1.0)]
+    source.reference = "the policy at the start"
+    source._refer(shares)
+    assert shares[0].reference == "the policy at the start"
+
+
+def test_the_clip_bounds_of_the_config_reach_the_loss(tmp_path, monkeypatch):
+    seen = {}
+
+    def make(*args, options, **more):
+        seen.update(options)
+        raise LookupError
+
+    monkeypatch.setattr(grpo_module, "make_module", make)
+    loaded = SimpleNamespace(name="tiny", model=SimpleNamespace(device=torch.device("cpu")))
+    config = replace(CONFIG, clip_low=0.1, clip_high=0.3, ratio_cap=5.0, kl=0.01)
+    with pytest.raises(LookupError):
+        run_grpo((), (), loaded, RUN, config, SETTINGS, tmp_path / "run", None, None)
+    assert seen == {"low": 0.1, "high": 0.3, "cap": 5.0, "kl": 0.01}
+
+
+def test_a_gain_counts_up_to_its_full_size(tmp_path):
+
+
+    task = SimpleNamespace(criteria=[SimpleNamespace(id=name, expect={"value": "x"}) for name in "abc"])
+    record = {"written": [], "answered": ["a"], "gain": {"a": 1.0, "b": -3.0, "c": 9.0}}
+    (tmp_path / LEDGER).write_text(f"{json.dumps(record)}\n")
+    events = [{"event": "run", "documents": ["1", "2"]}, {"event": "compact", "read": [["1", 0, 5]]}]
+    config = replace(CONFIG, credit="potential", potential="gain", full_gain=2.0, ask=True, reward="rubric")
+    made = trajectory_of(task, tmp_path, events, 1.0, {}, config)
+    assert made.potential == [pytest.approx((0.5 + 0.0 + 1.0) / 3)]
+    assert (made.held, made.read) == ([frozenset("a")], [0.0, 0.5])

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from agent_cases import tiny_agent
+from test_windows import run
 from trainer_cases import RUN, exact, matters, scripted_teacher
 
 from still.harness.policies.local import LocalPolicy
 from still.harness.row_files import read_rows
 from still.harness.trainers.config import IsftConfig, TrainSettings
-from still.harness.trainers.isft import prepare, run_isft, tasks_of
-from still.harness.trainers.teacher import OracleTeacher
+from still.harness.trainers.evaluate import backend_config
+from still.harness.trainers.isft import meter_of, prepare, run_isft, tasks_of
+from still.harness.trainers.teacher import PRIVATE, OracleTeacher
+from still.harness.windows import rows_of_run
 
 LEAK = "The rubric wants another term."
 SETTINGS = TrainSettings(lr=1e-3, save_every=1, micro_tokens=4000)
@@ -136,3 +141,22 @@ def test_the_hold_out_is_played_on_text_and_on_slots(tmp_path):
     assert set(found["evaluation"]) == {"memo", "none"}
     assert found["evaluation"]["memo"]["rollouts"] == 1
     assert "95 % intervals" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_hold_out_is_played_greedily():
+    assert backend_config(replace(RUN, temperature=0.7), "memo").temperature == 0.0
+
+
+def test_the_meter_sets_each_turn_beside_what_the_private_text_made_of_it(tmp_path):
+    folder, tokenizer = run(tmp_path)
+    lines = [{"kind": "turn", "turn": span["turn"], "logprobs": [-1.0] * (span["end"] - span["start"])}
+             for row in rows_of_run(folder, tokenizer, train_on="all") for span in row.spans]  # fmt: skip
+    (folder / PRIVATE).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def public(row):
+        """Each token of turn n is n + 1 nats less likely without the private text."""
+        return torch.tensor([-2.0 - s["turn"] for s in row.spans for _ in range(s["end"] - s["start"])])
+
+    attempt = SimpleNamespace(folder=str(folder), round=1, number=0)
+    found = meter_of(SimpleNamespace(method=None, logprobs=public), attempt, SimpleNamespace(id="t"), tokenizer)
+    assert found == {str(line["turn"]): pytest.approx(line["turn"] + 1) for line in lines}

@@ -257,3 +257,9 @@ def test_an_axis_of_bytes_has_ticks_however_narrow_it_is():
         high, low = axis.get_xlim()
         shown[name] = [tick for tick in axis.get_xticks() if low <= tick <= high]
     assert shown == {"narrow": [595_000, 672_000], "wide": [2.0**17, 2.0**18, 2.0**19]}
+
+
+def test_a_quantised_cache_meets_the_largest_still_cache_that_takes_no_more_bytes(store):
+    for place in range(2):
+        store.write(Cell("matters", f"matter-{place}", "still", 32), result("still", 32, place, "0000"))
+    assert [row["ratio"] for row in compare(store.results()) if row["method"] == "int4"] == [8]

@@ -206,3 +206,21 @@ def test_the_report_counts_rollouts_and_the_meter_is_a_mean():
 
 def _task():
     return SimpleNamespace(criteria=(Criterion("C-1", "title", "match"),))
+
+
+def test_attempts_of_a_task_and_rounds_have_seeds_of_their_own(tmp_path):
+    tasks = matters(tmp_path / "lab", (1,))
+    attempts = collect(tmp_path / "round", tasks, IsftConfig(rollouts=2, private="none"))
+    assert [read_run(each.folder)[0]["config"]["seed"] for each in attempts] == [1000, 1001]
+
+
+def test_an_attempt_is_kept_if_every_grading_passes_all(tmp_path):
+
+    def fails(rollouts):
+        return [SimpleNamespace(pass_rate=0.5, all_pass=False, verdicts=()) for _ in rollouts]
+
+    tasks = matters(tmp_path / "lab", (1,))
+    graders = [exact()[0], fails]
+    made = Collector(scripted_teacher(tasks), tiny_agent_tokenizer(), RUN, IsftConfig(rollouts=1), graders, tmp_path, 1)
+    (attempt,) = made.collect(tasks)
+    assert (attempt.all_pass, attempt.kept) == ([True, False], False)

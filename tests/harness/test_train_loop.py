@@ -110,3 +110,13 @@ def test_arguments_of_ours_cannot_be_passed_through(tmp_path):
             RowTrainer(RowModel(tiny_agent(layers=1).model), settings, tmp_path, source, 1, options={name: 1})
     with pytest.raises(ValueError, match="nothing would train"):
         TrainSettings(train_policy="frozen")
+
+
+def test_every_epoch_has_all_trajectories_in_an_order_of_its_own():
+    rows = [plain_row([9] * 8, range(4, 8), f"t{number}") for number in range(8)]
+    source = RowSource(rows, 2, TrainSettings(), seed=0)
+    epochs = [[share.row.trajectory_id for step in range(4) for share in source.step(4 * epoch + step)]
+              for epoch in range(2)]  # fmt: skip
+    assert [sorted(each) for each in epochs] == [sorted(row.trajectory_id for row in rows)] * 2
+    assert epochs[0] != epochs[1]
+    assert source.step(1) == RowSource(rows, 2, TrainSettings(), seed=0).step(1)

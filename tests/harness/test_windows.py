@@ -16,7 +16,7 @@ from still.harness import row_files
 from still.harness.policies.chat import ChatFormat
 from still.harness.runs import read_run
 from still.harness.types import MEMO
-from still.harness.windows import IGNORE, KINDS, check_rows, rows_of_run
+from still.harness.windows import IGNORE, KINDS, check_rows, flawed_turns, rows_of_run, streams
 
 
 def run(root, backend="memo", player=None, documents=6, loaded=None, **settings):
@@ -259,3 +259,17 @@ def test_the_command_shows_a_row_with_its_mask(tmp_path, capsys):
     assert "has 3 rows" in capsys.readouterr().err
 
 
+def turn_event(number, **more):
+    return {"event": "turn", "turn": number, "kind": "memo", "repaired": False, "finish": "stop", "append_ids": [7],
+            "output_ids": [8, 9], "logprobs": [-1.0, -2.0], **more}  # fmt: skip
+
+
+@pytest.mark.parametrize("heat", [1.0, 1.3])
+def test_log_probabilities_of_a_hotter_retry_are_not_known(heat):
+    first = {"event": "run", "config": {"temperature": 1.0, "retry_temperature": heat}}
+    (stream,) = streams([first, {"event": "reject"}, turn_event(0), turn_event(1)])
+    assert [math.isnan(x) for x in stream.logprobs] == [True, *[heat > 1] * 2, True, False, False]
+
+
+def test_a_turn_that_was_cut_is_context():
+    assert flawed_turns([turn_event(0), turn_event(1, finish="length"), turn_event(2)]) == {1: "cut"}

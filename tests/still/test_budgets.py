@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from still.budgets import Split, slots_of_bytes
+from still.budgets import Split, slots_for, slots_of_bytes
 
 UNEVEN = Split({0: (1, 99), 2: (0, 20.5)})
 
@@ -24,6 +24,12 @@ def test_totals_are_exact_between_the_floor_and_the_tokens():
         every = [n for own in counts.values() for n in own]
         assert sum(every) == slots * layers * heads
         assert split.floor <= min(every) <= max(every) <= tokens
+
+
+def test_a_ratio_of_tokens_and_slots_gives_the_slots():
+    assert all(slots_for(n, n / slots) == slots for n in range(1, 130) for slots in range(1, n + 1))
+    assert all(slots_for(256, 512 / slots) == slots // 2 for slots in range(2, 513))
+    assert slots_for(100, 7) == 14
 
 
 def test_slots_follow_the_shares():

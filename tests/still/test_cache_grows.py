@@ -273,6 +273,8 @@ def test_bad_settings_are_refused_by_name(model):
         StillCache(StridedCompactor(CHUNK))
     with pytest.raises(ValueError, match="has no compactor"):
         compact(model, random_ids(1, 20), 4).compact()
+    with pytest.raises(ValueError, match="keep_last is -4"):
+        StillCache(strided_16).compact(keep_last=-4, partial=True)
 
     class Generous(StridedCompactor):
         def compact_layer(self, layer, keys, values, positions, slots):

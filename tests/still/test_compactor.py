@@ -376,3 +376,40 @@ def test_a_compactor_without_its_model_says_so(folder):
     layer = torch.randn(1, 2, 9, 64)
     with pytest.raises(RuntimeError, match="bind"):
         compactor.compact_layer(0, layer, layer, torch.arange(9), 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(50, 33), (5, 50, 33), (30, 50, 45)])
+def test_padded_rows_that_are_longer_than_a_chunk_are_prompted_like_others(lengths):
+    model = tiny_model("llama3")
+    compactor = StillCompactor.for_model(model, ratio=4, chunk=16)
+    ids, mask = left_padded([random_ids(n, seed=n) for n in lengths])
+    question = random_ids(len(lengths), 5, seed=1)
+    for ratio in (2, 8):
+        cache = compactor.prefill(model, ids, mask, ratio=ratio)
+        assert cache.token_ids.shape[1] == cache.logical_length
+        plain = cache.clone()
+        wanted = model(**plain.continuation(question), past_key_values=plain).logits[:, -1].argmax(-1)
+        own = cache.clone()
+        own.token_ids = None
+        for each, previous in ((cache, None), (own, ids)):  # ids as the user has them, without columns of padding
+            out = model.generate(
+                **each.prompt(question, previous_ids=previous), past_key_values=each, do_sample=False, max_new_tokens=1
+            )
+            assert out[:, -1].tolist() == wanted.tolist()
+
+
+@torch.no_grad()
+def test_a_second_turn_does_not_follow_one_beam_of_several():
+    model = tiny_model("qwen3")
+    cache = StillCompactor.for_model(model, slots=8, chunk=64).prefill(model, random_ids(1, 20), ratio=1)
+    more = {"past_key_values": cache, "do_sample": False, "max_new_tokens": 4}
+    out = model.generate(**cache.prompt(random_ids(1, 3)), num_beams=3, **more)
+    with pytest.raises(ValueError, match="previous_ids has 1 rows and the cache 3"):
+        cache.prompt(random_ids(1, 2), previous_ids=out)
+
+
+def test_slots_of_chunks_that_divide_evenly_are_all_given():
+    model = tiny_model("qwen3")
+    compactor = StillCompactor.for_model(model, ratio=4, chunk=256)
+    assert compactor.prefill(model, random_ids(1, 512), slots=186).slots == 186  # 256 / (512 / 186) is below 93

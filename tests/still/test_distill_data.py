@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from statistics import fmean
 
 import pytest
 import torch
@@ -226,3 +227,10 @@ def test_rows_that_fit_no_length_are_refused_or_counted():
 def test_bucket_lengths_cover_the_data():
     assert bucket_lengths([100, 500, 1000]) == [128, 256, 512, 1000]
     assert bucket_lengths([60, 60]) == [60]
+
+
+def test_a_length_is_drawn_as_often_as_it_has_rows():
+    rows, source = source_of()
+    share = fmean(row.tokens > 32 for row in rows)
+    assert fmean(source.draws.at(step).length == 64 for step in range(3000)) == pytest.approx(share, abs=0.04)
+    assert abs(share - 0.5) > 0.1

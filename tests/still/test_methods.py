@@ -362,3 +362,37 @@ def test_methods_that_need_queries_say_so(name):
     reading = read(model, random_ids(1, 20))
     with pytest.raises(ValueError, match=r"needs the context's queries: call read\(model, ids, queries=True\)"):
         methods.get(name).compact(model, reading, slots=4)
+
+
+def test_snapkv_with_no_more_slots_than_its_window_votes_with_half_of_them():
+    model, reading = reading_of("qwen3", 48)
+    for view in views(model, reading, 8):
+        snapkv = methods.get("snapkv", window=8)
+        voted = snapkv.votes(view.grouped_queries()[..., -4:, :], view.keys).topk(4, dim=-1).indices.sort(-1).values
+        assert torch.equal(snapkv.select(view), torch.cat([voted, torch.arange(44, 48).expand(1, 2, 4)], dim=-1))
+
+
+def test_sinks_of_expected_attention_take_at_most_half_of_the_slots():
+    model, reading = reading_of("qwen3", 40)
+    for view in views(model, reading, 4):
+        score = methods.get("expected_attention", n_sink=4).score(view)
+        assert score[..., :2].isinf().all()
+        assert score[..., 2:].isfinite().all()
+
+
+def test_h2o_gives_its_share_to_heavy_hitters():
+    model, reading = reading_of("qwen3", 40)
+    for view in views(model, reading, 12):
+        h2o = methods.get("h2o", heavy=0.25)
+        heavy = h2o.accumulated(view)[..., :31].topk(3, dim=-1).indices.sort(-1).values
+        assert torch.equal(h2o.select(view), torch.cat([heavy, torch.arange(31, 40).expand(1, 2, 9)], dim=-1))
+
+
+def test_attention_matching_asks_from_right_behind_the_context():
+    model, reading = reading_of("qwen3", 48)
+    for view in views(model, reading, 8):
+        content = unrotate(view.queries, *view.rotary.cos_sin(view.layer, view.positions))
+        where = 48 + torch.arange(48) % 5
+        expected = rotate(content, *view.rotary.cos_sin(view.layer, where)).unflatten(1, (2, 2)).flatten(2, 3)
+        found = methods.get("attention_matching", future=5, references=10**6).reference_queries(view)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -11,6 +11,7 @@ from transformers import (
     CohereConfig,
     GlmConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     Phi3Config,
     Qwen3NextConfig,
@@ -95,6 +96,10 @@ UNSUPPORTED = {
     "interleaved pairs": (CohereConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}), "split halves"),
     "full attention without rotation": (Cohere2Config(**SMALL, layer_types=["full_attention"] * 2), "split halves"),
     "some layers without rotation": (SmolLM3Config(**SMALL, no_rope_layers=[1, 0]), "layer 1 of smollm3"),
+    "heads without a number": (
+        GPTNeoXConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+        "gpt_neox has no num_key_value_heads",
+    ),
     "learned positions": (GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=2), "no rotary_emb"),
     "dynamic": (
         LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic",
