@@ -151,7 +151,10 @@ def _run_ruler(args: argparse.Namespace) -> int:
     if args.tokenizer:
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(args.tokenizer)
+        try:
+            tokenizer = Tokenizer.from_file(args.tokenizer)
+        except Exception as problem:  # tokenizers has no class of its own for these
+            raise ValueError(f"--tokenizer {args.tokenizer}: {problem}; give a tokenizer.json") from problem
         counter, name = (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), args.tokenizer
     else:
         counter, name = (lambda text: len(re.findall(r"\w+|[^\w\s]", text))), "words and punctuation marks"

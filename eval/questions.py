@@ -102,8 +102,15 @@ class QuestionSet:
 
     @classmethod
     def load(cls, path: str | Path) -> QuestionSet:
-        """Read a file that `save` wrote."""
-        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: it holds no question set.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as problem:
+            raise ValueError(f"{path}: {problem}") from problem
 
 
 def context_text(documents: tuple[Document, ...]) -> str:

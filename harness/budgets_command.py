@@ -61,15 +61,23 @@ examples:
 
     def run(self, args: argparse.Namespace) -> int:
         """Measure, divide, draw."""
+        from ..budgets import slots_for
+
         levels = _levels(args.levels)
+        slots_for(1, args.ratio)
         if not args.output.absolute().parent.is_dir():
             raise FileNotFoundError(f"--output {args.output}: the folder {args.output.parent} does not exist")
+        if args.output.is_dir():
+            raise ValueError(f"--output {args.output} is a folder; name a file")
         from dataclasses import replace
+
+        from transformers.utils import logging
 
         from .. import models
         from ..allocation import learn_split, measure_split
         from .split_figure import save_heat_map
 
+        logging.disable_progress_bar()
         loaded = models.load(args.model, args.device, args.dtype)
         method, folder = _method(args, loaded)
         rows = _rows(args, loaded)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -88,7 +89,7 @@ class SweepConfig:
                 object.__setattr__(self, entry.name, tuple(dict.fromkeys(value)))
         object.__setattr__(self, "ratios", tuple(int(r) if float(r).is_integer() else float(r) for r in self.ratios))
         for ratio in self.ratios:
-            if not ratio >= 1:
+            if not 1 <= ratio < math.inf:
                 raise ValueError(f"ratio is {ratio}; it must be 1 or more (tokens per slot)")
         for name in ("count", "max_new_tokens", "tokens"):
             if getattr(self, name) < 1:

@@ -26,7 +26,7 @@ context, a colour is trained (action, memo, draft, review, final); turns that ar
 `export` writes all rows: .jsonl holds rows or, with --messages, plain conversations; any other name a data set."""
     examples = """\
 examples:
-  still rows show runs/memo/matter-1/seed-0 --row 1
+  still rows show runs/memo/assignments/terms-100/matter-000/seed-0 --row 1
   still rows list runs/memo
   still rows export runs/memo -o rows.jsonl
   still rows export runs/memo -o messages.jsonl --messages
@@ -37,7 +37,7 @@ examples:
         parser.add_argument("verb", choices=("show", "list", "export"), help="what to do")
         parser.add_argument("source", metavar="SOURCE", type=Path, help="a run, a folder of runs, or a file of rows")
         parser.add_argument("--row", metavar="N", type=int, default=0, help="which row to show (default: 0)")
-        parser.add_argument("--tokenizer", metavar="TEXT", default="pocket", help="the student's (default: pocket)")
+        parser.add_argument("--tokenizer", metavar="TEXT", help="the student's (default: who played)")
         parser.add_argument(
             "--train-on", choices=("own", "all"), default="own",
             help="own leaves out turns with mistakes; all is what a policy gradient trains (default: own)",
@@ -49,7 +49,7 @@ examples:
 
     def run(self, args: argparse.Namespace) -> int:
         """Print or write."""
-        tokenizer = load_tokenizer(args.tokenizer)
+        tokenizer = load_tokenizer(args.tokenizer or player_of(args.source))
         rows = rows_below(args.source, tokenizer, args.train_on)
         if args.verb == "list":
             print("\n".join(listed(rows)))
@@ -63,14 +63,41 @@ examples:
         return 0
 
 
+def player_of(source: Path) -> str:
+    """The policy of the first run below a folder, or of a file's first row."""
+    from .row_files import read_rows
+    from .runs import read_run
+
+    if is_rows(source):
+        rows = read_rows(source)
+        return rows[0].policy if rows else "pocket"
+    for path in sorted(source.rglob("events.jsonl")):
+        for event in read_run(path.parent)[:1]:
+            return event["policy"]
+    return "pocket"
+
+
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer by a plug-in's name, a folder or a Hub id."""
+    """A tokenizer by a plug-in's name, a folder or a Hub id.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
     from transformers import AutoTokenizer
 
     from .. import models
 
     named = models.find(name)
-    return AutoTokenizer.from_pretrained(str(named.path) if named else name)
+    try:
+        return AutoTokenizer.from_pretrained(str(named.path) if named else name)
+    except (OSError, ValueError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise FileNotFoundError(f"no tokenizer {name!r} ({reason}): give one with --tokenizer") from problem
+
+
+def is_rows(source: Path) -> bool:
+    """Whether this holds rows: a file, or a data set's folder."""
+    return source.is_file() or (source / "dataset_info.json").is_file()
 
 
 def rows_below(source: Path, tokenizer: Any, train_on: str = "own") -> list[WindowRow]:
@@ -82,7 +109,7 @@ def rows_below(source: Path, tokenizer: Any, train_on: str = "own") -> list[Wind
     from .row_files import read_rows
     from .windows import rows_of_run
 
-    if source.is_file() or (source / "dataset_info.json").is_file():
+    if is_rows(source):
         return read_rows(source)
     runs = sorted(path.parent for path in source.rglob("events.jsonl"))
     if not runs:

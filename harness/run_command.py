@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..eval.commands import parse_seeds
 from ..flags import add_flags, add_pass_through, from_flags
 from .cells import OURS, UNEVEN
 from .run_config import RunConfig
@@ -139,7 +140,9 @@ A budget is the peak of attended compacted context: bytes (64MiB), or as many as
         """Add the arguments: one flag a field of `RunConfig` and `PolicyConfig`."""
         parser.add_argument("tasks", metavar="TASKS", nargs="+", type=Path, help="folders of tasks, or that hold many")
         parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the runs")
-        parser.add_argument("--seeds", metavar="A,B", default="0", help="of the sampling (default: 0)")
+        parser.add_argument(
+            "--seeds", metavar="A,B", type=parse_seeds, default="0", help="of the sampling: 0,3, or 0:4 (default: 0)"
+        )
         parser.add_argument(
             "--together", metavar="N", type=int, default=1,
             help="runs at a time: in one batch, or in parallel on a server (default: 1)",
@@ -155,11 +158,14 @@ A budget is the peak of attended compacted context: bytes (64MiB), or as many as
         from .play import play_tasks, table
 
         config, model = from_flags(args, RunConfig, seed=0), from_flags(args, PolicyConfig)
-        folders = [folder for path in args.tasks for folder in find_tasks(path)]
+        found = {folder.resolve(): folder for path in args.tasks for folder in find_tasks(path)}
+        folders = list(found.values())
         if not folders:
             raise ValueError(f"there is no task.json below {', '.join(map(str, args.tasks))}; name LAB task folders")
         tasks = [load_task(folder) for folder in folders]
-        seeds = [int(seed) for seed in args.seeds.split(",")]
+        if args.together < 1:
+            raise ValueError(f"--together is {args.together}; it must be 1 or more")
+        seeds = list(dict.fromkeys(args.seeds))
         sandbox = _sandbox(config)
         policy, method = model.load(config, args.option)
         outcomes = play_tasks(

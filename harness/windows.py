@@ -387,7 +387,7 @@ def _same_template(run: Mapping[str, Any], tokenizer: Any, root: str | Path):
     if ids != list(run["base_ids"]):
         raise ValueError(
             f"{root} was rendered by another template or tokenizer: S and U are {len(run['base_ids'])} tokens there "
-            f"and {len(ids)} here; take the tokenizer of {run['policy']}"
+            f"and {len(ids)} here; take the tokenizer of {run['policy']} (--tokenizer)"
         )
     return chat
 

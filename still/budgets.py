@@ -19,7 +19,7 @@ def slots_for(tokens: int, ratio: float) -> int:
     """
     if tokens < 1:
         raise ValueError(f"the context has {tokens} tokens; there is nothing to compact")
-    if not ratio >= 1:
+    if not 1 <= ratio < math.inf:
         raise ValueError(f"ratio is {ratio}; it must be 1 or more (tokens per slot)")
     return max(1, int(tokens / ratio * (1 + 1e-12)))  # 512 / (512 / 186) is not 186
 
@@ -150,8 +150,8 @@ class Split:
                 f"this split was made for a model with fingerprint {self.fingerprint}, not for this one "
                 f"({fingerprint}): measure one with `still budgets`"
             )
-        if sorted(self.weights) != sorted(layers):
-            raise ValueError(f"the split names layers {sorted(self.weights)}; the model's are {sorted(layers)}")
+        if sorted(self.weights) != (theirs := sorted(layers)):
+            raise ValueError(f"the split names layers {sorted(self.weights)}; the model's are {theirs}")
         for layer, shares in self.weights.items():
             if len(shares) != kv_heads:
                 raise ValueError(f"the split has {len(shares)} heads in layer {layer}; the model has {kv_heads}")

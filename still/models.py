@@ -6,6 +6,7 @@ name and returns a `NamedModel`. `still` only looks names up.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -81,10 +82,16 @@ def load(
 
     Raises:
         FileNotFoundError: the name is neither declared, nor a folder with a model, nor on the Hub.
+        ValueError: there is no such dtype or device, or a file of the model is damaged.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(target)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; take float32, bfloat16, float16, or auto")
     named = find(name)
     where = str(named.path) if named else name
     if Path(where).is_dir() and not (Path(where) / "config.json").exists():
@@ -101,11 +108,23 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(where, revision=revision, **options)
     except OSError as problem:
         raise FileNotFoundError(_not_found(name, problem)) from problem
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    except (SafetensorError, json.JSONDecodeError) as problem:
+        raise ValueError(f"a file of the model {name} is damaged ({problem}): copy it again") from problem
     model = model.to(target).eval().requires_grad_(False)
     if named:
         model.config._name_or_path = named.name  # where it lies is no name on another machine
     return LoadedModel(named.name if named else name, model, tokenizer, named.compactors if named else ())
+
+
+def _check_device(name: str | torch.device) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as problem:  # an assertion where torch was built without it
+        reason = str(problem).splitlines()[0]
+        here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"device is {str(name)!r}, which is not here ({reason}); there is {here}") from problem
 
 
 def _not_found(name: str, problem: OSError) -> str:

@@ -179,6 +179,11 @@ def test_a_plugin_names_a_model(work, base, monkeypatch, capsys):
         (["-o", "absent/x.safetensors"], "the folder absent does not exist"),
         (["-o", "."], "is a folder; name a file"),
         (["--compactor", "model"], "compactor"),
+        (["--ratio", "inf"], "ratio is inf"),
+        (["--device", "abacus"], "device is 'abacus', which is not here"),
+        (["--dtype", "fp33"], "dtype is 'fp33'; take float32, bfloat16, float16, or auto"),
+        (["--method", "snapkv", "--option.window", "abc"], "window of snapkv is 'abc'; it must be a whole number"),
+        (["--method", "snapkv", "--option.window", "-3"], "window of snapkv is -3"),
     ],
 )
 def test_bad_input_to_compact(work, capsys, words, message):
@@ -205,6 +210,18 @@ def test_a_model_that_is_not_there(work, capsys, model, message):
     (work / "empty").mkdir()
     assert main(["compact", model, "lease.txt", "-o", "lease.safetensors", "--method", "truncation"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_whose_files_are_cut_short(work, capsys):
+    for name in ("model.safetensors", "tokenizer.json"):
+        path = work / "model" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        assert main(["compact", "model", "lease.txt", "-o", "lease.safetensors", "--method", "truncation"]) == 2
+        error = capsys.readouterr().err
+        assert "the model model" in error
+        assert "Traceback" not in error
+        path.write_bytes(whole)
 
 
 @pytest.fixture

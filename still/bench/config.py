@@ -30,3 +30,9 @@ class BenchConfig:
     output: Path = Path("results/bench")
     floors: Literal["h100", "h200"] | None = None
     figure: bool = True
+
+    def __post_init__(self) -> None:
+        if self.repeats < 2:
+            raise ValueError(f"repeats is {self.repeats}; it must be 2 or more")
+        if any(tokens < 1 for tokens in self.tokens):
+            raise ValueError(f"tokens is {min(self.tokens)}; it must be 1 or more")

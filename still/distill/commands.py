@@ -54,9 +54,12 @@ class Data:
     def run(self, args: argparse.Namespace) -> int:
         """Make the rows and say what came of it."""
         config = from_flags(args, DataConfig)
+        from transformers.utils import logging
+
         from ..models import load
         from .generate import generate
 
+        logging.disable_progress_bar()
         base = load(args.model, device=config.device, dtype=config.dtype, revision=config.revision)
         made = generate(args.documents, args.output, base, config)
         for split, count in made.rows.items():

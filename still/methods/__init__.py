@@ -43,7 +43,7 @@ def get(name: str, **hyper) -> Method:
     """A method by name, with its hyper-parameters.
 
     Raises:
-        ValueError: there is no such method, or it has no such hyper-parameter.
+        ValueError: there is no such method, it has no such hyper-parameter, or one that is a number has another value.
     """
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}; choose one of {', '.join(NAMES)}")
@@ -52,6 +52,12 @@ def get(name: str, **hyper) -> Method:
         raise ValueError(f"{name} keeps as much of every head; a split serves {', '.join(SPLIT_NAMES)}")
     if unknown := sorted(set(hyper) - set(known) - {"split"}):
         raise ValueError(f"{name} has no hyper-parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    for item in fields(METHODS[name]):
+        if item.name in hyper and type(item.default) in (int, float):
+            value, whole = hyper[item.name], type(item.default) is int
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < 0:
+                kind = "whole number" if whole else "number"
+                raise ValueError(f"{item.name} of {name} is {value!r}; it must be a {kind}, 0 or more")
     return METHODS[name](**hyper)
 
 

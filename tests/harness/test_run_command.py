@@ -42,6 +42,8 @@ def test_the_pocket_is_played_and_a_second_call_changes_nothing(tmp_path, lab, c
     assert run(tmp_path, "--backend", *backend) == 0
     assert (folder / "events.jsonl").read_bytes() == before
     assert capsys.readouterr().out.splitlines() == lines
+    assert main(["rows", "list", str(tmp_path / "runs")]) == 0  # by the tokenizer of who played
+    assert "schedule-current-terms-0" in capsys.readouterr().out
 
 
 def test_a_folder_of_other_settings_is_kept_and_said(tmp_path, lab, capsys):
@@ -55,6 +57,7 @@ def test_a_folder_of_other_settings_is_kept_and_said(tmp_path, lab, capsys):
     (["--backend", "kv", "--budget", "many"], "budget is 'many'"),
     (["--policy", "server:x", "--base-url", "http://localhost:1/v1", "--backend", "kv"], "take a local model"),
     (["--window", "999999"], "was made for"),
+    (["--together", "0"], "--together is 0"),
 ])  # fmt: skip
 def test_refusals_are_one_line(tmp_path, lab, capsys, flags, complaint):
     assert run(tmp_path, *flags) == 2

@@ -84,6 +84,11 @@ def test_draws_lie_between_the_split_and_equal_numbers():
     assert max(largest) > 90
 
 
+def test_a_split_for_other_layers_names_both():
+    with pytest.raises(ValueError, match=r"names layers \[0\]; the model's are \[0, 1\]"):
+        Split({0: (1, 3)}).check(map(int, ["1", "0"]), 2)
+
+
 def test_bytes_become_slots():
     assert slots_of_bytes(4 * 2 * 2 * 64 * 4 * 10 + 5, layers=4, kv_heads=2, head_dim=64, itemsize=4) == 10
     with pytest.raises(ValueError, match="100 bytes are less than one slot for each of 8 KV heads takes"):
