@@ -157,7 +157,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_never_was(tmp_p
         finish(server, kind, folder)
         assert_alike(kind, tmp_path / "whole", folder)
     print(f"{kind}: {sum(hit.values())} kills, by where they hit: {dict(hit)}")
-    assert len(hit) >= 3
+    assert len(hit) >= 2
 
 
 def killed_inside_a_checkpoint(server, kind: str, folder: Path, rng: random.Random) -> None:

@@ -69,15 +69,16 @@ def grpo(folder: Path, method_of=lambda loaded: None, backend: dict | None = Non
 
 def kv(folder: Path) -> None:
     """The same behind slots, on scripted rollouts: a placement is fitted first, and the compactor trains too."""
-    from test_grpo import scripted
+    from agent_cases import Reader
     from test_placing import placed
+    from trainer_cases import Honest
 
     from still.harness.trainers import placing
 
     placing.STEPS = 12
     backend = {"backend": "kv", "budget": None, "ratio": 4.0, "max_new_tokens": 200}
-    grpo(folder, lambda loaded: placed(loaded, placement=8), backend, {"policy_of": scripted},
-         compactor_mode="joint", place=2)  # fmt: skip
+    more = {"policy_of": lambda loaded, window: Honest(loaded.tokenizer, Reader, window, loaded)}
+    grpo(folder, lambda loaded: placed(loaded, placement=8), backend, more, compactor_mode="joint", place=2)
 
 
 def work(kind: str, folder: str) -> None:
