@@ -65,6 +65,8 @@ class PolicyConfig:
         loaded = models.load(self.policy, self.device, self.dtype, attention)
         policy = LocalPolicy(loaded, config.window)
         if config.backend in ("kv", "hybrid") and config.method in OURS:
+            if options:
+                raise ValueError(f"the method {config.method} takes no --option.{sorted(options)[0]}")
             method = self._still(loaded, uneven=config.method.endswith(UNEVEN))
         return policy, method
 

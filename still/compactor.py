@@ -424,7 +424,8 @@ class StillCompactor(nn.Module, ModelHubMixin):
         """Read a context with the frozen model and compact it; one longer than a chunk goes chunk by chunk.
 
         A chunk is read with the slots so far as its past and one raw chunk held back ahead of compaction, so raw
-        keys and values never exceed two chunks.
+        keys and values never exceed two chunks. Chunks are cut by columns: a row of a padded batch is read as it would
+        be alone only where its chunks begin at the same tokens.
 
         Args:
             model: the frozen model that the compactor is bound to.

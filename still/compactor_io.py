@@ -44,12 +44,16 @@ def find_compactor(name: str | Path, **download) -> Path:
         **download: what `huggingface_hub.snapshot_download` takes.
 
     Raises:
-        FileNotFoundError: one of the files is missing.
+        FileNotFoundError: there is no such compactor, or one of its files is missing.
     """
     # Not the mixin's own: it looks for a config.json, and a base model's must not be mistaken for ours.
     folder = Path(name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG], **download))
+        try:
+            folder = Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG], **download))
+        except (OSError, ValueError) as problem:
+            reason = str(problem).strip().splitlines()[0]
+            raise FileNotFoundError(f"no compactor {name}: not a folder, and the Hub says: {reason}") from problem
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}; it is no folder of StillCompactor.save_pretrained")
@@ -62,7 +66,10 @@ def read_compactor(folder: Path) -> tuple[StillConfig, dict[str, Any], dict[str,
     Raises:
         ValueError: a file is no whole one of a compactor.
     """
-    config = StillConfig.from_json((folder / CONFIG).read_text())
+    try:
+        config = StillConfig.from_json((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             known = file.metadata() or {}

@@ -295,6 +295,22 @@ def test_the_shipped_compactors_split_and_placement_are_worth_what_they_cost(tmp
 
 
 @shipped
+@pytest.mark.full
+def test_the_shipped_pocket_meets_its_bars(tmp_path):
+    evictions = ("snapkv", "h2o", "expected_attention")
+    config = SweepConfig(methods=("still", *evictions), ratios=(4, 8, 16), seeds=SEEDS, count=2, first=940,
+                         questions=32, max_new_tokens=16)  # fmt: skip
+    store = run_sweep(config, tmp_path, device="cpu", progress=False)
+    rows = make_rows(store.results(), store.header)
+    passed = {(row["method"], row["ratio"]): row["pass_rate"] for row in rows}
+    full = next(rate for (method, _), rate in passed.items() if method == "full")
+    assert full >= 0.97
+    assert next(rate for (method, _), rate in passed.items() if method == "none") <= 0.05
+    assert all(passed["still", ratio] >= share * full for ratio, share in ((4, 0.98), (8, 0.95), (16, 0.85)))
+    assert passed["still", 8] >= max(passed[method, 8] for method in evictions) + 0.25
+
+
+@shipped
 def test_the_name_pocket_brings_its_compactors():
     named = resolve("pocket")
     assert named.path.is_dir()
