@@ -1,6 +1,6 @@
 """The pocket from nothing: its base and three compactors, as the recipes have them, and how long each part takes.
 
-    python bench/pocket_recipe.py -o runs/recipe               # about two hours on two cores
+    python bench/pocket_recipe.py -o runs/recipe               # two hours on two cores
     python bench/pocket_recipe.py -o runs/recipe --list        # the commands, nothing run
 
 The base comes first, on all cores, in calls of ten minutes. Then the compactors, each in three goes of one thread, as

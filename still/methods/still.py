@@ -40,17 +40,12 @@ class Still(Method):
         return self.compactor.config.beta
 
     def compact(self, model, reading: Reading, slots: int | None = None, ratio: float | None = None) -> Cache:
-        """Warns outside the lengths and ratios that the compactor was trained on.
+        """In one pass, however long the context, at exactly the slots of other methods.
 
-        A context longer than a chunk is read again, chunk by chunk behind the slots so far: see
-        `StillCompactor.prefill`. Each chunk's slots are rounded down, so a few may lack to the budget.
+        Warns outside the lengths and ratios that the compactor was trained on: `StillCompactor.prefill` reads what is
+        longer chunk by chunk, and rounds each chunk's slots by itself.
         """
         rows = row_lengths(reading)
-        if max(rows) > self.compactor.config.chunk:
-            compactor = self.compactor.with_split(self.split)
-            cache = compactor.prefill(model, reading.input_ids, reading.attention_mask, slots, ratio)
-            cache.provenance = self.provenance()
-            return cache
         kept = self.budgets(rows, slots, ratio)
         self.compactor.check_trained(max(rows), max(rows) / max(kept) if ratio is None else ratio)
         return super().compact(model, reading, slots, ratio)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import functools
 import random
-import warnings
 
 import pytest
 import torch
@@ -120,22 +119,6 @@ def test_still_keeps_as_many_slots_as_the_budget():
         assert kept.keys.shape == kept.values.shape == (1, 2, slots, 64), (tokens, slots)
         assert kept.keys.isfinite().all()
         assert kept.values.isfinite().all()
-
-
-def test_still_reads_what_is_longer_than_a_chunk_chunk_by_chunk():
-    model = tiny_model("qwen3")
-    compactor = stirred(model, slots=8, chunk=32)
-    ids, mask = left_padded([random_ids(100), random_ids(75, seed=1)])
-    compactor.config.trained_lengths = [16, 32]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*outside the trained")
-        cache = methods.get("still", compactor=compactor).compact(model, read(model, ids, mask), ratio=4)
-    wanted = compactor.prefill(model, ids, mask, ratio=4)
-    assert cache.row_slots() == wanted.row_slots() == [25, 18]
-    for ours, theirs in zip(cache.layers, wanted.layers, strict=True):
-        assert torch.equal(ours.keys, theirs.keys)
-        assert torch.equal(ours.slot_positions, theirs.slot_positions)
-    assert cache.provenance["query_aware"] is False
 
 
 @pytest.mark.parametrize("name", [name for name in methods.NAMES if name != "none"])
