@@ -49,8 +49,7 @@ examples:
 
     def run(self, args: argparse.Namespace) -> int:
         """Print or write."""
-        tokenizer = load_tokenizer(args.tokenizer or player_of(args.source))
-        rows = rows_below(args.source, tokenizer, args.train_on)
+        rows, tokenizer = opened(args.source, args.tokenizer, args.train_on)
         if args.verb == "list":
             print("\n".join(listed(rows)))
         elif args.verb == "show":
@@ -61,20 +60,6 @@ examples:
         else:
             export(rows, args, tokenizer)
         return 0
-
-
-def player_of(source: Path) -> str:
-    """The policy of the first run below a folder, or of a file's first row."""
-    from .row_files import read_rows
-    from .runs import read_run
-
-    if is_rows(source):
-        rows = read_rows(source)
-        return rows[0].policy if rows else "pocket"
-    for path in sorted(source.rglob("events.jsonl")):
-        for event in read_run(path.parent)[:1]:
-            return event["policy"]
-    return "pocket"
 
 
 def load_tokenizer(name: str) -> Any:
@@ -95,26 +80,29 @@ def load_tokenizer(name: str) -> Any:
         raise FileNotFoundError(f"no tokenizer {name!r} ({reason}): give one with --tokenizer") from problem
 
 
-def is_rows(source: Path) -> bool:
-    """Whether this holds rows: a file, or a data set's folder."""
-    return source.is_file() or (source / "dataset_info.json").is_file()
+def opened(source: Path, tokenizer: str | None, train_on: str = "own") -> tuple[list[WindowRow], Any]:
+    """The rows of a run, of every run below a folder, or of a file, and the student's tokenizer.
 
-
-def rows_below(source: Path, tokenizer: Any, train_on: str = "own") -> list[WindowRow]:
-    """The rows of a run, of every run below a folder, or of a file.
+    Args:
+        source: where they are.
+        tokenizer: its name; that of the model that played first unless given.
+        train_on: see `rows_of_run`.
 
     Raises:
-        FileNotFoundError: there is no run and no file of rows.
+        FileNotFoundError: there is no run and no file of rows, or no such tokenizer.
     """
     from .row_files import read_rows
+    from .runs import read_run
     from .windows import rows_of_run
 
-    if is_rows(source):
-        return read_rows(source)
+    if source.is_file() or (source / "dataset_info.json").is_file():
+        rows = read_rows(source)
+        return rows, load_tokenizer(tokenizer or (rows[0].policy if rows else "pocket"))
     runs = sorted(path.parent for path in source.rglob("events.jsonl"))
     if not runs:
         raise FileNotFoundError(f"{source} holds no run and no rows: give a folder with an events.jsonl below it")
-    return [row for run in runs for row in rows_of_run(run, tokenizer, train_on=train_on)]
+    student = load_tokenizer(tokenizer or next((event["policy"] for event in read_run(runs[0])), "pocket"))
+    return [row for run in runs for row in rows_of_run(run, student, train_on=train_on)], student
 
 
 def listed(rows: Iterable[WindowRow]) -> Iterator[str]:

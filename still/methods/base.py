@@ -117,13 +117,9 @@ class Method:
             token_ids=reading.input_ids,
             attention_mask=reading.attention_mask,
             row_slots=budgets if self.split is None else None,
-            provenance=self.provenance(),
+            provenance={"method": self.name, "options": self.options(), "query_aware": self.query_aware},
             floor=1 if self.split is None else self.split.floor,
         )
-
-    def provenance(self) -> dict[str, Any]:
-        """What a cache records of the method that made it."""
-        return {"method": self.name, "options": self.options(), "query_aware": self.query_aware}
 
     def compact_layer(
         self,
