@@ -30,8 +30,8 @@ help:
 
 # Turns of a small model decode in small operations, which one thread does several times as fast as two.
 quickstart: $(VENV)/.installed-plot
-	$(VENV)/bin/still sweep --preset quickstart --output $(RESULTS)
-	OMP_NUM_THREADS=1 $(VENV)/bin/still sweep --agent --preset quickstart --output $(RESULTS)-agent
+	$(VENV)/bin/still sweep --preset quickstart --workers $(WORKERS) --output $(RESULTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/still sweep --agent --preset quickstart --workers $(WORKERS) --output $(RESULTS)-agent
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not full" $(ARGS)

@@ -6,10 +6,10 @@ that was under way goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -28,6 +28,7 @@ from .play import open_episode, sampler
 from .probe import Probe, ledger, read_private
 from .runs import RunFolder, metrics, read_run
 from .types import Policy
+from .workers import share_out, worker_device
 
 
 class AgentBench:
@@ -108,8 +109,9 @@ class AgentBench:
 
 
 def run_agent_sweep(
-    config: AgentSweepConfig, output: str | Path, bench: AgentBench, progress: bool = True
-) -> AgentStore:
+    config: AgentSweepConfig, output: str | Path, bench: AgentBench, progress: bool = True, workers: int = 1,
+    device: str | None = None,
+) -> AgentStore:  # fmt: skip
     """Compute every cell that `output` does not hold yet.
 
     Args:
@@ -117,6 +119,9 @@ def run_agent_sweep(
         output: results folder; one that the same config made is taken up where it stopped.
         bench: who plays.
         progress: show a bar.
+        workers: processes that share the conditions, each with a bench of its own as `AgentBench.load` makes it, and
+            `together` runs at a time: see `share_out`.
+        device: of workers; the GPUs in turn unless given.
 
     Raises:
         ValueError: a task cannot be judged exactly, or the folder holds another sweep's results.
@@ -140,28 +145,60 @@ def run_agent_sweep(
     tasks = {group: {task.id: task for task in map(load_task, folders)} for group, folders in tasks.items()}
     _check_judgeable(task for group in tasks.values() for task in group.values())
     stamp = {name: record[name] for name in ("versions", "device", "git", "created")}
-    plan = {c: [*agent_cells(c, tasks, bench.seeds(c, config))] for c in config.conditions}
+    plan = [Part(c, [*agent_cells(c, tasks, bench.seeds(c, config))]) for c in config.conditions]
+    left = [Part(part.condition, [cell for cell in part.cells if not store.done(cell)]) for part in plan]
+    left = [part for part in left if part.cells]
+    if workers > 1 and len(left) > 1:
+        ended = share_out(left, workers, _playing_elsewhere, config, output, tasks, device, stamp)
+    else:
+        ended = (end for part in left for end in _playing(config, bench, store, tasks, stamp)(part))
+    total, todo = (sum(len(part.cells) for part in some) for some in (plan, left))
     broken: list[str] = []
-    with (
-        closing(RubricReward(find_judge("exact"))) as judge,
-        tqdm(total=sum(map(len, plan.values())), desc="cells", unit="cell", disable=not progress) as bar,
-    ):
-        for condition, cells in plan.items():
-            left = [cell for cell in cells if not store.done(cell)]
-            bar.update(len(cells) - len(left))
-            bar.set_postfix_str(f"{condition.name} {condition.budget}", refresh=False)
-            with bench.attending(bench.method(condition, bench.seeds(condition, config)[0])):
-                for cell, end in _played(left, tasks, config, bench, store, broken):
-                    if isinstance(end, Exception):
-                        broken.append(f"{cell.set_id}, {cell.label}: {type(end).__name__}: {end}")
-                    else:
-                        root = run_folder(store, cell)
-                        result = _result(cell, tasks[cell.task][cell.set_id], root, judge, bench)
-                        store.write(cell, {**result, "provenance": stamp})
-                    bar.update()
+    bar = tqdm(desc="cells", unit="cell", total=total, initial=total - todo, disable=not progress)
+    with bar, closing(ended):
+        for cell, problem in ended:
+            bar.set_postfix_str(cell.label, refresh=False)
+            bar.update()
+            if problem:
+                broken.append(f"{cell.set_id}, {cell.label}: {problem}")
     if broken:
         raise RuntimeError(f"{len(broken)} runs broke; run again to go on. The first: {broken[0]}")
     return store
+
+
+class Part(NamedTuple):
+    """Some cells of one condition."""
+
+    condition: Condition
+    cells: list[AgentCell]
+
+
+def _playing(
+    config: AgentSweepConfig, bench: AgentBench, store: AgentStore, tasks: dict[str, dict[str, LabTask]], stamp: dict
+) -> Callable[[Part], Iterator[tuple[AgentCell, str]]]:
+    """What plays a part, and yields each cell when it is on disk, or with what broke its run."""
+
+    def play(part: Part) -> Iterator[tuple[AgentCell, str]]:
+        method = bench.method(part.condition, bench.seeds(part.condition, config)[0])
+        with closing(RubricReward(find_judge("exact"))) as judge, bench.attending(method):
+            for cell, end in _played(part.cells, tasks, config, bench, store):
+                if isinstance(end, Exception):
+                    yield cell, f"{type(end).__name__}: {end}"
+                else:
+                    result = _result(cell, tasks[cell.task][cell.set_id], run_folder(store, cell), judge, bench)
+                    store.write(cell, {**result, "provenance": stamp})
+                    yield cell, ""
+
+    return play
+
+
+def _playing_elsewhere(
+    number: int, config: AgentSweepConfig, folder: Path, tasks: dict[str, dict[str, LabTask]], device: str | None,
+    stamp: dict,
+) -> Callable[[Part], Iterator[tuple[AgentCell, str]]]:  # fmt: skip
+    """The same in a worker."""
+    bench = AgentBench.load(config, device or worker_device(number))
+    return _playing(config, bench, AgentStore.open(folder), tasks, stamp)
 
 
 def run_folder(store: AgentStore, cell: AgentCell) -> Path:
@@ -208,11 +245,11 @@ def _check_judgeable(tasks: Iterator[LabTask]) -> None:
 
 
 def _played(
-    cells: list[AgentCell], tasks: dict, config: AgentSweepConfig, bench: AgentBench, store: AgentStore,
-    broken: list[str],
-) -> Iterator[tuple[AgentCell, dict[str, Any] | Exception]]:  # fmt: skip
+    cells: list[AgentCell], tasks: dict, config: AgentSweepConfig, bench: AgentBench, store: AgentStore
+) -> Iterator[tuple[AgentCell, dict[str, Any] | Exception]]:
     """Each cell with its run's last event, or with what broke it."""
     of: dict[Episode, AgentCell] = {}
+    broken: list[tuple[AgentCell, Exception]] = []
 
     def opened() -> Iterator[Episode]:
         for cell in cells:
@@ -224,13 +261,14 @@ def _played(
                 watch = Probe(task, root, config.probe)
                 episode = open_episode(task, bench.policy, settings, root, method, cache=cache, watch=watch)
             except Exception as problem:
-                broken.append(f"{cell.set_id}, {cell.label}: {type(problem).__name__}: {problem}")
+                broken.append((cell, problem))
                 continue
             of[episode] = cell
             yield episode
 
     for episode, end in drive_many(opened(), config.together, sampler(bench.policy, config.together)):
         yield of.pop(episode), end
+    yield from broken
 
 
 def _result(cell: AgentCell, task: LabTask, root: Path, judge: RubricReward, bench: AgentBench) -> dict[str, Any]:

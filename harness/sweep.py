@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,23 +33,27 @@ from ..types import Reading
 from .ask import Asked, Prompt, ask
 from .cells import CEILING, CONTROLS, FLOOR, PLACED, UNEVEN, Cell, CellStore, SweepConfig, cells_of, digest
 from .question_sets import question_sets
+from .workers import share_out, worker_device
 
 COMPACTOR_FILE = "compactor.json"
 
 
 def run_sweep(
-    config: SweepConfig, output: str | Path, device: str | None = None, progress: bool = True
+    config: SweepConfig, output: str | Path, device: str | None = None, progress: bool = True, workers: int = 1
 ) -> CellStore:
     """Compute every cell that `output` does not hold yet.
 
     Args:
         config: what to compute.
         output: results folder; one that the same config made is taken up where it stopped.
-        device: default: the first GPU if there is one, else the CPU.
+        device: default: the first GPU if there is one, else the CPU; several workers take the GPUs in turn.
         progress: show a bar.
+        workers: processes that share the question sets, each with a model of its own and its share of the CPU's
+            threads: see `share_out`. Two are faster than one wherever one keeps no device busy.
 
     Raises:
         ValueError: a method, task or seed has no such name, or the folder holds another sweep's results.
+        RuntimeError: a worker died; finished cells are kept.
     """
     every = tuple(dict.fromkeys(name for names in config.methods_of.values() for name in names))
     check_methods(every)
@@ -67,23 +71,59 @@ def run_sweep(
         **({"split": digest(bench.split_of(None).to_dict())[:16]} if config.split else {}),
     }
     store = CellStore.create(output, config, inputs, record)
-    plan = [
-        (place, sets, [*cells_of(config, task, each.id, bench.seeds)])
+    parts = [
+        Part(each, sets[(place + 1) % len(sets)], [*cells_of(config, task, each.id, bench.seeds)])
         for task, sets in tasks.items()
         for place, each in enumerate(sets)
     ]
     stamp = {name: record[name] for name in ("versions", "device", "git", "created")}
-    total = sum(len(cells) for _, _, cells in plan)
-    with tqdm(total=total, desc="cells", unit="cell", disable=not progress, smoothing=0.05) as bar:
-        for place, sets, cells in plan:
-            left = [cell for cell in cells if not store.done(cell)]
-            bar.update(len(cells) - len(left))
-            sitting = Sitting(bench, sets[place], sets[(place + 1) % len(sets)])
-            for cell in left:
-                bar.set_postfix_str(f"{cell.set_id}: {cell.label}", refresh=False)
-                store.write(cell, {**sitting.result(cell), "provenance": stamp})
-                bar.update()
+    left = [part.without(store.done) for part in parts]
+    left = [part for part in left if part.cells]
+    if workers > 1 and len(left) > 1:
+        del bench, loaded  # each worker has its own
+        done = share_out(left, workers, _computing_elsewhere, config, every, output, device, stamp)
+    else:
+        done = (cell for part in left for cell in _computing(bench, store, stamp)(part))
+    total, todo = (sum(len(part.cells) for part in some) for some in (parts, left))
+    bar = tqdm(desc="cells", unit="cell", total=total, initial=total - todo, disable=not progress, smoothing=0.05)
+    with bar, closing(done):
+        for cell in done:
+            bar.set_postfix_str(f"{cell.set_id}: {cell.label}", refresh=False)
+            bar.update()
     return store
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some cells of one question set; a wrong matter's cache is made of the other set."""
+
+    asked: QuestionSet
+    other: QuestionSet
+    cells: list[Cell]
+
+    def without(self, done: Callable[[Cell], bool]) -> Part:
+        """What is left of it."""
+        return dataclasses.replace(self, cells=[cell for cell in self.cells if not done(cell)])
+
+
+def _computing(bench: Bench, store: CellStore, stamp: dict) -> Callable[[Part], Iterator[Cell]]:
+    """What computes a part, and yields each cell when it is on disk."""
+
+    def compute(part: Part) -> Iterator[Cell]:
+        sitting = Sitting(bench, part.asked, part.other)
+        for cell in part.cells:
+            store.write(cell, {**sitting.result(cell), "provenance": stamp})
+            yield cell
+
+    return compute
+
+
+def _computing_elsewhere(
+    number: int, config: SweepConfig, names: Sequence[str], folder: str | Path, device: str | None, stamp: dict
+) -> Callable[[Part], Iterator[Cell]]:
+    """The same in a worker."""
+    bench = Bench(config, models.load(config.model, device or worker_device(number), config.dtype), names)
+    return _computing(bench, CellStore.open(folder), stamp)
 
 
 def check_methods(names: tuple[str, ...]) -> None:

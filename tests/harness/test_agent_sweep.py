@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from agent_cases import Clerk, make_task, texts, tiny_agent
@@ -194,3 +195,21 @@ def test_methods_are_made_and_seeds_are_those_that_matter():
         condition = config.conditions[-1]
         assert made.method(condition, 1).name == name
         assert made.seeds(condition, config) == ((0, 1) if name == "random" else (0,))
+
+
+def test_workers_play_the_cells_of_one_process(tmp_path):
+    """A tiny random model says nothing of use, but the same both times."""
+    loaded = tiny_agent()
+    loaded.model.save_pretrained(tmp_path / "model")
+    loaded.tokenizer.save_pretrained(tmp_path / "model")
+    config = replace(
+        CONFIG, model=str(tmp_path / "model"), relevance=(1.0,), backends=("memo", "kv"), budgets=("60t",),
+        max_new_tokens=8, max_turns=3, reserve=64, probe=False,
+    )  # fmt: skip
+    bench = AgentBench.load(config, "cpu")
+    stores = [
+        run_agent_sweep(config, tmp_path / str(n), bench, progress=False, workers=n, device="cpu") for n in (1, 2)
+    ]
+    labels = [[(each["cell"], each["criteria"]) for each in store.results()] for store in stores]
+    assert len(labels[0]) == 4
+    assert labels[0] == labels[1]

@@ -123,6 +123,20 @@ def test_the_same_config_gives_the_same_rows(folder, tmp_path):
     assert rows_of(sweep(config, tmp_path / "a")) == rows_of(sweep(config, tmp_path / "b"))
 
 
+def test_workers_make_the_rows_of_one_process(folder, tmp_path):
+    config = settings(folder, methods=("still", "random"), ratios=(4,), seeds=(0, 1))
+    alone = sweep(config, tmp_path / "alone")
+    shared = run_sweep(config, tmp_path / "shared", device="cpu", progress=False, workers=2)
+    assert rows_of(shared) == rows_of(alone)
+    paths = [path for path in (tmp_path / "shared" / "cells").rglob("*.json") if path.parent.name.endswith("-0")]
+    for path in paths:
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared" / "cells").rglob("*.json")}
+    assert rows_of(run_sweep(config, tmp_path / "shared", device="cpu", progress=False, workers=2)) == rows_of(alone)
+    assert paths
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").rglob("*.json")}.items()
+
+
 def test_a_killed_sweep_goes_on_where_it_stopped(folder, tmp_path):
     """kill -9 in the middle: what was done is not done again, and the rows are those of a sweep without a break."""
     config = settings(folder, count=3, methods=("still", "truncation", "knorm", "keydiff"))

@@ -1,0 +1,78 @@
+"""Work in several processes: every piece once, errors with their message, deaths told, no process left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from worker_cases import breaking, loading, squares
+
+from still.harness.workers import share_out
+
+
+def test_every_piece_is_worked_once_by_processes_of_their_own():
+    got = list(share_out([[1, 2], [3], [4, 5, 6]], 2, squares, 100))
+    assert sorted(value for value, _, _ in got) == [100 + n * n for n in range(1, 7)]
+    assert {number for _, number, _ in got} <= {0, 1}
+    assert os.getpid() not in {pid for _, _, pid in got}
+    by = {value: (number, pid) for value, number, pid in got}
+    assert by[101] == by[104]
+    assert by[116] == by[125] == by[136]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("start", "what", "error", "message"),
+    [
+        (breaking, "mistake", ValueError, "slots is 0"),
+        (breaking, "defect", RuntimeError, "ZeroDivisionError: a defect"),
+        (breaking, "die", RuntimeError, "status -9"),
+        (loading, "here", FileNotFoundError, "no model here"),
+    ],
+)
+def test_what_breaks_a_worker_is_told_and_what_came_before_it_is_kept(start, what, error, message):
+    got = []
+    with pytest.raises(error, match=message):
+        got.extend(share_out([1], 2, start, what))
+    if what != "die":  # a killed process may take its last words with it
+        assert got == ([] if start is loading else [1])
+    assert not multiprocessing.active_children()
+
+
+def test_a_caller_that_stops_early_or_is_killed_leaves_no_process(tmp_path):
+    script = tmp_path / "caller.py"
+    script.write_text(
+        "import sys\nfrom worker_cases import slow\nfrom still.harness.workers import share_out\n"
+        "if __name__ == '__main__':\n    list(share_out([1, 2], 2, slow, sys.argv[1]))\n"
+    )
+    started = tmp_path / "started"
+    started.mkdir()
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    caller = subprocess.Popen([sys.executable, str(script), str(started)], env={**os.environ, "PYTHONPATH": path})
+    try:
+        until(lambda: len(list(started.iterdir())) == 2)
+    finally:
+        caller.kill()
+        caller.wait()
+    until(lambda: not [each.name for each in started.iterdir() if running(each.name)])
+
+
+def running(pid: str) -> bool:
+    """Whether a process is there, and no mere entry that nobody has waited for."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until(true, seconds: float = 120) -> None:
+    """Wait for it."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
