@@ -327,7 +327,7 @@ def template_digest(tokenizer: Any) -> str:
 
 def check_rows(
     rows: Sequence[WindowRow], tokenizer: Any = None, max_tokens: int | None = None, newest: int | None = None,
-    staleness: int = 0, compactor: str = "",
+    compactor: str = "",
 ) -> None:  # fmt: skip
     """Refuse rows that would train nothing, or another thing than what was played, before a step is wasted.
 
@@ -336,7 +336,6 @@ def check_rows(
         tokenizer: of the model that trains.
         max_tokens: that a row may have; nothing is ever cut.
         newest: version of the weights that train; rows that others sampled are stale.
-        staleness: versions that a row may lie behind.
         compactor: digest of the compactor that the rows' slots must be of; any unless given.
 
     Raises:
@@ -370,11 +369,10 @@ def check_rows(
                 f"hand: sample again, or load the compactor that made them"
             )
         if newest is not None:
-            stale = [v for v in row.versions if v is None or not newest - staleness <= v <= newest]
+            stale = [version for version in row.versions if version != newest]
             if stale:
                 raise ValueError(
-                    f"{where} was sampled by weights of version {stale[0]}, and version {newest} trains: sample again, "
-                    f"or allow a staleness"
+                    f"{where} was sampled by weights of version {stale[0]}, and version {newest} trains: sample again"
                 )
 
 

@@ -56,11 +56,13 @@ def share_out(pieces: Sequence[Any], workers: int, start: Callable[..., Callable
                 workers -= 1
             else:
                 yield item
+        for process in processes:
+            process.join()
     finally:
         for each in (todo, done):
             each.cancel_join_thread()
         for process in processes:
-            if process.pid is not None:
+            if process.is_alive():
                 process.terminate()
                 process.join()
 

@@ -149,7 +149,6 @@ class GrpoConfig:
         refill: further draws of tasks when groups without variance left fewer than half (dynamic sampling).
         overlong: rollouts that a limit stopped are graded as they are, or masked.
         length_cut: share of rollouts that a limit may stop before the run stops, loudly.
-        staleness: versions that the weights of a rollout may lie behind.
         rollout_temperature: of the sampling; top-p is 1, always.
         rollouts: who plays: local, or server:NAME, a model of a vLLM server at --base-url that is given the weights
             before every step.
@@ -177,7 +176,6 @@ class GrpoConfig:
     refill: int = 0
     overlong: Literal["grade", "mask"] = "grade"
     length_cut: float = 0.5
-    staleness: int = 0
     rollout_temperature: float = 1.0
     rollouts: str = "local"
     ask: bool = True

@@ -31,6 +31,7 @@ from ..runs import read_run, write_atomically
 from ..windows import WindowRow, check_rows, rows_of_run
 from .advantages import Advantages, combined_reward, group_advantages
 from .behaviour import mean_behaviour, was_cut
+from .clock import Clock
 from .config import GrpoConfig, TrainSettings
 from .credit import criterion_advantages
 from .evaluate import evaluate
@@ -61,6 +62,7 @@ class Rollouts:
         together: runs at a time.
         reference: the policy that the run started from, for the KL.
         policy_of: makes the policy that plays, of a `LoadedModel` and a window.
+        clock: of the trainer.
         last: numbers of the last step, for the log.
     """
 
@@ -75,6 +77,7 @@ class Rollouts:
     together: int = 1
     reference: Any = None
     policy_of: Callable[[Any, int | None], Any] = LocalPolicy
+    clock: Clock = field(default_factory=Clock)
     last: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -100,8 +103,10 @@ class Rollouts:
         size, draws = min(self.config.tasks_per_step, len(order)), 0
         while True:
             chosen, order = order[:size], order[size:]
-            played = self._play(chosen, f"step-{number}", seeds, folder, policy, eyes)
-            found = self._rewards(played, folder, draws)
+            with self.clock.measuring("rollouts"):
+                played = self._play(chosen, f"step-{number}", seeds, folder, policy, eyes)
+            with self.clock.measuring("grading"):
+                found = self._rewards(played, folder, draws)
             rewards |= found
             groups |= {name: task.id for name, (task, _) in played.items()}
             kept |= played
@@ -115,9 +120,8 @@ class Rollouts:
         runs = {name: read_run(root) for name, (_, root) in kept.items()}
         self._check(number, made, runs)
         rows = self._rows(made, kept, number)
-        behind = self.config.staleness
-        check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens, number, behind,
-                   "" if behind else fingerprint(self.module.method))  # fmt: skip
+        method = fingerprint(self.module.method)
+        check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens, number, compactor=method)
         settings = self.settings
         advantage, foretold = self._credit(made, rewards, groups, kept, runs)
         shares = shares_of(rows, settings.normaliser, settings.constant, settings.memo_weight, advantage)
@@ -325,7 +329,7 @@ def run_grpo(
     reference = copy.deepcopy(module.policy).requires_grad_(False).eval() if config.kl else None
     source = Rollouts(module, loaded, tasks, run, config, settings, output, grade, together, reference, policy_of)
     trainer = RowTrainer(
-        module, settings, output, source, config.steps, loaded.tokenizer, options, extra=lambda: source.last
+        module, settings, output, source, config.steps, loaded.tokenizer, options, lambda: source.last, source.clock
     )
     on = tuple(evaluate_on) or (run.backend,)
 

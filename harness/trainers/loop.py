@@ -17,8 +17,10 @@ from ...distill.checkpoints import MARKER, is_complete, mark_complete, step_of, 
 from ...distill.progress import MetricsFile
 from ...distill.trainer import check_options
 from .attention import attending_rows
+from .clock import Clock
 from .config import TrainSettings
 from .model import RowModel
+from .openings import can_share
 from .sharding import NOTHING, gather, hold_gradients, parts, prepare, scatter, whole_state
 from .steps import StepSource, StepStream
 from .weights import load_weights, save_weights
@@ -69,16 +71,18 @@ class RowTrainer(Trainer):
         tokenizer: saved beside a whole policy.
         options: further arguments of the library trainer.
         extra: further numbers of the step that was just taken, for the log.
+        clock: that the source measures its own work with; the log says where each step's seconds went.
     """
 
     def __init__(
         self, module: RowModel, settings: TrainSettings, output: str | Path, source: StepSource, steps: int,
         tokenizer: Any = None, options: dict[str, Any] | None = None, extra: Callable[[], dict[str, float]] = dict,
+        clock: Clock | None = None,
     ):  # fmt: skip
         cpu = next(module.policy.parameters()).device.type == "cpu"
         args = training_arguments(settings, output, steps, options or {}, cpu)
         self.settings, self.source, self.tokenizer, self.extra = settings, source, tokenizer, extra
-        self.first_step, self._sums, self._settled = 0, {}, False
+        self.first_step, self._sums, self._settled, self.clock = 0, {}, False, clock or Clock()
         super().__init__(model=module, args=args)
         if self.is_deepspeed_enabled:
             raise ValueError(
@@ -112,6 +116,7 @@ class RowTrainer(Trainer):
         """Train from where the folder stands to the last step."""
         checkpoint = take_up(self)
         self.first_step = step_of(checkpoint) if checkpoint else 0
+        self.clock.start()
         if self.first_step < self.args.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         elif checkpoint:
@@ -122,7 +127,7 @@ class RowTrainer(Trainer):
         """Steps from the first one on; none is fetched ahead, since it may need the weights that the last one left."""
         stream = StepStream(
             self.source, self.first_step, self.args.max_steps, self.args.process_index, self.args.world_size,
-            self.settings.micro_tokens, self._ready,
+            self.settings.micro_tokens, can_share(self.module.policy), self._ready,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(self.settings.train_seed)
         return DataLoader(stream, batch_size=None, generator=generator)
@@ -136,8 +141,11 @@ class RowTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward over the step's micro-batches; only the last one synchronises."""
-        with attending_rows(self.module.policy):
-            return self._micro_batches(model, inputs)
+        with attending_rows(self.module.policy), self.clock.measuring("model"):
+            total = self._micro_batches(model, inputs)
+            if total.device.type == "cuda":
+                torch.cuda.synchronize(total.device)  # or the last backward pass would count as something else
+        return total
 
     def _micro_batches(self, model, inputs) -> torch.Tensor:
         model.train()
@@ -172,7 +180,7 @@ class RowTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write a line of metrics: per-token means over all processes, and what the source adds."""
         if "loss" in logs:
-            logs |= self._means() | self.extra()
+            logs |= self._means() | self.extra() | self.clock.take()
         super().log(logs, start_time)
         logs.pop("epoch", None)
         if self.is_world_process_zero() and "train_runtime" not in logs:

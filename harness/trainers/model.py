@@ -14,6 +14,7 @@ from ...methods.base import Method
 from ..backends.slots import check_attention
 from ..windows import IGNORE, KINDS, WindowRow
 from .losses import policy_loss, sft_loss, token_weights
+from .openings import can_share, opening_of, read_opening, shared
 from .prefix import check_method, let_checkpoint_read, read_only, rebuild, to_slots_alone
 
 COMPACTOR_MODES = ("frozen", "distill", "rl", "joint")
@@ -111,7 +112,7 @@ class RowModel(nn.Module):
         let_checkpoint_read(self.policy)
 
     def forward(self, shares: Sequence[Share]) -> Outcome:
-        """Loss of a micro-batch: its text rows padded to one batch, its KV rows one by one.
+        """Loss of a micro-batch: its text rows in one batch, its KV rows one by one.
 
         Args:
             shares: rows of the step, those of one trajectory behind slots beside one another.
@@ -146,17 +147,24 @@ class RowModel(nn.Module):
         return self._picked(self._logits(row, policy or self.policy, cache), row)
 
     def logprobs_of_text(self, rows: Sequence[WindowRow]) -> list[torch.Tensor]:
-        """The same of several text rows, in one padded forward."""
+        """The same of several text rows: what all begin with once, and what follows in one padded forward."""
         if not rows:
             return []
         device = self.policy.get_input_embeddings().weight.device
-        ids = torch.zeros(len(rows), max(len(row.input_ids) for row in rows), dtype=torch.long)
+        start = shared([opening_of(row) for row in rows]) if can_share(self.policy) else 0
+        ids = torch.zeros(len(rows), max(len(row.input_ids) for row in rows) - start, dtype=torch.long)
         for place, row in enumerate(rows):
-            ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
+            ids[place, : len(row.input_ids) - start] = torch.tensor(row.input_ids[start:])
         # No mask: what fills a row up stands behind it, where no token of a causal model looks.
-        hidden = self.policy.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        inputs = {"input_ids": ids.to(device), "use_cache": False}
+        if start:
+            opening = torch.tensor([rows[0].input_ids[:start]], device=device)
+            inputs |= {"past_key_values": read_opening(self.policy, opening, len(rows)), "use_cache": True}
+            inputs["position_ids"] = torch.arange(start, start + ids.shape[1], device=device)[None]
+        hidden = self.policy.get_decoder()(**inputs).last_hidden_state
         head = self.policy.get_output_embeddings()
-        return [self._picked(head(hidden[place, _places(row)]), row) for place, row in enumerate(rows)]
+        places = [[place - start for place in _places(row)] for row in rows]
+        return [self._picked(head(own[where]), row) for own, where, row in zip(hidden, places, rows, strict=True)]
 
     def _behind_slots(self, out: Outcome, share: Share, known: dict) -> None:
         row = share.row

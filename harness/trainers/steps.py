@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 from ..windows import IGNORE, KINDS, WindowRow, by_trajectory
 from .losses import Counted, row_scales
 from .model import Share
+from .openings import opening_of, shared
 
 
 class StepSource(Protocol):
@@ -71,11 +72,20 @@ class RowSource:
         return shares_of(rows, settings.normaliser, settings.constant, settings.memo_weight)
 
 
-def own_batches(shares: Sequence[Share], rank: int, world: int, micro_tokens: int) -> list[list[Share]]:
+def own_batches(
+    shares: Sequence[Share], rank: int, world: int, micro_tokens: int, sharing: bool = False
+) -> list[list[Share]]:
     """The micro-batches of one process: whole trajectories, the longest first to whoever has least.
 
-    Text rows stand by length, since a batch is padded to its longest.
-    A process without a trajectory gets one row that counts nothing, so that all take part in the step.
+    Text rows stand by length, since a batch is padded to its longest. A process without a trajectory gets one row that
+    counts nothing, so that all take part in the step.
+
+    Args:
+        shares: of the step.
+        rank: of the process.
+        world: processes.
+        micro_tokens: that a batch computes; a row of more is a batch of its own.
+        sharing: what text rows of a batch begin with is computed once; those that begin alike stand together.
     """
     groups: dict[str, list[Share]] = {}
     for share in shares:
@@ -90,14 +100,19 @@ def own_batches(shares: Sequence[Share], rank: int, world: int, micro_tokens: in
     if not mine:
         return [[Share(shares[0].row, 0.0, shares[0].advantage, shares[0].reference)]]
     # Rows behind slots stay beside those of their trajectory, with which they share a prefix.
-    mine.sort(key=lambda share: 0 if share.row.prefix_plan else -_tokens(share.row))
-    batches: list[list[Share]] = []
-    for share in mine:
-        size = _tokens(share.row)
-        if not batches or sum(_tokens(each.row) for each in batches[-1]) + size > micro_tokens:
-            batches.append([])
-        batches[-1].append(share)
-    return batches
+    openings = [opening_of(share.row) if sharing and not share.row.prefix_plan else [] for share in mine]
+    placed = [(0 if share.row.prefix_plan else -_tokens(share.row)) for share in mine]
+    order = sorted(range(len(mine)), key=lambda place: (openings[place], placed[place]))
+    batches: list[list[int]] = []
+    for place in order:
+        if batches:
+            rows = [*batches[-1], place]
+            once = shared([openings[each] for each in rows])
+            if sum(_tokens(mine[each].row) for each in rows) - once * (len(rows) - 1) <= micro_tokens:
+                batches[-1].append(place)
+                continue
+        batches.append([place])
+    return [[mine[place] for place in batch] for batch in batches]
 
 
 def _tokens(row: WindowRow) -> int:
@@ -114,17 +129,19 @@ class StepStream(IterableDataset):
         rank: of this process.
         world: processes.
         micro_tokens: see `own_batches`.
+        sharing: likewise.
         ready: called before each step is made.
     """
 
     def __init__(
         self, source: StepSource, start: int, stop: int, rank: int, world: int, micro_tokens: int,
-        ready: Callable[[], None] = lambda: None,
+        sharing: bool = False, ready: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.source, self.start, self.stop = source, start, stop
-        self.rank, self.world, self.micro_tokens, self.ready = rank, world, micro_tokens, ready
+        self.share = {"rank": rank, "world": world, "micro_tokens": micro_tokens, "sharing": sharing}
+        self.ready = ready
 
     def __iter__(self) -> Iterator[list[list[Share]]]:
         for number in range(self.start, self.stop):
             self.ready()
-            yield own_batches(self.source.step(number), self.rank, self.world, self.micro_tokens)
+            yield own_batches(self.source.step(number), **self.share)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from agent_cases import Reader, of, tiny_agent
-from trainer_cases import RUN, Honest, attentive, exact, matters
+from trainer_cases import RUN, Honest, attentive, exact, log_of, matters, repeatable
 
 from still import methods
 from still.budgets import Split
@@ -40,20 +40,19 @@ def grpo(root, tasks, config=CONFIG, run=SHORT, settings=SETTINGS, loaded=None, 
     return run_grpo(tasks, (), loaded, run, config, settings, root, *graders, report=lambda _: None, **more)
 
 
-def lines(root):
-    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_steps_roll_out_with_the_weights_that_they_train_and_resume_alike(tmp_path):
     tasks, whole, cut = matters(tmp_path / "lab"), tmp_path / "whole", tmp_path / "cut"
     grpo(whole, tasks)
-    log = lines(whole)
+    log = log_of(whole)
     assert [line["step"] for line in log] == [1, 2, 3]
     for line in log:
         assert line["gap"] < 1e-4  # what trains saw what was sampled
         assert line["ratio"] == pytest.approx(1.0, abs=1e-4)
         assert line["rollouts"] == 2
         assert "behaviour_grep_share" in line
+        parts = [line[f"seconds_{name}"] for name in ("rollouts", "grading", "model")]
+        assert min(parts) > 0
+        assert sum(parts) < line["seconds_step"]
     for number in range(3):
         runs = sorted((whole / "rollouts" / f"step-{number:04d}").rglob("events.jsonl"))
         _, second = [read_run(path.parent) for path in runs]
@@ -67,7 +66,7 @@ def test_steps_roll_out_with_the_weights_that_they_train_and_resume_alike(tmp_pa
     shutil.rmtree(cut / "trained")
     next(iter((cut / "rollouts" / "step-0001").rglob("metrics.json"))).unlink()
     grpo(cut, tasks)
-    assert [{**line, "grad_norm": 0} for line in lines(cut)] == [{**line, "grad_norm": 0} for line in log]
+    assert repeatable(log_of(cut)) == repeatable(log)
     file = "trained/policy/model.safetensors"
     assert (cut / file).read_bytes() == (whole / file).read_bytes()
 
@@ -106,7 +105,7 @@ def test_the_compactor_trains_in_the_loop_behind_a_frozen_base(tmp_path, mode, n
     settings = replace(SETTINGS, train_policy="frozen", compactor_mode=mode)
     method = methods.get("still", compactor=compactor, split=split)
     grpo(tmp_path / "run", tasks, replace(CONFIG, steps=1), run, settings, loaded, method=method, policy_of=scripted)
-    (line,) = lines(tmp_path / "run")
+    (line,) = log_of(tmp_path / "run")
     assert line["gap"] < 1e-4
     assert ("distill" in line) == (mode == "distill")
     assert any((p - before[name]).abs().max() > 0 for name, p in compactor.named_parameters())
@@ -122,7 +121,7 @@ def test_distillation_alone_learns_from_rollouts_of_equal_reward(tmp_path):
     settings = replace(SETTINGS, train_policy="frozen", compactor_mode="distill")
     config = replace(CONFIG, steps=1, reward="rubric")
     grpo(tmp_path / "run", tasks, config, run, settings, loaded, method=method, policy_of=scripted)
-    (line,) = lines(tmp_path / "run")
+    (line,) = log_of(tmp_path / "run")
     assert (line["groups_kept"], line["groups_dropped"]) == (0, 1)
     assert line["distill"] > 0
     with pytest.raises(ValueError, match="no group of step 0 has any variance"):

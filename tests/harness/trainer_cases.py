@@ -85,6 +85,16 @@ def plain_row(ids: list[int], trained: range, trajectory: str = "a", window: int
     return WindowRow(input_ids=ids, labels=labels, trajectory_id=trajectory, window=window, **{**known, **more})
 
 
+def log_of(folder) -> list[dict]:
+    """Lines of a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def repeatable(log: list[dict]) -> list[dict]:
+    """Without what differs between two runs that train the same: seconds, and a norm summed in another order."""
+    return [{k: v for k, v in line.items() if k != "grad_norm" and not k.startswith("seconds_")} for line in log]
+
+
 def gradients(module) -> dict[str, torch.Tensor]:
     """What a backward pass left."""
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}

@@ -1,0 +1,79 @@
+"""What several rows begin with, computed once for all of them.
+
+All windows of a matter begin with the same system prompt and assignment, and all rollouts of a group do. A causal model
+makes the same keys and values of them in every row, so one forward over the opening serves all rows of a micro-batch,
+which go on behind it; gradients of all rows meet in it. Shared prompts are known from serving (Hydragen, arXiv
+2402.05099) and from GRPO with one prompt a group (Prefix Grouper, arXiv 2506.05433).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from ..windows import IGNORE, WindowRow
+
+LEAST = 32
+"""Tokens of an opening that are worth a forward of their own."""
+
+
+def opening_of(row: WindowRow) -> list[int]:
+    """The tokens of a row before the first one whose prediction is trained."""
+    first = next((place for place, label in enumerate(row.labels) if label != IGNORE), len(row.labels))
+    return row.input_ids[: max(0, first - 1)]
+
+
+def shared(openings: Sequence[Sequence[int]]) -> int:
+    """How many tokens are computed once: those that all begin with; none of a few, or of one row alone."""
+    if len(openings) < 2:
+        return 0
+    first, last = min(openings), max(openings)  # what these two begin with, all between them do
+    common = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return common if common >= LEAST else 0
+
+
+def can_share(model) -> bool:
+    """Whether keys and values are all that a layer remembers of an opening."""
+    config = model.config.get_text_config(decoder=True)
+    return all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+
+
+def read_opening(model, ids: torch.Tensor, rows: int) -> Cache:
+    """A cache for one forward over what follows the opening in each row.
+
+    Args:
+        model: the policy.
+        ids: of the opening, `[1, tokens]`.
+        rows: that go on behind it.
+    """
+    layers = [_Opening() for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)]
+    model.get_decoder()(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True)
+    return Cache(layers=[_Behind(layer, rows) for layer in layers])
+
+
+class _Opening(DynamicLayer):
+    """Notes the first forward's states, and stores nothing: a checkpoint's replay sees the same."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """What the forward attends to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.noted = key_states, value_states
+        return key_states, value_states
+
+
+class _Behind(DynamicLayer):
+    """Shows the opening to the forward of several rows, and stores nothing."""
+
+    def __init__(self, opening: _Opening, rows: int):
+        super().__init__()
+        keys, values = opening.noted
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = (x.expand(rows, -1, -1, -1) for x in (keys, values))
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """What the forward attends to."""
+        return torch.cat((self.keys, key_states), dim=2), torch.cat((self.values, value_states), dim=2)

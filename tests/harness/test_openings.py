@@ -1,0 +1,114 @@
+"""What rows begin with is computed once, and their log-probabilities and gradients are those of rows one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agent_cases import tiny_agent
+from trainer_cases import assert_close, gradients, plain_row, rollout
+
+from still.harness.trainers.attention import attending_rows
+from still.harness.trainers.model import RowModel, Share
+from still.harness.trainers.openings import LEAST, opening_of, shared
+from still.harness.trainers.steps import own_batches, shares_of
+
+OPENING = 90
+
+
+def rows(size: int, opening: int = OPENING):
+    """Four rows behind one opening, and one that begins otherwise."""
+    draw = torch.Generator().manual_seed(5)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(7, size, (n,), generator=draw).tolist()
+
+    begin = ids(opening)
+    alike = [
+        plain_row(begin + ids(n), range(first, opening + n), name, window)
+        for name, window, n, first in (
+            ("a", 0, 40, opening + 3), ("a", 1, 25, opening + 20), ("b", 0, 70, opening + 1), ("b", 1, 1, opening),
+        )
+    ]  # fmt: skip
+    return [*alike, plain_row(ids(60), range(30, 50), "c")]
+
+
+class Counting:
+    """How many tokens a model's layers have gone through."""
+
+    def __init__(self, model):
+        self.tokens = 0
+        self.hook = model.get_input_embeddings().register_forward_hook(self.count)
+
+    def count(self, module, inputs, output):
+        """Add a forward's."""
+        self.tokens += output.shape[0] * output.shape[1]
+
+
+def backward(module: RowModel, batches) -> dict[str, torch.Tensor]:
+    module.zero_grad()
+    with attending_rows(module.policy):
+        for batch in batches:
+            module([Share(row, 1.0 + number) for number, row in batch]).loss.backward()
+    return gradients(module)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "yarn", "gemma3"])
+def test_gradients_are_those_of_rows_one_by_one(kind, checkpointing, attention):
+    if checkpointing and kind == "gemma3":
+        pytest.skip("its sliding layers are not trained with checkpoints")
+    loaded = tiny_agent(kind)
+    loaded.model.set_attn_implementation(attention)
+    module = RowModel(loaded.model.requires_grad_(True)).train()
+    numbered = list(enumerate(rows(260)))
+    reference = backward(module, [[each] for each in numbered])
+    if checkpointing:
+        module.checkpoint_activations()
+    counting = Counting(loaded.model)
+    for batches in ([numbered], [numbered[:4], numbered[4:]], [numbered[1:3], numbered[:1], numbered[3:]]):
+        assert_close(reference, backward(module, batches))
+    counting.tokens = 0
+    backward(module, [numbered[:4]])
+    assert counting.tokens == (4 * (OPENING + 70) if kind == "gemma3" else OPENING - 1 + 4 * 71)
+    counting.tokens = 0
+    backward(module, [numbered[:1]])
+    assert counting.tokens == OPENING + 40
+
+
+def test_log_probabilities_are_those_of_rows_one_by_one():
+    loaded = tiny_agent()
+    module = RowModel(loaded.model)
+    every = rows(260)
+    with torch.no_grad():
+        for found, row in zip(module.logprobs_of_text(every[:4]), every, strict=False):
+            assert torch.allclose(found, module.logprobs(row), atol=1e-5)
+
+
+def test_an_opening_ends_before_what_is_trained_and_few_tokens_are_none():
+    first = plain_row(list(range(100)), range(60, 70))
+    assert opening_of(first) == list(range(59))  # token 59 predicts the first that is trained
+    other = plain_row([*range(50), *range(200, 250)], range(70, 90))
+    assert shared([opening_of(first), opening_of(other)]) == 50
+    assert shared([opening_of(first)] * 2) == 59
+    assert shared([opening_of(first)]) == 0
+    assert shared([opening_of(first), opening_of(other)[: LEAST - 1]]) == 0
+    assert shared([opening_of(first), opening_of(first)[:LEAST]]) == LEAST
+    assert shared([opening_of(first), opening_of(plain_row([7, *range(99)], [50]))]) == 0
+    assert opening_of(plain_row(list(range(10)), [1])) == []
+
+
+def test_micro_batches_hold_rows_that_begin_alike_and_as_many_tokens_as_are_computed():
+    every = rows(260)
+    shares = shares_of([every[0], every[4], every[2], every[1], every[3]], "token", 0, 1.0)
+    batches = own_batches(shares, 0, 1, OPENING - 1 + 41 + 26 + 71 + 2, sharing=True)
+    assert sorted(len(batch) for batch in batches) == [1, 4]
+    assert [len(b) for b in own_batches(shares, 0, 1, OPENING - 1 + 41 + 26 + 71 + 1, sharing=True)] != [1, 4]
+    assert {len(b) for b in own_batches(shares, 0, 1, OPENING - 1 + 41 + 26 + 71 + 2)} == {1, 2}
+
+
+def test_windows_of_a_rollout_share_its_system_prompt_and_assignment(tmp_path):
+    played = rollout(tmp_path, backend="memo", budget="400t", reads=1, reads_force=2)
+    openings = [opening_of(row) for row in played]
+    assert len(played) > 2
+    assert shared(openings) > 200
