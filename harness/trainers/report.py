@@ -76,8 +76,21 @@ def write_grpo_report(output: str | Path) -> Path:
         "<h2>Steps</h2>",
         table(["step", *names], [[line["step"], *(f"{line.get(n, 0):.4g}" for n in names)] for line in lines]),
         note([f"Last step: {last['groups_dropped']:.0f} groups had no variance and were dropped."] if last else []),
+        note(_time(lines)),
     ]  # fmt: skip
     return _write(output, "GRPO", body, made_by)
+
+
+def _time(lines: Sequence[dict]) -> list[str]:
+    """What the steps' seconds went to, in a sentence; nothing of logs that do not say."""
+    whole = sum(line.get("seconds_step", 0.0) for line in lines)
+    if not whole:
+        return []
+    parts = {"rollouts": "rollouts", "grading": "grading", "model": "forward and backward"}
+    spent = {said: sum(line.get(f"seconds_{name}", 0.0) for line in lines) for name, said in parts.items()}
+    spent["all else"] = whole - sum(spent.values())
+    shares = ", ".join(f"{said} {seconds / whole:.1%}" for said, seconds in spent.items())
+    return [f"{len(lines)} steps took {whole / 60:.1f} minutes: {shares}."]
 
 
 def smoothed(values: Sequence[float], share: float = 0.3) -> list[float]:

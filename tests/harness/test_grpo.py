@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,9 @@ def test_steps_roll_out_with_the_weights_that_they_train_and_resume_alike(tmp_pa
         assert {turn["version"] for turn in of(second, "turn")} == {number}
     digests = {(whole / "rollouts" / f"step-{n:04d}" / "weights.json").read_text() for n in range(3)}
     assert len(digests) == 3
-    assert "random numbers" in (whole / "report.html").read_text()
+    page = (whole / "report.html").read_text()
+    assert "random numbers" in page
+    assert re.search(r"3 steps took \S+ minutes: rollouts \S+, grading \S+, forward and backward \S+, all else ", page)
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoint-3")
     shutil.rmtree(cut / "checkpoint-2")

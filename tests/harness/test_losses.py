@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from agent_cases import tiny_agent
-from trainer_cases import assert_close, gradients, plain_row
+from trainer_cases import assert_close, gradients, plain_row, rollout
 
 from still.harness.trainers.advantages import combined_reward, group_advantages
 from still.harness.trainers.losses import Counted, policy_loss, row_scales, token_weights
 from still.harness.trainers.model import RowModel, Share
+from still.harness.trainers.steps import shares_of
 from still.harness.windows import IGNORE, WindowRow
 
 
@@ -28,6 +30,32 @@ def test_the_group_baseline_is_over_trajectories_by_hand():
 def test_four_rows_of_a_long_trajectory_do_not_move_the_baseline():
     # [1, 1, 1, 1, 0] over rows would give a mean of 0.8; over the two trajectories it is 0.5
     assert group_advantages({"long": 1.0, "short": 0.0}, {"long": "g", "short": "g"}).of == {"long": 0.5, "short": -0.5}
+
+
+def test_ragged_rollouts_have_one_advantage_each_and_a_masked_last_window_hides_none(tmp_path):
+    """Real windows, four and two of them: the baseline is the mean of two rewards, whatever the windows are."""
+    played = {name: rollout(tmp_path / name, documents=n, backend="memo", budget="400t", reads=1, reads_force=2)
+              for name, n in (("long", 4), ("short", 2))}  # fmt: skip
+    rows = [replace(row, trajectory_id=name) for name, some in played.items() for row in some]
+    windows = {name: len(some) for name, some in played.items()}
+    assert windows["long"] > windows["short"] > 1
+    made = group_advantages({"long": 1.0, "short": 0.25}, dict.fromkeys(windows, "g"))
+    assert made.of == {"long": 0.375, "short": -0.375}
+    shares = shares_of(rows, "trajectory", 0, 1.0, lambda row: made.of[row.trajectory_id])
+    for name, some in played.items():
+        mine = [share for share in shares if share.row.trajectory_id == name]
+        assert {share.advantage for share in mine} == {made.of[name]}
+        # each trajectory counts a half, however many windows its tokens lie in
+        assert sum(share.scale * share.row.trained for share in mine) == pytest.approx(0.5)
+        assert [share.scale for share in mine] == pytest.approx([0.5 / sum(row.trained for row in some)] * len(some))
+    last = next(row for row in rows if row.trajectory_id == "long" and row.is_last)
+    masked = replace(last, labels=[IGNORE] * len(last.labels), token_kind=[0] * len(last.labels))
+    others = [row for row in rows if row is not last]
+    counted = shares_of([*others, masked], "trajectory", 0, 1.0, lambda row: made.of[row.trajectory_id])
+    assert counted[-1].scale * counted[-1].row.trained == 0
+    for share in counted[:-1]:
+        own = sum(row.trained for row in others if row.trajectory_id == share.row.trajectory_id)
+        assert (share.advantage, share.scale) == (made.of[share.row.trajectory_id], pytest.approx(0.5 / own))
 
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf])
