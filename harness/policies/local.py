@@ -387,5 +387,8 @@ def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator)
         token = int(best.indices[0])
         return token, logits.log_softmax(-1)[token].item(), gap
     scaled = (logits / temperature).log_softmax(-1)
-    token = int(torch.multinomial(scaled.exp(), 1, generator=generator))
+    # One random number, where `torch.multinomial` draws one for every token of the vocabulary.
+    edges = scaled.double().exp().cumsum(-1)
+    point = torch.rand((), generator=generator, dtype=torch.float64) * edges[-1]
+    token = int(torch.searchsorted(edges, point, right=True))
     return token, scaled[token].item(), gap

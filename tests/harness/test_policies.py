@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,7 +16,7 @@ from still.harness import backends
 from still.harness.agent import drive
 from still.harness.policies.calls import parser_of
 from still.harness.policies.chat import ChatFormat
-from still.harness.policies.local import LocalPolicy
+from still.harness.policies.local import LocalPolicy, choose
 from still.harness.policies.server import ServerConfig, ServerPolicy
 from still.harness.policies.token_server import TokenServerPolicy
 from still.harness.run_config import RunConfig
@@ -276,3 +277,16 @@ def test_what_a_server_cannot_do_is_refused(serve, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
         ServerPolicy(ServerConfig("m"))
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    chances = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = [choose(chances.log(), 1.0, generator) for _ in range(4000)]
+    for token, chance in enumerate(chances.tolist()):
+        share = sum(one[0] == token for one in drawn) / len(drawn)
+        assert abs(share - chance) <= 4 * (chance * (1 - chance) / len(drawn)) ** 0.5
+    assert all(logprob == pytest.approx(math.log(chances[token])) for token, logprob, _ in drawn)
+    cooler = [choose(chances.log(), 0.1, generator)[0] for _ in range(200)]
+    assert cooler.count(1) >= 190
+    assert choose(chances.log(), 0.0, generator)[0] == 1
