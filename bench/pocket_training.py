@@ -38,13 +38,13 @@ from still.provenance import provenance
 CONFIGS = Path(harness.__path__[0]) / "configs"
 ASKED = "--family assignments --unseen-templates"
 TASKS = {
-    "8": ("--criteria 8 --documents 3", "0:400"),
-    "10": ("--criteria 10 --documents 4", "0:40"),
-    "10-many": ("--criteria 10 --documents 4", "0:600"),
-    "14": ("--criteria 14 --documents 5", "0:60"),
+    "8": ("--criteria 8 --documents 3", "0:400", "1000:1040"),
+    "8-many": ("--criteria 8 --documents 3", "0:800", "2000:2100"),
+    "10": ("--criteria 10 --documents 4", "0:40", "1000:1040"),
+    "10-many": ("--criteria 10 --documents 4", "0:600", "1000:1040"),
+    "14": ("--criteria 14 --documents 5", "0:60", "1000:1040"),
 }
-"""Matters by their number of parties, and the seeds of those to train on."""
-HELD_OUT = "1000:1040"
+"""Matters by their number of parties, the seeds of those to train on, and of the hold-out."""
 GAME = (
     "--policy pocket-agent --window 4096 --reads 1 --reads-force 2 --max-new-tokens 1024 --max-turns 60 "
     "--tools read,write --sandbox none --together 20 --micro-tokens 2048"
@@ -72,6 +72,8 @@ DISTILL = (
     "grpo --backend kv --ratio 16 --train-policy frozen --compactor-mode distill --steps 30 --tasks-per-step 6 "
     "--group 2 --lr 5e-4 --schedule linear --no-ask"
 )
+
+DISTILL_LONGER = DISTILL.replace("--steps 30", "--steps 60").replace("--lr 5e-4", "--lr 2e-4") + " --place 200"
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ RUNS = (
     Run("isft-kv-32-unfiltered", f"{ISFT_32} --select any", 10, matters="10-many", like="isft-kv-32"),
     Run("distill", DISTILL, 8),
     *(Run("distill-placed", f"{DISTILL} --place 200", 8, seed) for seed in range(3)),
+    *(Run("distill-longer", DISTILL_LONGER, 8, seed, matters="8-many") for seed in range(3)),
 )
 
 
@@ -196,8 +199,8 @@ def shown(run: Run, root: Path) -> str:
 def make_tasks(root: Path, which: set[str]) -> None:
     """Matters to train on, and their hold-out."""
     for matters in sorted(which):
-        size, seeds = TASKS[matters]
-        for name, split, drawn in (("train", "train", seeds), ("held-out", "held_out", HELD_OUT)):
+        size, seeds, held_out = TASKS[matters]
+        for name, split, drawn in (("train", "train", seeds), ("held-out", "held_out", held_out)):
             command = ["matters", "generate", *shlex.split(f"{ASKED} {size}"), "--split", split, "--seeds", drawn]
             if still([*command, "-o", str(root / "tasks" / matters / name)], root / "tasks.log"):
                 raise SystemExit(f"no tasks could be made: see {root / 'tasks.log'}")
