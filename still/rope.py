@@ -24,16 +24,23 @@ MOVING_ROPES = ("dynamic", "longrope")
 _checked: WeakSet[nn.Module] = WeakSet()
 
 
-def full_attention_layers(config) -> list[int]:
-    """Indices of the layers whose KV cache grows with the context: the ones that are compacted."""
+def layer_kinds(config) -> list[str]:
+    """What each layer attends to, as transformers' `layer_types` have it; configs without them say it by a window."""
     config = config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    return list(kinds)
+
+
+def full_attention_layers(config) -> list[int]:
+    """Indices of the layers whose KV cache grows with the context: the ones that are compacted."""
+    kinds = layer_kinds(config)
     layers = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     if not layers:
-        raise ValueError(f"{config.model_type} has no full-attention layer (only {sorted(set(kinds))}): nothing grows")
+        raise ValueError(f"{config.get_text_config(decoder=True).model_type} has no full-attention layer (only "
+                         f"{sorted(set(kinds))}): nothing grows")  # fmt: skip
     return layers
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from ...rope import layer_kinds
 from ..windows import IGNORE, WindowRow
 
 LEAST = 32
@@ -37,8 +38,7 @@ def shared(openings: Sequence[Sequence[int]]) -> int:
 
 def can_share(model) -> bool:
     """Whether keys and values are all that a layer remembers of an opening."""
-    config = model.config.get_text_config(decoder=True)
-    return all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    return set(layer_kinds(model.config)) == {"full_attention"}
 
 
 def read_opening(model, ids: torch.Tensor, rows: int) -> Cache:
@@ -49,7 +49,7 @@ def read_opening(model, ids: torch.Tensor, rows: int) -> Cache:
         ids: of the opening, `[1, tokens]`.
         rows: that go on behind it.
     """
-    layers = [_Opening() for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)]
+    layers = [_Opening() for _ in layer_kinds(model.config)]
     model.get_decoder()(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True)
     return Cache(layers=[_Behind(layer, rows) for layer in layers])
 

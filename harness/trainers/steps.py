@@ -100,19 +100,21 @@ def own_batches(
     if not mine:
         return [[Share(shares[0].row, 0.0, shares[0].advantage, shares[0].reference)]]
     # Rows behind slots stay beside those of their trajectory, with which they share a prefix.
-    openings = [opening_of(share.row) if sharing and not share.row.prefix_plan else [] for share in mine]
-    placed = [(0 if share.row.prefix_plan else -_tokens(share.row)) for share in mine]
-    order = sorted(range(len(mine)), key=lambda place: (openings[place], placed[place]))
-    batches: list[list[int]] = []
-    for place in order:
-        if batches:
-            rows = [*batches[-1], place]
-            once = shared([openings[each] for each in rows])
-            if sum(_tokens(mine[each].row) for each in rows) - once * (len(rows) - 1) <= micro_tokens:
-                batches[-1].append(place)
-                continue
-        batches.append([place])
-    return [[mine[place] for place in batch] for batch in batches]
+    placed = [(opening_of(share.row) if sharing and not share.row.prefix_plan else [], share) for share in mine]
+    placed.sort(key=lambda each: (each[0], 0 if each[1].row.prefix_plan else -_tokens(each[1].row)))
+    batches: list[list[tuple[list[int], Share]]] = []
+    for each in placed:
+        if batches and _computed([*batches[-1], each]) <= micro_tokens:
+            batches[-1].append(each)
+        else:
+            batches.append([each])
+    return [[share for _, share in batch] for batch in batches]
+
+
+def _computed(placed: Sequence[tuple[list[int], Share]]) -> int:
+    """Tokens that a batch of shares with their openings goes through, without padding."""
+    once = shared([opening for opening, _ in placed])
+    return once + sum(_tokens(share.row) - once for _, share in placed)
 
 
 def _tokens(row: WindowRow) -> int:
