@@ -21,7 +21,7 @@ from .clock import Clock
 from .config import TrainSettings
 from .model import RowModel
 from .openings import can_share
-from .sharding import NOTHING, gather, hold_gradients, parts, prepare, scatter, whole_state
+from .sharding import check_deepspeed, check_fsdp, gather, prepare, reducing_once, whole_state
 from .steps import StepSource, StepStream
 from .weights import load_weights, save_weights
 
@@ -84,24 +84,13 @@ class RowTrainer(Trainer):
         self.settings, self.source, self.tokenizer, self.extra = settings, source, tokenizer, extra
         self.first_step, self._sums, self._settled, self.clock = 0, {}, False, clock or Clock()
         super().__init__(model=module, args=args)
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                "DeepSpeed's engine counts micro-batches itself, and those of rows are as many as a step needs: take "
-                "DDP, or FSDP for shards of gradients and optimizer states (harness/configs/fsdp.yaml)"
-            )
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError("rows train with FSDP2, whose weights can be held whole: set fsdp_version: 2")
         asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
-        if asked and not self.is_fsdp_enabled:
+        if asked and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(f"accelerate has no {asked[0]} on CPUs: take harness/configs/ddp.yaml")
         if self.is_fsdp_enabled:
-            if hasattr(module.policy, "peft_config") or module.mode != "frozen":
-                raise ValueError(
-                    "adapters are small and compactors have scalars, which FSDP does not shard: train them with DDP "
-                    "(harness/configs/ddp.yaml)"
-                )
-            if module.compactor is not None:
-                self.accelerator.state.fsdp_plugin.ignored_modules = [module.compactor]
+            check_fsdp(module, self.accelerator.state.fsdp_plugin)
+        if self.is_deepspeed_enabled:
+            check_deepspeed(module, self.accelerator.state.deepspeed_plugin.deepspeed_config)
         self.metrics_file = MetricsFile(Path(output) / "metrics.jsonl")
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":
@@ -119,6 +108,8 @@ class RowTrainer(Trainer):
         self.clock.start()
         if self.first_step < self.args.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if self.is_deepspeed_enabled:
+                self.deepspeed.destroy()  # or its hooks would meet those of the next trainer's engine
         elif checkpoint:
             load_weights(self.module, checkpoint)
         gather(self.model)
@@ -149,24 +140,21 @@ class RowTrainer(Trainer):
 
     def _micro_batches(self, model, inputs) -> torch.Tensor:
         model.train()
-        total, sharded = torch.zeros((), device=self.args.device), bool(parts(model))
-        hold_gradients(model, True)
-        for place, batch in enumerate(inputs):
-            last = place == len(inputs) - 1
-            with contextlib.nullcontext() if last or sharded else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    out = model(batch)
-                if not math.isfinite(out.loss.item()):
-                    names = sorted({share.row.trajectory_id for share in batch})
-                    raise ValueError(f"the loss of step {self.state.global_step} is {out.loss.item()}: look at {names}")
-                self.accelerator.backward(out.loss * self.accelerator.num_processes)
-            total += out.loss.detach()
-            for name, value in out.sums.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
-        if sharded:
-            hold_gradients(model, False)
-            self.accelerator.backward(model([NOTHING]).loss)
-            scatter(model)
+        total = torch.zeros((), device=self.args.device)
+        with reducing_once(model, self.accelerator) as (alone, backward):
+            for place, batch in enumerate(inputs, 1):
+                with alone() if place < len(inputs) else contextlib.nullcontext():
+                    with self.compute_loss_context_manager():
+                        out = model(batch)
+                    if not math.isfinite(out.loss.item()):
+                        names = sorted({share.row.trajectory_id for share in batch})
+                        raise ValueError(
+                            f"the loss of step {self.state.global_step} is {out.loss.item()}: look at {names}"
+                        )
+                    backward(out.loss * self.accelerator.num_processes)
+                total += out.loss.detach()
+                for name, value in out.sums.items():
+                    self._sums[name] = self._sums.get(name, 0.0) + value
         return self.accelerator.reduce(total, "sum")
 
     def floating_point_ops(self, inputs) -> int:

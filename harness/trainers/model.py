@@ -81,14 +81,18 @@ class RowModel(nn.Module):
             raise ValueError(f"compactor is {compactor!r}; it is one of {', '.join(COMPACTOR_MODES)}")
         self.policy, self.method, self.mode, self.kind = policy, method, compactor, loss
         self.memo_weight, self.distill_weight, self.options = memo_weight, distill_weight, options or {}
-        self.compactor = getattr(method, "compactor", None)
-        if compactor != "frozen" and self.compactor is None:
+        made_by = getattr(method, "compactor", None)
+        if compactor != "frozen" and made_by is None:
             name = "no method" if method is None else f"the method {method.name}"
             raise ValueError(f"compactor={compactor!r}, but {name} has no compactor that could train")
         if method is not None:
             check_attention(method, policy)
-        if self.compactor is not None:
-            self.compactor.trains(compactor != "frozen")
+        if made_by is not None:
+            made_by.trains(compactor != "frozen")
+        if compactor == "frozen":  # no submodule: wrappers would shard and broadcast it
+            object.__setattr__(self, "compactor", made_by)
+        else:
+            self.compactor = made_by
 
     @property
     def _no_split_modules(self) -> list[str]:

@@ -1,15 +1,18 @@
-"""FSDP2 for rows: gradients and optimizer states lie in shards, and weights are whole from rollouts to last backward.
+"""Steps whose gradients and optimizer states lie in shards, by FSDP2 or DeepSpeed, and whose weights are whole.
 
 Processes play different tasks, and have different numbers of micro-batches and of forwards behind slots, so that no
-forward or backward may wait for the other processes. Weights are therefore gathered before a step, every backward of
-the step keeps its gradients to itself, and one more over nothing, the same everywhere, reduces them to shards. This is
-what ZeRO calls stage 2. Without FSDP all of this does nothing.
+forward or backward may wait for the other processes: weights are whole from rollouts to the last backward, every
+backward of a step keeps its gradients to itself, and they are reduced to shards once. ZeRO calls that stages 1 and 2.
+FSDP2 gathers its weights before a step, and reduces in one more backward, over nothing, the same everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..windows import IGNORE
-from .model import Share
+from .model import RowModel, Share
 
 
 @dataclass
@@ -70,6 +73,71 @@ def hold_gradients(module: nn.Module, hold: bool) -> None:
     for part in parts(module):
         part.set_requires_gradient_sync(not hold, recurse=False)
         part.set_reshard_after_backward(not hold, recurse=False)
+
+
+def check_fsdp(module: RowModel, plugin: Any) -> None:
+    """Refuse what FSDP cannot shard.
+
+    Raises:
+        ValueError: adapters or a compactor train, or it is FSDP1, whose weights are never whole.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError("rows train with FSDP2, whose weights can be held whole: set fsdp_version: 2")
+    if hasattr(module.policy, "peft_config") or module.mode != "frozen":
+        raise ValueError(
+            "adapters are small and compactors have scalars, which FSDP does not shard: train them with DDP "
+            "(harness/configs/ddp.yaml)"
+        )
+
+
+def check_deepspeed(module: RowModel, config: Mapping[str, Any]) -> None:
+    """Refuse what DeepSpeed cannot do with rows.
+
+    Args:
+        module: policy and compactor.
+        config: DeepSpeed's own.
+
+    Raises:
+        ValueError: a compactor trains, weights are sharded too, or the engine would turn the model into 16 bits.
+    """
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2):
+        raise ValueError(
+            f"zero_stage is {stage}; rows train with 1 or 2: weights are whole for rollouts, and processes have "
+            f"different numbers of forwards (harness/configs/deepspeed.yaml)"
+        )
+    if module.mode != "frozen":
+        raise ValueError("compactors have scalars, which DeepSpeed does not broadcast: take harness/configs/ddp.yaml")
+    narrow = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
+    if narrow:
+        raise ValueError(f"DeepSpeed's {narrow[0]} casts the weights that play and train: leave mixed_precision 'no'")
+
+
+@contextmanager
+def reducing_once(
+    model: nn.Module, accelerator: Any
+) -> Iterator[tuple[Callable[[], AbstractContextManager], Callable[[torch.Tensor], None]]]:
+    """The backward passes of one step, whose gradients the processes reduce once, however many passes each has.
+
+    Args:
+        model: as accelerate wrapped it.
+        accelerator: that wrapped it.
+
+    Yields:
+        What goes around forward and backward of all micro-batches but the last, and how to go backward from a loss.
+    """
+    if parts(model):
+        hold_gradients(model, True)
+        yield nullcontext, accelerator.backward
+        hold_gradients(model, False)
+        accelerator.backward(model([NOTHING]).loss)
+        scatter(model)
+    elif hasattr(model, "coalesce_grad_reduction"):  # DeepSpeed's engine; accelerate's backward would step each time
+        with model.coalesce_grad_reduction():
+            yield nullcontext, model.backward
+        model.step()
+    else:
+        yield partial(accelerator.no_sync, model), accelerator.backward
 
 
 def whole_state(module: nn.Module) -> dict[str, torch.Tensor] | None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ...compactor_io import CONFIG, WEIGHTS
 from ...config import StillConfig
 from .model import RowModel
-from .sharding import assign
+from .sharding import assign, scatter
 
 POLICY, COMPACTOR, ADAPTER = "policy", "compactor", "adapter.safetensors"
 
@@ -113,4 +113,5 @@ def _put(module: RowModel, part: str, file: Path) -> None:
     lost = [name for name, p in owner.named_parameters() if p.requires_grad and name not in saved]
     if unknown or lost:
         raise ValueError(f"{file} is of another model: {[*unknown, *lost][:3]} do not fit; give another folder")
-    assign(module, {f"{part}.{name}": tensor for name, tensor in saved.items()})
+    scatter(module)
+    assign(owner, saved)
