@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent / "still")]
@@ -43,7 +44,8 @@ def main(folder: Path) -> None:
     whole, shards = fresh(), fresh()
     for layer in shards.policy.get_decoder().layers:
         fully_shard(layer)
-    fully_shard(shards, ignored_params=set(shards.compactor.parameters()))
+    fully_shard(shards)
+    accelerator = SimpleNamespace(backward=lambda loss: loss.backward())
     one, other = (torch.optim.SGD(module.parameters(), lr=0.1) for module in (whole, shards))
     sharding.prepare(shards)
     for _ in range(3):
@@ -51,13 +53,10 @@ def main(folder: Path) -> None:
             whole(batch).loss.backward()
         sharding.gather(shards)
         assert digest(shards)  # whole weights, to play with
-        sharding.hold_gradients(shards, True)
         mine = own_batches(shares, rank, world, 60)
-        for batch in mine:
-            (shards(batch).loss * world).backward()
-        sharding.hold_gradients(shards, False)
-        shards([sharding.NOTHING]).loss.backward()
-        sharding.scatter(shards)
+        with sharding.reducing_once(shards, accelerator) as (_, backward):
+            for batch in mine:
+                backward(shards(batch).loss * world)
         for optimizer in (one, other):
             optimizer.step()
             optimizer.zero_grad()
