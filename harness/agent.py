@@ -15,26 +15,18 @@ import hashlib
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from .bridge import Counters, Ledger, base_messages, memo_demand, memo_reminder, nudge, review, rewrite
 from .rules import MISTAKES, Rules
 from .run_config import RunConfig
 from .runs import EventLog, RunError, RunFolder
+from .sampling import OneByOne, Request, Sampler
 from .state import State, kind_of, sampled_fields, sampled_from, tool_fields
 from .tools import Workspace
 from .triggers import Decision, Thresholds
-from .types import MEMO, Artifact, Backend, Boundary, ContextSize, Limit, Message, Policy, Sampled, Session, ToolCall
-
-
-@dataclass(frozen=True)
-class Request:
-    """A turn that the loop wants sampled."""
-
-    session: Session
-    limit: Limit
-
+from .types import MEMO, Artifact, Backend, Boundary, ContextSize, Limit, Message, Policy, Sampled, ToolCall
 
 Sampling = Generator[Request, Sampled, Any]
 
@@ -354,51 +346,50 @@ def drive(episode: Episode) -> dict[str, Any]:
 
     An error of the policy or the disk is logged where it can be, and raised: the run can be taken up again.
     """
-    for _, end in drive_many([episode], 1, lambda requests: [r.session.sample(r.limit) for r in requests]):
+    for _, end in drive_many([episode], 1, OneByOne()):
         if isinstance(end, BaseException):
             raise end
         return end
 
 
 def drive_many(
-    episodes: Iterable[Episode], width: int, sample: Callable[[list[Request]], list[Sampled]]
+    episodes: Iterable[Episode], width: int, sampler: Sampler
 ) -> Iterator[tuple[Episode, dict[str, Any] | Exception]]:
     """Play episodes side by side, `width` at a time; yields each with its last event, or with what broke it.
 
     Args:
         episodes: taken as places get free.
         width: episodes that are open at once.
-        sample: answers the open episodes' requests together; an error of it breaks all of them.
+        sampler: answers the open episodes' requests.
     """
-    waiting, playing = iter(episodes), []
+    waiting, playing = iter(episodes), {}
     while True:
         while len(playing) < width and (episode := next(waiting, None)) is not None:
-            place = (episode, episode.play())
-            end = _advance(*place, None, playing)
-            if end is not None:
+            if (end := _advance(episode, episode.play(), None, playing, sampler)) is not None:
                 yield episode, end
         if not playing:
             return
-        places, playing = playing, []
-        try:
-            answers = sample([request for _, _, request in places])
-        except Exception as problem:
-            for episode, _, _ in places:
-                episode.fail(problem)
-                yield episode, problem
-            continue
-        for (episode, steps, _), answer in zip(places, answers, strict=True):
-            if (end := _advance(episode, steps, answer, playing)) is not None:
+        for request, answer in sampler.answered():
+            episode, steps = playing.pop(request)
+            if isinstance(answer, Exception):
+                episode.fail(answer)
+                yield episode, answer
+            elif (end := _advance(episode, steps, answer, playing, sampler)) is not None:
                 yield episode, end
 
 
-def _advance(episode: Episode, steps: Sampling, answer: Sampled | None, playing: list) -> dict[str, Any] | None:
-    """Go on to the next request, which joins `playing`, or to the end, which is returned."""
+def _advance(
+    episode: Episode, steps: Sampling, answer: Sampled | None, playing: dict[Request, tuple[Episode, Sampling]],
+    sampler: Sampler,
+) -> dict[str, Any] | Exception | None:  # fmt: skip
+    """Go on to the next request, which is asked, or to the end, which is returned."""
     try:
-        playing.append((episode, steps, steps.send(answer)))
+        request = steps.send(answer)
     except StopIteration as end:
         return end.value
     except Exception as problem:
         episode.fail(problem)
         return problem
+    playing[request] = episode, steps
+    sampler.ask(request)
     return None

@@ -24,9 +24,10 @@ from . import backends
 from .agent import Episode, drive_many
 from .agent_cells import SLOTS, AgentCell, AgentStore, AgentSweepConfig, Condition, agent_cells
 from .cells import UNEVEN, digest
-from .play import open_episode, sampler
+from .play import open_episode
 from .probe import Probe, ledger, read_private
 from .runs import RunFolder, metrics, read_run
+from .sampling import sampler
 from .types import Policy
 from .workers import share_out, worker_device
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice, product
@@ -13,12 +12,13 @@ from typing import Any
 from ..eval.tasks import LabTask
 from ..provenance import provenance
 from . import backends
-from .agent import Episode, Request, drive_many
+from .agent import Episode, drive_many
 from .documents import Documents
 from .run_config import RunConfig
 from .runs import RunFolder, metrics, read_run
+from .sampling import sampler
 from .tools import Workspace
-from .types import Policy, Sampled
+from .types import Policy
 
 
 @dataclass(frozen=True)
@@ -145,22 +145,6 @@ def play_tasks(
         except Exception as problem:
             ended(_failed(task, root, problem))
     return outcomes
-
-
-def sampler(policy: Policy, together: int) -> Callable[[list[Request]], list[Sampled]]:
-    """How the requests of open episodes are answered: in a batch here, in parallel by a server, or one by one."""
-    if together > 1 and "kv" in policy.capabilities:
-        from .policies.batch import sample_together
-
-        return lambda requests: sample_together([(each.session, each.limit) for each in requests])
-    if together > 1:
-        pool = ThreadPoolExecutor(together)
-        return lambda requests: list(pool.map(_sample, requests))
-    return lambda requests: [_sample(request) for request in requests]
-
-
-def _sample(request: Request) -> Sampled:
-    return request.session.sample(request.limit)
 
 
 def _failed(task: str, root: Path, problem: Exception) -> Outcome:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from itertools import pairwise
+
 import pytest
 import torch
 from agent_cases import Reader, SteeredPolicy, episode, make_task, of, texts, tiny_agent
-from transformers.cache_utils import DynamicLayer
 
 from still import methods
 from still.harness.agent import drive, drive_many
-from still.harness.play import sampler
 from still.harness.policies import batch
 from still.harness.runs import read_run
+from still.harness.sampling import InParallel, Request, sampler
 
 SETTINGS = {
     "full": {}, "memo": {"budget": "100t"}, "kv": {"budget": "90t"}, "memo_kv": {"budget": "200t"},
@@ -29,6 +31,26 @@ class Writer(Reader):
     def __call__(self, seen, limit):
         message = super().__call__(seen, limit)
         return message if message.content != "Done." else type(message)("assistant", "Done: " + "~" * 3 * self.size)
+
+
+class Watched(batch.Batch):
+    """Notes whose turns are open at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def _step(self):
+        self.steps.append([row.request for row in self._open])
+        return super()._step()
+
+
+def all_of(asked, count: int) -> list:
+    """As many answers."""
+    found = []
+    while len(found) < count:
+        found += asked.answered()
+    return found
 
 
 def four(root, backend: str, loaded):
@@ -49,14 +71,15 @@ def four(root, backend: str, loaded):
 
 @pytest.mark.parametrize("backend", SETTINGS)
 def test_together_as_alone(tmp_path, monkeypatch, backend):
-    loaded, widths = tiny_agent(), []
+    loaded = tiny_agent()
     alone = [drive(each) and read_run(each.folder.root) for each in four(tmp_path / "alone", backend, loaded)]
-    decode = batch._decode
-    monkeypatch.setattr(batch, "_decode", lambda rows: widths.append(len(rows)) or decode(rows))
+    monkeypatch.setattr(batch, "ROOM", 10)
     episodes = four(tmp_path / "together", backend, loaded)
-    ends = dict(drive_many(episodes, 3, sampler(episodes[0].policy, 3)))
+    shared = Watched()
+    ends = dict(drive_many(episodes, 3, shared))
     assert [end["status"] for end in ends.values()] == ["done"] * 4
-    assert {2, 3} <= set(widths)
+    assert {2, 3} <= {len(rows) for rows in shared.steps}
+    assert any(set(rows) & set(later) and set(later) - set(rows) for rows, later in pairwise(shared.steps))  # it joins
     close = 0
     for each, other in zip(episodes, alone, strict=True):
         mine = read_run(each.folder.root)
@@ -78,7 +101,10 @@ def test_caches_after_a_batch_are_those_of_sampling_alone(tmp_path):
     for each in (*alone, *shared):
         next(each.play())
     requests = [(each.session, each.limit(0, False)) for each in shared]
-    batch.sample_together(requests)
+    together = batch.Batch()
+    for request in requests:
+        together.ask(Request(*request))
+    assert sorted(id(answer[0].session) for answer in all_of(together, 4)) == sorted(id(each[0]) for each in requests)
     for each, (session, limit) in zip(alone, requests, strict=True):
         each.session.sample(limit)
         mine, theirs = each.session._cache, session._cache
@@ -95,15 +121,49 @@ def test_what_cannot_share_is_sampled_alone(tmp_path):
     assert [end["status"] for end in ends.values()] == ["done"] * 4
 
 
-def test_a_layer_with_room_holds_what_one_that_copies_holds(monkeypatch):
-    monkeypatch.setattr(batch, "ROOM", 3)
-    roomy, plain = batch.RoomyLayer(), DynamicLayer()
-    generator = torch.Generator().manual_seed(0)
-    for step, columns in enumerate((5, 1, 1, 1, 1, 2, 1, 9, 1)):
-        new = torch.randn(2, 4 if step < 5 else 2, 2, columns, 8, generator=generator)
-        for ours, theirs in zip(roomy.update(*new), plain.update(*new), strict=True):
-            assert torch.equal(ours, theirs)
-        if step == 4:
-            for layer in (roomy, plain):
-                layer.batch_select_indices(torch.tensor([3, 1]))
-    assert roomy.get_seq_length() == plain.get_seq_length() == 22
+def test_a_request_that_breaks_leaves_the_others(tmp_path, monkeypatch):
+    episodes = four(tmp_path, "full", tiny_agent())
+    broken = episodes[1]
+
+    def begin(limit):
+        raise RuntimeError("no prompt")
+
+    monkeypatch.setattr(broken.session, "begin", begin)
+    ends = dict(drive_many(episodes, 4, sampler(broken.policy, 4)))
+    assert str(ends.pop(broken)) == "no prompt"
+    assert [end["status"] for end in ends.values()] == ["done"] * 3
+
+
+def test_an_error_while_decoding_ends_the_open_episodes_and_no_others(tmp_path, monkeypatch):
+    episodes = four(tmp_path, "full", tiny_agent())
+    forward, calls = batch.Batch._step, []
+
+    def once(self):
+        calls.append(len(self._open))
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        return forward(self)
+
+    monkeypatch.setattr(batch.Batch, "_step", once)
+    ends = dict(drive_many(episodes, 2, sampler(episodes[0].policy, 2)))
+    assert [isinstance(end, MemoryError) for end in ends.values()] == [True, True, False, False]
+    assert [end["status"] for end in list(ends.values())[2:]] == ["done"] * 2
+
+
+def test_a_server_is_asked_again_as_soon_as_one_answer_is_there():
+    released = threading.Event()
+
+    class Slow:
+        def sample(self, limit):
+            assert limit == "quick" or released.wait(30)
+            return limit
+
+    requests = {name: Request(Slow(), name) for name in ("slow", "quick")}
+    asked = InParallel(2)
+    for request in requests.values():
+        asked.ask(request)
+    assert asked.answered() == [(requests["quick"], "quick")]
+    asked.ask(requests["quick"])
+    assert asked.answered() == [(requests["quick"], "quick")]
+    released.set()
+    assert asked.answered() == [(requests["slow"], "slow")]
