@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..calling import passing
 from ..eval.judge import exact_criterion, exact_judge
 from ..eval.questions import Question
 from ..eval.tasks import Criterion, LabTask
@@ -64,7 +65,7 @@ class Probe:
         cache, waiting = session.peek()
         with torch.no_grad():
             ids = torch.tensor([waiting], device=model.device)
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=ids, **passing(model, cache), use_cache=True, logits_to_keep=1)
         found, lengths = self._put(session, cache)
         pairs = zip(self.criteria, found.outputs, strict=True)
         right = [c.id for c, output in pairs if exact_judge(chat.decode(output).strip(), _question(c)).passed]

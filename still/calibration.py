@@ -10,6 +10,7 @@ import torch
 
 from .budgets import Split, slots_for
 from .cache import StillCache
+from .calling import passing
 from .methods.base import Method, attention_scale
 from .reading import read
 from .rope import Rotary, full_attention_layers, rotate, unrotate
@@ -129,7 +130,7 @@ class Sitting:
             trial.model.config, layers, self.tokens, source=source.cache, token_ids=source.input_ids, floor=0
         )
         inputs = cache.continuation(self.turn_ids)
-        hidden = trial.model.get_decoder()(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = trial.model.get_decoder()(**inputs, **passing(trial.model, cache), use_cache=True).last_hidden_state
         return trial.model.get_output_embeddings()(hidden[0, :-1][self.wanted]).float().log_softmax(-1)
 
     def _states(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

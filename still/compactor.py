@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from .budgets import Split, resolve_slots
 from .cache import StillCache
 from .cache_compaction import MODES
+from .calling import passing
 from .compactor_io import find_compactor, read_compactor, write_compactor
 from .config import StillConfig, fingerprint
 from .kernels import latent_attention
@@ -468,7 +469,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
             ids = input_ids[:, start : start + chunk]
             mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
             inputs = cache.continuation(ids, mask) if start else _first_inputs(ids, mask)
-            decoder(**inputs, past_key_values=cache, use_cache=True)
+            decoder(**inputs, **passing(decoder, cache), use_cache=True)
         # Rows of unequal length may have got columns of padding on the left: see `continuation`.
         cache.token_ids = torch.nn.functional.pad(input_ids, (cache.logical_length - tokens, 0))
         cache.provenance = self.provenance()

@@ -12,6 +12,7 @@ from inspect import getmodule
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
+from .calling import passing
 from .rope import full_attention_layers
 from .types import Reading
 
@@ -73,7 +74,7 @@ def _forward(model, input_ids, attention_mask, cache, queries: bool) -> tuple[di
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=cache,
+            **passing(decoder, cache),
             use_cache=True,
         )
     if input_ids.is_cuda:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from .calling import passing
 from .kernels.rope import restore_rope, strip_rope
 
 # These change their frequencies with the length seen so far: a cached key cannot be un-rotated later.
@@ -142,7 +143,7 @@ class Rotary:
         decoder(
             input_ids=ids.repeat_interleave(2)[:, None].to(device),
             position_ids=positions.repeat(len(ids))[:, None].to(device),
-            past_key_values=cache,
+            **passing(decoder, cache),
             use_cache=True,
         )
         heads, name = config.num_key_value_heads, config.model_type

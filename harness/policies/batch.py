@@ -15,6 +15,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from ...calling import passing
 from ..sampling import Answer, Request, tried
 from ..types import Session
 from .local import LocalSession, Turn
@@ -195,7 +196,7 @@ class Batch:
         )
         mask = (torch.arange(widest + 1, device=model.device) >= widest - columns).long()
         logits = model(
-            input_ids=last, attention_mask=mask, position_ids=positions, past_key_values=Cache(layers=self._layers),
+            input_ids=last, attention_mask=mask, position_ids=positions, **passing(model, Cache(layers=self._layers)),
             use_cache=True,
         ).logits[:, -1].float().cpu()  # fmt: skip
         span.end += 1

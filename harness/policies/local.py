@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...cache import StillCache
+from ...calling import passing
 from ...models import LoadedModel
 from ...reading import capture_queries
 from ...rope import full_attention_layers
@@ -353,10 +354,9 @@ class LocalSession:
 
     def _forward(self, ids: list[int]) -> torch.Tensor:
         """Read ids behind the cache; logits `[vocabulary]` after the last, in fp32 on the CPU."""
-        device = self.policy.model.device
-        out = self.policy.model(
-            input_ids=torch.tensor([ids], device=device), past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
+        model = self.policy.model
+        inputs = torch.tensor([ids], device=model.device)
+        out = model(input_ids=inputs, **passing(model, self._cache), use_cache=True, logits_to_keep=1)
         return out.logits[0, -1].float().cpu()
 
     def _watching(self):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...calling import passing
 from ...distill.objective import top_k_kl
 from ...methods.base import Method
 from ..backends.slots import check_attention
@@ -163,7 +164,7 @@ class RowModel(nn.Module):
         inputs = {"input_ids": ids.to(device), "use_cache": False}
         if start:
             opening = torch.tensor([rows[0].input_ids[:start]], device=device)
-            inputs |= {"past_key_values": read_opening(self.policy, opening, len(rows)), "use_cache": True}
+            inputs |= passing(self.policy, read_opening(self.policy, opening, len(rows))) | {"use_cache": True}
             inputs["position_ids"] = torch.arange(start, start + ids.shape[1], device=device)[None]
         hidden = self.policy.get_decoder()(**inputs).last_hidden_state
         head = self.policy.get_output_embeddings()
@@ -204,7 +205,7 @@ class RowModel(nn.Module):
             start = len(row.prefix_ids)
             positions = torch.arange(start, start + len(row.input_ids), device=device)[None]
             hidden = policy.get_decoder()(
-                input_ids=ids, position_ids=positions, past_key_values=read_only(cache), use_cache=True
+                input_ids=ids, position_ids=positions, **passing(policy, read_only(cache)), use_cache=True
             ).last_hidden_state
         return policy.get_output_embeddings()(hidden[0, _places(row)])
 

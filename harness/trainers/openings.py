@@ -14,6 +14,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from ...calling import passing
 from ...rope import layer_kinds
 from ..windows import IGNORE, WindowRow
 
@@ -50,7 +51,7 @@ def read_opening(model, ids: torch.Tensor, rows: int) -> Cache:
         rows: that go on behind it.
     """
     layers = [_Opening() for _ in layer_kinds(model.config)]
-    model.get_decoder()(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True)
+    model.get_decoder()(input_ids=ids, **passing(model, Cache(layers=layers)), use_cache=True)
     return Cache(layers=[_Behind(layer, rows) for layer in layers])
 
 

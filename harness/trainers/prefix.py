@@ -17,6 +17,7 @@ from ...cache import StillCache
 from ...cache_layer import CompactLayer
 from ...cache_ragged import RaggedSlots
 from ...cache_states import copy_state
+from ...calling import passing
 from ...methods.base import Method
 from ...reading import capture_queries
 from ...types import CompactKV
@@ -85,9 +86,9 @@ def _cross(
         decoder = model.get_decoder()
         if maker is not None and maker.method.needs_queries:
             with capture_queries(decoder, queries):
-                decoder(input_ids=inputs, past_key_values=reading, use_cache=True)
+                decoder(input_ids=inputs, **passing(decoder, reading), use_cache=True)
         else:
-            decoder(input_ids=inputs, past_key_values=reading, use_cache=True)
+            decoder(input_ids=inputs, **passing(decoder, reading), use_cache=True)
     positions = torch.arange(first, first + len(ids), device=model.device)
     raw = {layer.index: layer.raw()[:2] for layer in reading.compact_layers}
     with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import DynamicCache
 
+from ..calling import passing
 from .rendering import Renderer
 
 
@@ -50,7 +51,7 @@ class Answerer:
         """
         ids = torch.tensor([list(context_ids)], device=self.model.device)
         full = DynamicCache(config=self.model.config)
-        self.model.get_decoder()(input_ids=ids, past_key_values=full, use_cache=True)
+        self.model.get_decoder()(input_ids=ids, **passing(self.model, full), use_cache=True)
         answers = []
         for question in questions:
             asked = torch.cat((ids, self._tensor(self.renderer.opening(question))), dim=1)

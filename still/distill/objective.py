@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..budgets import Split
 from ..cache import StillCache
+from ..calling import passing
 from ..compactor import StillCompactor
 from .crowd import crowded
 
@@ -189,7 +190,7 @@ class Distiller(nn.Module):
     def _hidden(self, ids, mask, positions, cache, every: bool) -> list[torch.Tensor]:
         """Hidden states `[batch, L, width]` after the last layer, or with `every` after each."""
         out = self.model.get_decoder()(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            input_ids=ids, attention_mask=mask, position_ids=positions, **passing(self.model, cache), use_cache=True,
             output_hidden_states=every,
         )  # fmt: skip
         return list(out.hidden_states[1:]) if every else [out.last_hidden_state]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ..calling import passing
 from ..compactor import StillCompactor
 from ..methods.base import attention_scale
 from ..placement import Placement, Scorer, SecondLook, listed
@@ -102,7 +103,7 @@ class Look(NamedTuple):
         cache, queries, decoder = DynamicCache(config=model.config), {}, model.get_decoder()
         with capture_queries(decoder, queries):
             inputs = torch.tensor([ids], device=model.device)
-            states = decoder(input_ids=inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
+            states = decoder(input_ids=inputs, **passing(decoder, cache), use_cache=True).last_hidden_state[0]
         return cls(ids, cache, queries, states)
 
 
@@ -135,7 +136,7 @@ def informed(
     # The mask says that it is one text: a jump in the positions alone would be taken for the start of another.
     mask = torch.ones(1, skipped + others.shape[1], dtype=torch.long, device=device)
     alone = model.get_decoder()(
-        input_ids=ids[others], position_ids=others, attention_mask=mask, past_key_values=before,
+        input_ids=ids[others], position_ids=others, attention_mask=mask, **passing(model, before),
         use_cache=before is not None,
     ).last_hidden_state[0]  # fmt: skip
     head, added = model.get_output_embeddings(), []

@@ -15,6 +15,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.nn.functional import kl_div
 from transformers.cache_utils import Cache
 
+from ..calling import passing
 from ..rope import full_attention_layers
 from ..types import CompactKV, Reading
 from .base import Method
@@ -120,7 +121,7 @@ class Cartridge(Method):
     @staticmethod
     def log_probs(model, cache: Cache, text: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[tokens, vocabulary]` after each token of a text `[1, tokens]` that follows the cache."""
-        return model(input_ids=text, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
+        return model(input_ids=text, **passing(model, cache), use_cache=True).logits[0].float().log_softmax(-1)
 
     @torch.no_grad()
     def study(self, model, reading: Reading, full: Cache) -> list[torch.Tensor]:
