@@ -28,8 +28,13 @@ OURS = {"still": "STILL", f"still{UNEVEN}": "STILL, uneven heads"}
 PLACED = "still-placed"
 """A compactor that stands where the trained one stands, and copies: what its placement brings without its training."""
 
-LEARNED = (*OURS, PLACED, *CONTROLS)
-"""Rows made by a STILL compactor: trained, with a split, placed, untrained, and asked about another matter."""
+CHUNKS = "-chunks"
+"""Ending of a trained compactor that reads what is longer than its trained chunk chunk by chunk: `still-chunks`."""
+
+CHUNKED = tuple(f"{name}{CHUNKS}" for name in OURS)
+
+LEARNED = (*OURS, *CHUNKED, PLACED, *CONTROLS)
+"""Rows made by a STILL compactor: trained ones, one that only places, untrained, and asked about another matter."""
 
 WITHOUT_RATIO = (FLOOR, CEILING, *QUANTISED)
 """Methods whose size no ratio sets."""
@@ -54,7 +59,8 @@ class SweepConfig:
         tasks: `matters`, `matters-unseen` (templates that training never shows), `ruler`, `ruler/TASK`, or paths of
             question sets and LAB tasks; `TASK:METHOD+METHOD` computes only these methods of it
         difficulty: of the synthetic matters
-        methods: rows to compute; `full` and `none` are always among them
+        methods: rows to compute; `full` and `none` are always among them. `still-chunks` reads what is longer than
+            the compactor's trained chunk chunk by chunk, where `still` goes over it in one pass
         ratios: context tokens per slot
         seeds: of the compactors' training, and of methods that draw at random
         count: question sets of each task

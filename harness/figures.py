@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cells import CEILING, CONTROLS, FLOOR, OURS, QUANTISED, UNEVEN, write_file
+from .cells import CEILING, CHUNKED, CHUNKS, CONTROLS, FLOOR, OURS, QUANTISED, UNEVEN, write_file
 from .rows import COMPUTED, Row
 
 INK, FAINT, GRID = "#1f2328", "#6e7681", "#e6e8eb"
@@ -73,6 +73,9 @@ def style_of(method: str) -> Style:
     """The style of a method; one that this table does not know gets a colour of its own by its name."""
     if method in STYLES:
         return STYLES[method]
+    if method in CHUNKED:
+        plain = style_of(method.removesuffix(CHUNKS))
+        return Style(plain.colour, "$c$", f"{plain.label}, in chunks")
     if (plain := method.removesuffix(UNEVEN)) in STYLES:
         return Style(STYLES[plain].colour, "$u$", f"{STYLES[plain].label}, uneven heads")
     return Style(OTHERS[sum(method.encode()) % len(OTHERS)], "8", method)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..eval.matters.words import VALUE_COUNTS
 from ..eval.stats import clustered_rate, paired_difference, wilson
-from .cells import CEILING, CONTROLS, FLOOR, LEARNED, PLACED, QUANTISED, UNEVEN, SweepConfig
+from .cells import CEILING, CHUNKED, CONTROLS, FLOOR, LEARNED, OURS, PLACED, QUANTISED, SweepConfig
 
 COMPUTED = "computed"
 Row = dict[str, Any]
@@ -79,7 +79,7 @@ def _row(task: str, method: str, ratio: float | None, group: list[Result], ends:
     return {
         "task": task,
         "method": method,
-        "trained": method in ("still", f"still{UNEVEN}", PLACED, "still-wrong-matter", "cartridge"),
+        "trained": method in (*OURS, *CHUNKED, PLACED, "still-wrong-matter", "cartridge"),
         "synthesis": records[0]["synthesis"],
         "query_aware": records[0]["query_aware"],
         "control": method in CONTROLS,

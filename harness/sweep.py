@@ -31,7 +31,20 @@ from ..provenance import provenance
 from ..reading import read
 from ..types import Reading
 from .ask import Asked, Prompt, ask
-from .cells import CEILING, CONTROLS, FLOOR, PLACED, UNEVEN, Cell, CellStore, SweepConfig, cells_of, digest
+from .cells import (
+    CEILING,
+    CHUNKED,
+    CHUNKS,
+    CONTROLS,
+    FLOOR,
+    PLACED,
+    UNEVEN,
+    Cell,
+    CellStore,
+    SweepConfig,
+    cells_of,
+    digest,
+)
 from .question_sets import question_sets
 from .workers import share_out, worker_device
 
@@ -128,7 +141,7 @@ def _computing_elsewhere(
 
 def check_methods(names: tuple[str, ...]) -> None:
     """Refuse a method that nobody knows, before anything is loaded."""
-    known = [*methods.NAMES, PLACED, *CONTROLS]
+    known = [*methods.NAMES, *CHUNKED, PLACED, *CONTROLS]
     known += [name + UNEVEN for name in methods.SPLIT_NAMES]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no method {unknown[0]!r}; choose from {', '.join(known)}")
@@ -149,6 +162,7 @@ class Bench:
         self.attention = self.model.config._attn_implementation
         self.compactors: dict[int, StillCompactor] = {}
         self.compactor_names: dict[int, str] = {}
+        names = [name.removesuffix(CHUNKS) for name in names]
         plain = [name.removesuffix(UNEVEN) for name in names]
         self.needs_queries = any(methods.METHODS[name].needs_queries for name in plain if name in methods.METHODS)
         uneven = any(name.endswith(UNEVEN) for name in names)
@@ -158,6 +172,7 @@ class Bench:
         trained = tuple(self.compactors)
         self.seeds = {"still": trained, "still-wrong-matter": trained, PLACED: trained, "random": config.seeds}
         self.seeds |= {f"{name}{UNEVEN}": self.seeds[name] for name in ("still", "random")}
+        self.seeds |= dict.fromkeys(CHUNKED, trained)
         if uneven:
             self.split_of(None)  # refuses a missing one before hours of work
 
@@ -167,8 +182,10 @@ class Bench:
             return methods.get("still", compactor=self.untrained, label="untrained")
         if cell.method == PLACED:
             return methods.get("still", compactor=self.placed(cell.seed), label="placed")
-        name = cell.method.removesuffix(UNEVEN)
-        options = {"split": self.split_of(cell.seed)} if cell.method.endswith(UNEVEN) else {}
+        whole = cell.method.removesuffix(CHUNKS)
+        name = whole.removesuffix(UNEVEN)
+        options = {"split": self.split_of(cell.seed)} if whole.endswith(UNEVEN) else {}
+        options |= {"chunks": True} if cell.method in CHUNKED else {}
         if name in ("still", "still-wrong-matter"):
             options |= {"compactor": self.compactors[cell.seed], "label": self.compactor_names[cell.seed]}
             return methods.get("still", **options)
@@ -345,9 +362,9 @@ class Sitting:
     def _compacted(self, cell: Cell) -> tuple[MethodRecord, Asked]:
         method, ceiling = self.bench.method(cell), self._ceiling
         reading = self._wrong_reading if cell.method == "still-wrong-matter" else self._reading
-        with torch.no_grad():
-            cache, record = measure(method, self.bench.model, reading, ratio=cell.ratio)
         with self.bench.attending(method):
+            with torch.no_grad():
+                cache, record = measure(method, self.bench.model, reading, ratio=cell.ratio)
             asked = self._ask(cache, self._rendered[1], ceiling.reference, teacher=ceiling.asked.distributions)
         return record, asked
 

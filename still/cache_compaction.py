@@ -122,9 +122,15 @@ class SelfCompaction:
             raise ValueError(f"reach is {self.reach}; it must be a whole number of tokens, 1 or more, or math.inf")
         slots_for(self.chunk, self.ratio)
 
-    def budget(self, tokens: int) -> int:
-        """Slots that `tokens` tokens are compacted to."""
-        return self.slots if self.slots is not None and tokens == self.chunk else slots_for(tokens, self.ratio)
+    def budget(self, tokens: int, before: int = 0) -> int:
+        """Slots that `tokens` tokens are compacted to: with those of the `before` that stand ahead, as many as of all.
+
+        Rounded chunk by chunk instead, a context would get fewer in chunks than in one pass.
+        """
+        if self.slots is not None and tokens == self.chunk:
+            return self.slots
+        ahead = slots_for(before, self.ratio) if before else 0
+        return max(1, slots_for(before + tokens, self.ratio) - ahead)
 
     def is_due(self, raw: int) -> bool:
         """Whether a layer with `raw` raw tokens has a whole chunk beyond the newest ones."""
@@ -170,7 +176,7 @@ class SelfCompaction:
             return self._recompact_heads(layer, rows, tokens)
         t, end = rows.slots, rows.slots + tokens
         first, positions = t, rows.raw_positions()[:tokens]
-        slots = self.budget(tokens)
+        slots = self.budget(tokens, rows.logical - rows.raw if self.mode == "append" else 0)
         if self.mode == "recompact" and t:
             if rows.beta is not None:
                 raise ValueError("recompact would lose the beta of the slots; use mode='append', or slots without beta")

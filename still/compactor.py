@@ -434,9 +434,11 @@ class StillCompactor(nn.Module, ModelHubMixin):
             attention_mask: `[batch, tokens]` for left-padded rows.
             slots: slots per KV head in all, or
             ratio: tokens per slot.
-            chunk: tokens compacted in one pass; the trained chunk unless given.
-            mode: "append" (each chunk gets the slots of its own length at the ratio, rounded down; slots so far that it
-                takes back fall silent, see `taken_back`) or "recompact" (one size for any context, at most a chunk).
+            chunk: tokens compacted in one pass; the trained chunk unless given. Where the last chunk would be shorter
+                than half of one, all are equal.
+            mode: "append" (each chunk gets slots at the ratio, all chunks together as many as one pass would; slots so
+                far that it takes back fall silent, see `taken_back`) or "recompact" (one size for any context, at most
+                a chunk).
             keep_last: raw tokens held back while reading; one chunk unless given.
             reach: of a context longer than a chunk, as in `StillCache`.
 
@@ -452,6 +454,9 @@ class StillCompactor(nn.Module, ModelHubMixin):
             return self.compact(read(model, input_ids, attention_mask), slots, ratio)
         if mode == "append":
             size = {"ratio": ratio if ratio is not None else tokens / budget}
+            chunks = -(-tokens // chunk)
+            if tokens - (chunks - 1) * chunk < chunk / 2:
+                chunk = -(-tokens // chunks)
         elif budget > chunk:
             raise ValueError(
                 f"recompact keeps at most a chunk of {chunk} slots, not {budget}: take a ratio of {tokens / chunk:.3g} "

@@ -20,10 +20,13 @@ class Still(Method):
     Attributes:
         compactor: trained, or fresh (then it keeps a strided subset of the tokens), bound to the model.
         label: what rows call the compactor, for instance its folder or training seed.
+        chunks: read a context that is longer than the trained chunk again, chunk by chunk behind the slots so far (see
+            `StillCompactor.prefill`); the seconds of such a compaction hold that reading.
     """
 
     compactor: StillCompactor | None = field(default=None, repr=False)
     label: str = ""
+    chunks: bool = False
 
     name: ClassVar[str] = "still"
     synthesis: ClassVar[bool] = True
@@ -40,12 +43,14 @@ class Still(Method):
         return self.compactor.config.beta
 
     def compact(self, model, reading: Reading, slots: int | None = None, ratio: float | None = None) -> Cache:
-        """In one pass, however long the context, at exactly the slots of other methods.
+        """In one pass, however long the context, or with `chunks` in several; always at the slots of other methods.
 
-        Warns outside the lengths and ratios that the compactor was trained on: `StillCompactor.prefill` reads what is
-        longer chunk by chunk, and rounds each chunk's slots by itself.
+        Warns where it goes outside the lengths and ratios that the compactor was trained on.
         """
         rows = row_lengths(reading)
+        if self.chunks and max(rows) > self.compactor.config.chunk:
+            compactor = self.compactor.with_split(self.split)
+            return compactor.prefill(model, reading.input_ids, reading.attention_mask, slots, ratio)
         kept = self.budgets(rows, slots, ratio)
         self.compactor.check_trained(max(rows), max(rows) / max(kept) if ratio is None else ratio)
         return super().compact(model, reading, slots, ratio)
@@ -69,5 +74,6 @@ class Still(Method):
     def options(self) -> dict[str, Any]:
         """The label, and the steps and seed of the training."""
         config = self.compactor.config
-        split = {} if self.split is None else {"split": self.split.source}
-        return {"label": self.label, "steps": config.steps, "seed": config.seed, **split}
+        more = {} if self.split is None else {"split": self.split.source}
+        more |= {"chunks": config.chunk} if self.chunks else {}
+        return {"label": self.label, "steps": config.steps, "seed": config.seed, **more}

@@ -15,8 +15,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from still import methods
-from still.budgets import slots_for
+from still.budgets import Split, slots_for
 from still.compactor import StillCompactor
+from still.config import fingerprint
 from still.eval.matters import generate_matter, question_set
 from still.eval.matters.lab_format import write_lab_tasks
 from still.harness.cells import CONTROLS, METHODS, WITHOUT_RATIO, Cell, CellStore, SweepConfig
@@ -284,6 +285,28 @@ def test_ruler_is_a_task(folder, tmp_path):
     results = sweep(config, tmp_path / "out").results()
     assert {result["questions"][0]["tags"]["task"] for result in results} == {"niah_single_1", "vt"}
     assert all(150 < result["record"]["tokens"] < 400 for result in results)
+
+
+@pytest.mark.parametrize("chunk", [100, 4000])
+def test_a_compactor_reads_in_chunks_what_is_longer_than_its_own(folder, tmp_path, chunk):
+    model = Qwen3ForCausalLM.from_pretrained(folder / "model")
+    compactor = StillCompactor.for_model(model, slots=16, chunk=chunk)
+    compactor.config.split = Split({0: (1.0,), 1: (3.0,)}, fingerprint=fingerprint(model)).to_dict()
+    compactor.save_pretrained(tmp_path / "compactor")
+    names = ("still", "still-chunks", "still-uneven", "still-uneven-chunks")
+    config = settings(folder, compactor=(str(tmp_path / "compactor"),), methods=names)
+    store = sweep(config, tmp_path / "out")
+    found = {tuple(result["cell"].values()): result for result in store.results()}
+    assert {row["method"] for row in make_rows(store.results(), store.header) if row["trained"]} == set(names)
+    for (task, which, method, ratio, seed), result in found.items():
+        if ratio is None:
+            continue
+        record = result["record"]
+        assert record["slots"] == slots_for(record["tokens"], ratio)
+        assert ("chunks" in record["options"]) == method.endswith("-chunks")
+        one_pass = found[task, which, method.removesuffix("-chunks"), ratio, seed]["questions"]
+        same = [question["kl"] for question in result["questions"]] == [question["kl"] for question in one_pass]
+        assert same == (chunk == 4000 or not method.endswith("-chunks"))
 
 
 def test_flags_change_a_preset_and_importing_the_commands_loads_no_torch():
