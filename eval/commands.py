@@ -137,7 +137,7 @@ def _configure_ruler(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a tokenizer.json to count with; without it, tokens are words and punctuation marks, and the file says so",
     )
-    parser.add_argument("--output", metavar="FILE", help="where the question set goes as JSON (default: stdout)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="where the question set goes as JSON (default: stdout)")
 
 
 def _run_ruler(args: argparse.Namespace) -> int:

@@ -98,7 +98,7 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
             help="closest: take a misnamed output for a missing one, as LAB does (default: exact)")  # fmt: skip
         add("--max-cost", type=float, metavar="X", help="US dollars; a run that reaches them stops cleanly")
         add("--max-tokens", type=int, metavar="N", help="tokens, input and output; the same")
-        add("--output", type=Path, metavar="DIR", help="where scores go (default: into each run folder)")
+        add("-o", "--output", type=Path, metavar="DIR", help="where scores go (default: into each run folder)")
         add("--dry-run", action="store_true", help="say what would be asked and what that may cost, and ask nothing")
         add("--quiet", action="store_true", help="no progress bar")
 

@@ -38,7 +38,7 @@ examples:
         report = verbs.add_parser("report", help="HTML: one page a run, and one across runs",
             description="Write index.html across all runs, and a page for each run that it links to.")  # fmt: skip
         _runs(report)
-        report.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the pages go")
+        report.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where the pages go")
         report.add_argument("--quarantine", type=Path, metavar="FILE", help="criteria that a second score leaves out")
         report.add_argument("--seed", type=int, default=0, help="of the bootstrap over tasks (default: 0)")
 
@@ -73,7 +73,7 @@ examples:
         export = verbs.add_parser("export", help="disagreements as rows to fine-tune a judge on",
             description="Write chats as JSON lines: a judge's prompt, and the reference's verdict.")  # fmt: skip
         _two_sides(export, "the other judge", required=True)
-        export.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the rows go, as JSONL")
+        export.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
         export.add_argument(
             "--prompt", default="checklist", metavar="NAME|FILE", help="to train for (default: checklist)"
         )
@@ -87,7 +87,7 @@ examples:
         tune.add_argument("--judge", required=True, metavar="NAME", help="the judge to tune, as `still grade` names it")
         tune.add_argument("--proposer", required=True, metavar="NAME", help="the model that proposes edits, likewise")
         tune.add_argument(
-            "--output", type=Path, required=True, metavar="DIR", help="for prompt.md, log.json and versions"
+            "-o", "--output", type=Path, required=True, metavar="DIR", help="for prompt.md, log.json and versions"
         )
         tune.add_argument("--reference", metavar="NAME", help="the reference, where the runs have several judges")
         tune.add_argument("--judges", type=Path, metavar="FILE", help="a TOML table of judges, as for `still grade`")

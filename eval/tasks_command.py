@@ -23,7 +23,7 @@ example:
         split.add_argument("--shares", type=parse_shares, default=dict(train=0.8, test=0.2), metavar="NAME=X,...",
             help="sides and their shares, which sum to 1 (default: train=0.8,test=0.2)")  # fmt: skip
         split.add_argument("--seed", type=int, default=0, help="another one, another split (default: 0)")
-        split.add_argument("--output", type=Path, metavar="FILE", help="where the split goes as JSON (default: stdout)")
+        split.add_argument("-o", "--output", type=Path, metavar="FILE", help="the JSON file to write (default: stdout)")
         split.set_defaults(verb_run=_split)
 
     def run(self, args: argparse.Namespace) -> int:

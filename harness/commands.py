@@ -44,7 +44,7 @@ examples:
         """Add the arguments: one flag a field of `SweepConfig`."""
         parser.add_argument("--preset", choices=sorted(PRESETS), help="start from these settings; flags change them")
         parser.add_argument(
-            "--output", type=Path, metavar="DIR", help="results folder (default: results/PRESET, or results/sweep)"
+            "-o", "--output", type=Path, metavar="DIR", help="of the results (default: results/PRESET or results/sweep)"
         )
         add_flags(parser, SweepConfig)
         parser.add_argument("--agent", action="store_true", help="play whole episodes: see above")
@@ -137,7 +137,7 @@ examples:
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
         parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a folder that holds many")
-        parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the pages (default: in each run)")
+        parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="of the pages (default: in each run)")
 
     def run(self, args: argparse.Namespace) -> int:
         """Write the pages and print their paths."""

@@ -91,7 +91,8 @@ class StillCache(Cache):
         if mode == "recompact" and getattr(getattr(compactor, "config", None), "beta", False):
             raise ValueError("mode='recompact' would lose the beta that this compactor learned; use mode='append'")
         if hasattr(compactor, "check_trained"):
-            compactor.check_trained(chunk, chunk / policy.budget(chunk))
+            own = chunk == getattr(compactor.config, "chunk", None)
+            compactor.check_trained(None if own else chunk, chunk / policy.budget(chunk))
         mask = None
         if attention_mask is not None:
             left_padded_lengths(attention_mask, attention_mask.shape[-1])

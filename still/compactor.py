@@ -558,12 +558,18 @@ class StillCompactor(nn.Module, ModelHubMixin):
             source = plain([keys], [values], self._turning(layer, positions, known))[0]
             return Worth(self.layers[str(layer)].placement.common_worth(source))
 
-    def check_trained(self, tokens: int, ratio: float) -> list[str]:
-        """Warn where a context or a ratio lies outside what was trained; returns the warnings' texts."""
+    def check_trained(self, tokens: int | None, ratio: float) -> list[str]:
+        """Warn where a context or a ratio lies outside what was trained; returns the warnings' texts.
+
+        Args:
+            tokens: of the context; None for whole chunks, though the longest that was drawn may fall short of one.
+            ratio: tokens per slot.
+        """
         notes = []
         config = self.config
-        if config.trained_lengths and not config.trained_lengths[0] <= tokens <= config.trained_lengths[-1]:
-            low, high = config.trained_lengths[0], config.trained_lengths[-1]
+        lengths = config.trained_lengths if tokens is not None else ()
+        if lengths and not lengths[0] <= tokens <= lengths[-1]:
+            low, high = lengths[0], lengths[-1]
             notes.append(f"a context of {tokens} tokens lies outside the trained {low} to {high}")
         if config.trained_ratios and not min(config.trained_ratios) <= ratio <= max(config.trained_ratios) + 1:
             low, high = min(config.trained_ratios), max(config.trained_ratios)

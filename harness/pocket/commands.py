@@ -40,7 +40,9 @@ examples:
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
         parser.add_argument("part", choices=tuple(PARTS), help="; ".join(f"{k}: {v}" for k, v in PARTS.items()))
-        parser.add_argument("--output", type=Path, default=Path("runs/pocket"), metavar="DIR", help="folder of the run")
+        parser.add_argument(
+            "-o", "--output", type=Path, default=Path("runs/pocket"), metavar="DIR", help="folder of the run"
+        )
         parser.add_argument("--minutes", type=float, default=120, help="stop a base's training after so long")
         parser.add_argument("--seed", type=int, default=0, help="seed of the part")
         parser.add_argument("--base", metavar="DIR", help="base of a compactor (default: OUTPUT/base)")
