@@ -117,6 +117,8 @@ class Batch:
             while not ended:
                 ended = self._step()
         except Exception as problem:
+            if not self._open:
+                raise
             ended = [(row.request, problem) for row in self._open]
             self._rows, self._layers = [], []
         return ended
