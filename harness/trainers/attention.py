@@ -16,8 +16,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ...attention import attending
+from ...rope import layer_kinds
 
 NAME = "still_rows"
+
+
+def can_pack(model) -> bool:
+    """Whether rows may stand one behind the other: flash attention keeps them apart by positions that begin anew.
+
+    Others would take a mask of all tokens by all tokens, and recurrent layers would carry one row into the next.
+    """
+    flash = "flash" in model.config._attn_implementation
+    return flash and set(layer_kinds(model.config)) <= {"full_attention", "sliding_attention"}
 
 
 def attending_rows(model) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from ...distill.objective import top_k_kl
 from ...methods.base import Method
 from ..backends.slots import check_attention
 from ..windows import IGNORE, KINDS, WindowRow
+from .attention import can_pack
 from .losses import policy_loss, sft_loss, token_weights
 from .openings import can_share, opening_of, read_opening, shared
 from .prefix import check_method, let_checkpoint_read, read_only, rebuild, to_slots_alone
@@ -152,11 +153,13 @@ class RowModel(nn.Module):
         return self._picked(self._logits(row, policy or self.policy, cache), row)
 
     def logprobs_of_text(self, rows: Sequence[WindowRow]) -> list[torch.Tensor]:
-        """The same of several text rows: what all begin with once, and what follows in one padded forward."""
+        """The same of several text rows: what all begin with once, and what follows in one forward."""
         if not rows:
             return []
         device = self.policy.get_input_embeddings().weight.device
         start = shared([opening_of(row) for row in rows]) if can_share(self.policy) else 0
+        if not start and can_pack(self.policy):
+            return self._logprobs_packed(rows)
         ids = torch.zeros(len(rows), max(len(row.input_ids) for row in rows) - start, dtype=torch.long)
         for place, row in enumerate(rows):
             ids[place, : len(row.input_ids) - start] = torch.tensor(row.input_ids[start:])
@@ -170,6 +173,16 @@ class RowModel(nn.Module):
         head = self.policy.get_output_embeddings()
         places = [[place - start for place in _places(row)] for row in rows]
         return [self._picked(head(own[where]), row) for own, where, row in zip(hidden, places, rows, strict=True)]
+
+    def _logprobs_packed(self, rows: Sequence[WindowRow]) -> list[torch.Tensor]:
+        """The same of rows that stand one behind the other, without padding."""
+        device = self.policy.get_input_embeddings().weight.device
+        ids = torch.tensor([[token for row in rows for token in row.input_ids]], device=device)
+        lengths = [len(row.input_ids) for row in rows]
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+        hidden = self.policy.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        head, parts = self.policy.get_output_embeddings(), hidden[0].split(lengths)
+        return [self._picked(head(own[_places(row)]), row) for own, row in zip(parts, rows, strict=True)]
 
     def _behind_slots(self, out: Outcome, share: Share, known: dict) -> None:
         row = share.row

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from agent_cases import tiny_agent
+from tiny_models import tiny_model
 from trainer_cases import assert_close, gradients, plain_row, rollout
 
-from still.harness.trainers.attention import attending_rows
+from still.harness.trainers import model
+from still.harness.trainers.attention import attending_rows, can_pack
 from still.harness.trainers.model import RowModel, Share
 from still.harness.trainers.openings import LEAST, opening_of, shared
 from still.harness.trainers.steps import own_batches, shares_of
@@ -74,6 +76,33 @@ def test_gradients_are_those_of_rows_one_by_one(kind, checkpointing, attention):
     counting.tokens = 0
     backward(module, [numbered[:1]])
     assert counting.tokens == OPENING + 40
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+def test_packed_rows_have_the_gradients_of_rows_one_by_one(kind, attention, monkeypatch):
+    """Here transformers keeps rows apart by a mask; flash attention does so by the same positions."""
+    loaded = tiny_agent(kind)
+    loaded.model.set_attn_implementation(attention)
+    module = RowModel(loaded.model.requires_grad_(True)).train()
+    numbered = list(enumerate(rows(260)))
+    reference = backward(module, [[each] for each in numbered])
+    counting = Counting(loaded.model)
+    monkeypatch.setattr(model, "can_pack", lambda policy: True)
+    assert_close(reference, backward(module, [numbered[:2], numbered[2:]]))  # in the second not all begin alike
+    packed = sum(len(row.input_ids) for _, row in numbered[2:])
+    first = 2 * OPENING + 40 + 25 if kind == "gemma3" else OPENING + 2 * 40
+    assert counting.tokens == packed + first
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind", "packs"),
+    [("flash_attention_2", "gemma3", True), ("sdpa", "qwen3", False), ("flash_attention_2", "qwen3_next", False)],
+)
+def test_rows_are_packed_where_flash_attention_keeps_them_apart(attention, kind, packs):
+    policy = tiny_model(kind)
+    policy.config._attn_implementation = attention
+    assert can_pack(policy) == packs
 
 
 def test_log_probabilities_are_those_of_rows_one_by_one():
