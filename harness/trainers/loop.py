@@ -84,9 +84,8 @@ class RowTrainer(Trainer):
         self.settings, self.source, self.tokenizer, self.extra = settings, source, tokenizer, extra
         self.first_step, self._sums, self._settled, self.clock = 0, {}, False, clock or Clock()
         super().__init__(model=module, args=args)
-        asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
-        if asked and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(f"accelerate has no {asked[0]} on CPUs: take harness/configs/ddp.yaml")
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.is_fsdp_enabled:
+            raise ValueError("accelerate has no FSDP on CPUs: take harness/configs/ddp.yaml or deepspeed.yaml")
         if self.is_fsdp_enabled:
             check_fsdp(module, self.accelerator.state.fsdp_plugin)
         if self.is_deepspeed_enabled:
