@@ -89,7 +89,9 @@ class RowTrainer(Trainer):
         if self.is_fsdp_enabled:
             check_fsdp(module, self.accelerator.state.fsdp_plugin)
         if self.is_deepspeed_enabled:
-            check_deepspeed(module, self.accelerator.state.deepspeed_plugin.deepspeed_config)
+            from deepspeed import DeepSpeedEngine
+
+            check_deepspeed(module, self.accelerator.state.deepspeed_plugin.deepspeed_config, DeepSpeedEngine)
         self.metrics_file = MetricsFile(Path(output) / "metrics.jsonl")
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -90,16 +91,20 @@ def check_fsdp(module: RowModel, plugin: Any) -> None:
         )
 
 
-def check_deepspeed(module: RowModel, config: Mapping[str, Any]) -> None:
+def check_deepspeed(module: RowModel, config: Mapping[str, Any], engine: type) -> None:
     """Refuse what DeepSpeed cannot do with rows.
 
     Args:
         module: policy and compactor.
         config: DeepSpeed's own.
+        engine: its class.
 
     Raises:
-        ValueError: a compactor trains, weights are sharded too, or the engine would turn the model into 16 bits.
+        ValueError: a compactor trains, weights are sharded too, the engine would turn the model into 16 bits, or it is
+            one that cannot reduce the gradients of several micro-batches at once.
     """
+    if not hasattr(engine, "coalesce_grad_reduction"):
+        raise ValueError("this DeepSpeed reduces gradients in every micro-batch: pip install 'deepspeed>=0.19.8'")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2):
         raise ValueError(
@@ -132,7 +137,7 @@ def reducing_once(
         hold_gradients(model, False)
         accelerator.backward(model([NOTHING]).loss)
         scatter(model)
-    elif hasattr(model, "coalesce_grad_reduction"):  # DeepSpeed's engine; accelerate's backward would step each time
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:  # its own backward: accelerate's steps each time
         with model.coalesce_grad_reduction():
             yield nullcontext, model.backward
         model.step()

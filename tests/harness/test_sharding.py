@@ -60,8 +60,12 @@ def test_deepspeed_trains_as_one_process_does(tmp_path, kind, stage, checkout):
 )
 def test_deepspeed_is_told_what_rows_need(compactor, config, said):
     loaded = tiny_agent(layers=1)
+    module = RowModel(loaded.model, still(loaded.model), compactor=compactor)
+    engine = type("Engine", (), {"coalesce_grad_reduction": None})
     with pytest.raises(ValueError, match=said):
-        check_deepspeed(RowModel(loaded.model, still(loaded.model), compactor=compactor), config)
+        check_deepspeed(module, config, engine)
+    with pytest.raises(ValueError, match="pip install 'deepspeed>=0"):
+        check_deepspeed(module, config, type("Older", (), {}))
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
