@@ -258,7 +258,7 @@ class StillCache(Cache):
     def compact(self, keep_last: int | None = None, partial: bool = False) -> StillCache:
         """Compact now: whole chunks beyond the newest `keep_last` raw tokens, with `partial` the rest of them too.
 
-        A short last chunk gets the slots of its own length. Returns the cache itself.
+        A short last chunk gets slots at the ratio too. Returns the cache itself.
 
         Raises:
             ValueError: the cache has no compactor, or `keep_last` is negative.
