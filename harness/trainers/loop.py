@@ -19,7 +19,7 @@ from ...distill.trainer import check_options
 from .attention import attending_rows
 from .clock import Clock
 from .config import TrainSettings
-from .model import RowModel
+from .model import Outcome, RowModel, Share
 from .openings import can_share
 from .sharding import check_deepspeed, check_fsdp, gather, prepare, reducing_once, whole_state
 from .steps import StepSource, StepStream
@@ -145,18 +145,20 @@ class RowTrainer(Trainer):
         with reducing_once(model, self.accelerator) as (alone, backward):
             for place, batch in enumerate(inputs, 1):
                 with alone() if place < len(inputs) else contextlib.nullcontext():
-                    with self.compute_loss_context_manager():
-                        out = model(batch)
-                    if not math.isfinite(out.loss.item()):
-                        names = sorted({share.row.trajectory_id for share in batch})
-                        raise ValueError(
-                            f"the loss of step {self.state.global_step} is {out.loss.item()}: look at {names}"
-                        )
+                    out = self._forward(model, batch)
                     backward(out.loss * self.accelerator.num_processes)
                 total += out.loss.detach()
                 for name, value in out.sums.items():
                     self._sums[name] = self._sums.get(name, 0.0) + value
         return self.accelerator.reduce(total, "sum")
+
+    def _forward(self, model, batch: Sequence[Share]) -> Outcome:
+        with self.compute_loss_context_manager():
+            out = model(batch)
+        if not math.isfinite(out.loss.item()):
+            names = sorted({share.row.trajectory_id for share in batch})
+            raise ValueError(f"the loss of step {self.state.global_step} is {out.loss.item()}: look at {names}")
+        return out
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted."""

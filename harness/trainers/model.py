@@ -83,18 +83,18 @@ class RowModel(nn.Module):
             raise ValueError(f"compactor is {compactor!r}; it is one of {', '.join(COMPACTOR_MODES)}")
         self.policy, self.method, self.mode, self.kind = policy, method, compactor, loss
         self.memo_weight, self.distill_weight, self.options = memo_weight, distill_weight, options or {}
-        made_by = getattr(method, "compactor", None)
-        if compactor != "frozen" and made_by is None:
+        own = getattr(method, "compactor", None)
+        if compactor != "frozen" and own is None:
             name = "no method" if method is None else f"the method {method.name}"
             raise ValueError(f"compactor={compactor!r}, but {name} has no compactor that could train")
         if method is not None:
             check_attention(method, policy)
-        if made_by is not None:
-            made_by.trains(compactor != "frozen")
+        if own is not None:
+            own.trains(compactor != "frozen")
         if compactor == "frozen":  # no submodule: wrappers would shard and broadcast it
-            object.__setattr__(self, "compactor", made_by)
+            object.__setattr__(self, "compactor", own)
         else:
-            self.compactor = made_by
+            self.compactor = own
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -156,10 +156,16 @@ class RowModel(nn.Module):
         """The same of several text rows: what all begin with once, and what follows in one forward."""
         if not rows:
             return []
-        device = self.policy.get_input_embeddings().weight.device
         start = shared([opening_of(row) for row in rows]) if can_share(self.policy) else 0
-        if not start and can_pack(self.policy):
-            return self._logprobs_packed(rows)
+        packed = not start and can_pack(self.policy)
+        hidden = self._hidden_packed(rows) if packed else self._hidden_padded(rows, start)
+        head = self.policy.get_output_embeddings()
+        places = [[place - start for place in _places(row)] for row in rows]
+        return [self._picked(head(own[where]), row) for own, where, row in zip(hidden, places, rows, strict=True)]
+
+    def _hidden_padded(self, rows: Sequence[WindowRow], start: int) -> torch.Tensor:
+        """Last hidden states `[rows, longest, width]` of what follows `start` tokens that all rows begin with."""
+        device = self.policy.get_input_embeddings().weight.device
         ids = torch.zeros(len(rows), max(len(row.input_ids) for row in rows) - start, dtype=torch.long)
         for place, row in enumerate(rows):
             ids[place, : len(row.input_ids) - start] = torch.tensor(row.input_ids[start:])
@@ -169,20 +175,16 @@ class RowModel(nn.Module):
             opening = torch.tensor([rows[0].input_ids[:start]], device=device)
             inputs |= passing(self.policy, read_opening(self.policy, opening, len(rows))) | {"use_cache": True}
             inputs["position_ids"] = torch.arange(start, start + ids.shape[1], device=device)[None]
-        hidden = self.policy.get_decoder()(**inputs).last_hidden_state
-        head = self.policy.get_output_embeddings()
-        places = [[place - start for place in _places(row)] for row in rows]
-        return [self._picked(head(own[where]), row) for own, where, row in zip(hidden, places, rows, strict=True)]
+        return self.policy.get_decoder()(**inputs).last_hidden_state
 
-    def _logprobs_packed(self, rows: Sequence[WindowRow]) -> list[torch.Tensor]:
-        """The same of rows that stand one behind the other, without padding."""
+    def _hidden_packed(self, rows: Sequence[WindowRow]) -> Sequence[torch.Tensor]:
+        """Last hidden states `[tokens, width]` of each row, where all stand one behind the other without padding."""
         device = self.policy.get_input_embeddings().weight.device
         ids = torch.tensor([[token for row in rows for token in row.input_ids]], device=device)
         lengths = [len(row.input_ids) for row in rows]
         positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
         hidden = self.policy.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        head, parts = self.policy.get_output_embeddings(), hidden[0].split(lengths)
-        return [self._picked(head(own[_places(row)]), row) for own, row in zip(parts, rows, strict=True)]
+        return hidden[0].split(lengths)
 
     def _behind_slots(self, out: Outcome, share: Share, known: dict) -> None:
         row = share.row

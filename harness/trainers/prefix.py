@@ -8,6 +8,7 @@ makes of them are not, so the loss of a later window reaches the compactor throu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -84,10 +85,8 @@ def _cross(
         first = reading.logical_length
         inputs = torch.tensor([list(ids)], device=model.device)
         decoder = model.get_decoder()
-        if maker is not None and maker.method.needs_queries:
-            with capture_queries(decoder, queries):
-                decoder(input_ids=inputs, **passing(decoder, reading), use_cache=True)
-        else:
+        needs_queries = maker is not None and maker.method.needs_queries
+        with capture_queries(decoder, queries) if needs_queries else nullcontext():
             decoder(input_ids=inputs, **passing(decoder, reading), use_cache=True)
     positions = torch.arange(first, first + len(ids), device=model.device)
     raw = {layer.index: layer.raw()[:2] for layer in reading.compact_layers}

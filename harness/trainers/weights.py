@@ -113,5 +113,5 @@ def _put(module: RowModel, part: str, file: Path) -> None:
     lost = [name for name, p in owner.named_parameters() if p.requires_grad and name not in saved]
     if unknown or lost:
         raise ValueError(f"{file} is of another model: {[*unknown, *lost][:3]} do not fit; give another folder")
-    scatter(module)
+    scatter(module)  # of all shards, since those of the policy's first and last weights belong to the whole
     assign(owner, saved)
