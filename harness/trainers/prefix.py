@@ -21,6 +21,7 @@ from ...cache_states import copy_state
 from ...calling import passing
 from ...methods.base import Method
 from ...reading import capture_queries
+from ...rope import layer_kinds
 from ...types import CompactKV
 from ..backends.slots import SlotMaker, called, exact_cache
 
@@ -190,7 +191,7 @@ def let_checkpoint_read(model) -> None:
     Raises:
         ValueError: the model has layers whose state a replay would move on twice.
     """
-    others = [layer for layer in _kinds(model) if layer != "full_attention"]
+    others = [layer for layer in layer_kinds(model.config) if layer != "full_attention"]
     if others:
         raise ValueError(
             f"gradient checkpointing behind slots replays layers, and {others[0]} layers keep a state that a replay "
@@ -199,8 +200,3 @@ def let_checkpoint_read(model) -> None:
     for module in model.get_decoder().modules():
         if hasattr(type(module), "gradient_checkpointing"):
             module._can_checkpoint_with_cache = True
-
-
-def _kinds(model) -> list[str]:
-    config = model.config.get_text_config(decoder=True)
-    return list(getattr(config, "layer_types", None) or [])
