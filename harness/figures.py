@@ -170,7 +170,7 @@ def _plot(axis, name: str, rows: list[Row], x: str, y: str, dodge: float = 1.0, 
     axis.plot(
         xs, ys, label=label, color=style.colour, marker=style.marker, zorder=5 if ours else 3,
         linewidth=2.6 if ours else 1.1, markersize=7 if ours else 4.8,
-        markeredgecolor=style.colour if style.marker == "x" else "white",
+        markeredgecolor=style.colour if style.marker[0] in "x$" else "white",  # letters are thin
         markeredgewidth=1.1 if ours or control else 0.6,
         linestyle=":" if control else "--" if committed else "-", alpha=1.0 if ours else 0.9,
     )  # fmt: skip
