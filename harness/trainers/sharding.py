@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -137,7 +136,7 @@ def reducing_once(
         hold_gradients(model, False)
         accelerator.backward(model([NOTHING]).loss)
         scatter(model)
-    elif accelerator.distributed_type == DistributedType.DEEPSPEED:  # its own backward: accelerate's steps each time
+    elif accelerator.distributed_type == "DEEPSPEED":  # its own backward: accelerate's steps each time
         with model.coalesce_grad_reduction():
             yield nullcontext, model.backward
         model.step()
