@@ -47,7 +47,7 @@ TASKS = {
 """Matters by their number of parties, the seeds of those to train on, and of the hold-out."""
 GAME = (
     "--policy pocket-agent --window 4096 --reads 1 --reads-force 2 --max-new-tokens 1024 --max-turns 60 "
-    "--tools read,write --sandbox none --together 20 --micro-tokens 2048"
+    "--tools read,write --sandbox none --together 20 --micro-tokens 4096"
 )
 GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 5e-5 --warmup 8 --no-ask"
 GRPO_FALLING = GRPO.replace("--lr 5e-5 --warmup 8", "--lr 1e-4 --schedule linear --warmup 4")

@@ -14,7 +14,7 @@ from ...distill.objective import top_k_kl
 from ...methods.base import Method
 from ..backends.slots import check_attention
 from ..windows import IGNORE, KINDS, WindowRow
-from .attention import can_pack
+from .attention import Packed, can_pack, packs_itself
 from .losses import policy_loss, sft_loss, token_weights
 from .openings import can_share, opening_of, read_opening, shared
 from .prefix import check_method, let_checkpoint_read, read_only, rebuild, to_slots_alone
@@ -157,8 +157,7 @@ class RowModel(nn.Module):
         if not rows:
             return []
         start = shared([opening_of(row) for row in rows]) if can_share(self.policy) else 0
-        packed = not start and can_pack(self.policy)
-        hidden = self._hidden_packed(rows) if packed else self._hidden_padded(rows, start)
+        hidden = (self._hidden_packed if can_pack(self.policy, start) else self._hidden_padded)(rows, start)
         head = self.policy.get_output_embeddings()
         places = [[place - start for place in _places(row)] for row in rows]
         return [self._picked(head(own[where]), row) for own, where, row in zip(hidden, places, rows, strict=True)]
@@ -177,14 +176,17 @@ class RowModel(nn.Module):
             inputs["position_ids"] = torch.arange(start, start + ids.shape[1], device=device)[None]
         return self.policy.get_decoder()(**inputs).last_hidden_state
 
-    def _hidden_packed(self, rows: Sequence[WindowRow]) -> Sequence[torch.Tensor]:
-        """Last hidden states `[tokens, width]` of each row, where all stand one behind the other without padding."""
+    def _hidden_packed(self, rows: Sequence[WindowRow], start: int) -> Sequence[torch.Tensor]:
+        """Last hidden states `[tokens, width]` of the same, where all stand one behind the other without padding."""
         device = self.policy.get_input_embeddings().weight.device
-        ids = torch.tensor([[token for row in rows for token in row.input_ids]], device=device)
-        lengths = [len(row.input_ids) for row in rows]
-        positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-        hidden = self.policy.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        return hidden[0].split(lengths)
+        packed = Packed(start, [len(row.input_ids) - start for row in rows])
+        ids = rows[0].input_ids[:start] + [token for row in rows for token in row.input_ids[start:]]
+        opening = torch.arange(start, device=device)
+        positions = torch.cat([opening, *(torch.arange(start, start + n, device=device) for n in packed.lengths)])
+        inputs = {"input_ids": torch.tensor([ids], device=device), "position_ids": positions[None], "use_cache": False}
+        if packs_itself(self.policy):
+            inputs["attention_mask"] = packed.mask(device)
+        return self.policy.get_decoder()(**inputs).last_hidden_state[0, start:].split(packed.lengths)
 
     def _behind_slots(self, out: Outcome, share: Share, known: dict) -> None:
         row = share.row

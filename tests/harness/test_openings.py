@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from trainer_cases import assert_close, gradients, plain_row, rollout
 
 from still.harness.trainers import model
-from still.harness.trainers.attention import attending_rows, can_pack
+from still.harness.trainers.attention import NAME, attending_rows, can_pack
 from still.harness.trainers.model import RowModel, Share
 from still.harness.trainers.openings import LEAST, opening_of, shared
 from still.harness.trainers.steps import own_batches, shares_of
@@ -72,7 +72,9 @@ def test_gradients_are_those_of_rows_one_by_one(kind, checkpointing, attention):
         assert_close(reference, backward(module, batches))
     counting.tokens = 0
     backward(module, [numbered[:4]])
-    assert counting.tokens == (4 * (OPENING + 70) if kind == "gemma3" else OPENING - 1 + 4 * 71)
+    padded = 4 * (OPENING + 70) if kind == "gemma3" else OPENING - 1 + 4 * 71
+    packed = kind != "gemma3" and attention == "sdpa"
+    assert counting.tokens == (OPENING - 1 + 41 + 26 + 71 + 2 if packed else padded)
     counting.tokens = 0
     backward(module, [numbered[:1]])
     assert counting.tokens == OPENING + 40
@@ -88,7 +90,8 @@ def test_packed_rows_have_the_gradients_of_rows_one_by_one(kind, attention, monk
     numbered = list(enumerate(rows(260)))
     reference = backward(module, [[each] for each in numbered])
     counting = Counting(loaded.model)
-    monkeypatch.setattr(model, "can_pack", lambda policy: True)
+    monkeypatch.setattr(model, "can_pack", lambda policy, opening: not opening)
+    monkeypatch.setattr(model, "packs_itself", lambda policy: False)
     assert_close(reference, backward(module, [numbered[:2], numbered[2:]]))  # in the second not all begin alike
     packed = sum(len(row.input_ids) for _, row in numbered[2:])
     first = 2 * OPENING + 40 + 25 if kind == "gemma3" else OPENING + 2 * 40
@@ -96,13 +99,23 @@ def test_packed_rows_have_the_gradients_of_rows_one_by_one(kind, attention, monk
 
 
 @pytest.mark.parametrize(
-    ("attention", "kind", "packs"),
-    [("flash_attention_2", "gemma3", True), ("sdpa", "qwen3", False), ("flash_attention_2", "qwen3_next", False)],
+    ("attention", "kind", "opening", "packs"),
+    [
+        ("flash_attention_2", "gemma3", 0, True),
+        ("flash_attention_2", "qwen3", OPENING, False),
+        ("flash_attention_2", "qwen3_next", 0, False),
+        ("sdpa", "qwen3", 0, False),
+        (NAME, "qwen3", OPENING, True),
+        (NAME, "gemma3", 0, False),
+        (NAME, "qwen3_next", 0, False),
+    ],
 )
-def test_rows_are_packed_where_flash_attention_keeps_them_apart(attention, kind, packs):
+def test_rows_are_packed_where_something_keeps_them_apart(attention, kind, opening, packs):
     policy = tiny_model(kind)
     policy.config._attn_implementation = attention
-    assert can_pack(policy) == packs
+    assert can_pack(policy, opening) == packs
+    policy.config.attention_dropout = 0.1
+    assert can_pack(policy, opening) == (packs and attention != NAME)
 
 
 def test_log_probabilities_are_those_of_rows_one_by_one():
