@@ -1,72 +1,118 @@
 """Turns of several episodes decoded together: prompts are read alone, as ever, and tokens are decoded in one batch.
 
-Each episode keeps its own cache. For the decoding its columns are copied to a place of its own in larger tensors, the
-last ones at one edge for all, each row at its own logical positions; what was decoded goes back into its cache. A turn
-joins while others are under way, and leaves as it ends (*continuous batching*: Orca, Yu et al., OSDI 2022), so that
-none waits for a longer one.
+Each episode keeps its own cache. For the decoding its columns are copied to a place of its own in larger tensors, each
+row at its own logical positions; what was decoded goes back into its cache. A turn joins while others are under way,
+and leaves as it ends (*continuous batching*: Orca, Yu et al., OSDI 2022), so that none waits for a longer one.
+
+A step reads several tokens of a row: the last one, and a draft of what may follow, copied from where the row has gone
+on from the same tokens before (*prompt lookup*, a draft model for which nothing is computed; speculative decoding:
+Leviathan et al., arXiv 2211.17192). Agents copy much. Each token is sampled from the model's logits as it would be
+without a draft, by the same random number, and the draft holds as long as it says the same: what is sampled does not
+change, only how many forwards it takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import sdpa_mask
 
+from ...attention import attending
 from ...calling import passing
 from ..sampling import Answer, Request, tried
 from ..types import Session
 from .local import LocalSession, Turn
 
+NAME = "still_batch"
+DRAFT = 4
+"""Tokens of a draft at most: drafts of four hold half of what `pocket-agent` writes, longer ones little more."""
+ALIKE = 3
+"""Tokens that are looked for where they stood before; where they never did, fewer are."""
 SHRINK = 0.75
 """Share of places in use below which the others are given up, which copies the rest."""
 ROOM = 256
 """Columns that are free when places are laid out: as many tokens are decoded before all are copied again."""
 
 
-@dataclass
-class Span:
-    """The columns that any row has, `[start, end)`, of all that there are."""
+class Lookup:
+    """What followed the last few tokens of a text when they stood there before.
 
-    start: int
+    Args:
+        tokens: of the text so far.
+    """
+
+    def __init__(self, tokens: Iterable[int]):
+        self.tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        for token in tokens:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """One more token."""
+        for size in range(1, ALIKE + 1):
+            self._after[tuple(self.tokens[-size:])] = len(self.tokens)
+        self.tokens.append(token)
+
+    def draft(self, most: int) -> list[int]:
+        """At most so many tokens that may follow; none where the last one is new."""
+        for size in range(ALIKE, 0, -1):
+            start = self._after.get(tuple(self.tokens[-size:]))
+            if start is not None:
+                return self.tokens[start : start + max(0, most)]
+        return []
+
+
+@dataclass
+class Ahead:
+    """Where a step's tokens go, alike in all layers.
+
+    Attributes:
+        columns: `[places, width]`; what a row does not need is written over by its next step.
+        end: columns that are read.
+    """
+
+    columns: torch.Tensor
     end: int
-    columns: int
 
 
 class Places(DynamicLayer):
-    """Keys and values of one layer: a row for each turn, right-aligned at the span's end, where a step's tokens go.
+    """Keys and values of one layer: a row for each turn, from the first column on.
 
     Args:
         keys: `[places, heads, columns, head_dim]`, finite everywhere.
         values: likewise.
-        span: of all layers.
+        ahead: of all layers, set anew for each step.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, span: Span):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, ahead: Ahead):
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values, self.span = keys, values, span
+        self.keys, self.values, self.ahead = keys, values, ahead
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Put a token of each row behind the span; see `DynamicLayer.update`."""
-        start, end = self.span.start, self.span.end
-        self.keys[:, :, end], self.values[:, :, end] = key_states[:, :, 0], value_states[:, :, 0]
-        return self.keys[:, :, start : end + 1], self.values[:, :, start : end + 1]
+        """Put the tokens of each row behind its others; see `DynamicLayer.update`."""
+        columns, end = self.ahead.columns, self.ahead.end
+        rows = torch.arange(len(columns), device=columns.device)[:, None]
+        self.keys[rows, :, columns] = key_states.transpose(1, 2)
+        self.values[rows, :, columns] = value_states.transpose(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_seq_length(self) -> int:
         """Columns before a step's own."""
-        return self.span.end - self.span.start
+        return self.ahead.end - self.ahead.columns.shape[1]
 
     def put(self, place: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Columns `[heads, columns, head_dim]` of a row."""
-        first, end = self.span.end - keys.shape[1], self.span.end
-        self.keys[place, :, first:end], self.values[place, :, first:end] = keys, values
+        """Columns `[heads, columns, head_dim]` of a row, from the first one on."""
+        self.keys[place, :, : keys.shape[1]], self.values[place, :, : keys.shape[1]] = keys, values
 
-    def last(self, place: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last columns of a row, views."""
-        part = slice(self.span.end - columns, self.span.end)
+    def taken(self, place: int, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of a row, views."""
         return self.keys[place, :, part], self.values[place, :, part]
 
 
@@ -79,17 +125,33 @@ class Row:
         turn: so far.
         columns: physical columns of its cache and of what was decoded.
         position: logical position of its next token.
+        text: what it has read and sampled.
     """
 
     request: Request
     turn: Turn
     columns: int
     position: int
+    text: Lookup = field(repr=False)
 
     @property
     def session(self) -> LocalSession:
         """That samples it."""
         return self.request.session
+
+    def next(self) -> list[int]:
+        """The token to read, and a draft of those behind it."""
+        return [self.turn.output[-1], *self.text.draft(min(DRAFT, self.turn.most - len(self.turn.output) - 1))]
+
+    def take(self, tokens: Sequence[int], logits: torch.Tensor) -> None:
+        """Choose a token behind each that was read, `logits` `[tokens or more, vocabulary]`, while the draft holds."""
+        for place in range(len(tokens)):
+            self.session.choose(self.turn, logits[place].float().cpu())
+            chosen = self.turn.output[-1]
+            self.text.add(chosen)
+            self.columns, self.position = self.columns + 1, self.position + 1
+            if self.turn.done or [chosen] != tokens[place + 1 : place + 2]:
+                return
 
 
 class Batch:
@@ -103,7 +165,7 @@ class Batch:
         self._asked: list[Request] = []
         self._rows: list[Row | None] = []
         self._layers: list[Places] = []
-        self._span = Span(0, 0, 0)
+        self._ahead = Ahead(torch.zeros(0, 1, dtype=torch.long), 0)
 
     def ask(self, request: Request) -> None:
         """Take one more request; its prompt is read when an answer is waited for."""
@@ -114,8 +176,9 @@ class Batch:
         """Decode until a turn has ended. An error while decoding answers all turns that were open."""
         ended = self._begin()
         try:
-            while not ended:
-                ended = self._step()
+            with nullcontext() if ended else decoding(self._open[0].session.policy.model):
+                while not ended:
+                    ended = self._step()
         except Exception as problem:
             if not self._open:
                 raise
@@ -145,7 +208,8 @@ class Batch:
                 ended.append((request, problem))
                 continue
             cache = session._cache
-            joining.append(Row(request, turn, cache.physical_length, cache.logical_length))
+            text = Lookup([*session.window_ids(), *turn.append_ids, *turn.output])
+            joining.append(Row(request, turn, cache.physical_length, cache.logical_length, text))
         if joining:
             self._join(joining)
         return ended
@@ -153,7 +217,7 @@ class Batch:
     def _join(self, joining: Sequence[Row]) -> None:
         """Give turns places: free ones, or all are laid out anew."""
         free = [place for place, row in enumerate(self._rows) if row is None]
-        if len(joining) > len(free) or max(row.columns for row in joining) > self._span.end:
+        if len(joining) > len(free) or max(row.columns for row in joining) >= self._columns:
             self._lay_out([*self._open, *joining])
             return
         for place, row in zip(free, joining, strict=False):
@@ -166,48 +230,56 @@ class Batch:
         for layer, stored in zip(self._layers, own.layers, strict=True):
             layer.put(place, stored.keys[0], stored.values[0])
 
+    @property
+    def _columns(self) -> int:
+        """That there are."""
+        return self._layers[0].keys.shape[2] if self._layers else 0
+
     def _lay_out(self, rows: Sequence[Row]) -> None:
-        """Places for these rows alone, with room behind them; those that had a place take its columns along."""
+        """Places for these rows alone, with room behind them; those that had a place take their columns along."""
         before, layers = {row: place for place, row in enumerate(self._rows) if row is not None}, self._layers
-        end = max(row.columns for row in rows)
-        self._span, self._rows = Span(0, end, end + ROOM), list(rows)
-        self._layers = []
+        self._rows, self._layers = list(rows), []
+        columns = max(row.columns for row in rows) + DRAFT + ROOM
         for stored in rows[0].session._cache.layers:
             heads, _, head_dim = stored.keys.shape[1:]
-            shape = (len(rows), heads, self._span.columns, head_dim)
+            shape = (len(rows), heads, columns, head_dim)
             # Zeros: what no row has is masked, but even no share of a NaN is one.
-            self._layers.append(Places(stored.keys.new_zeros(shape), stored.values.new_zeros(shape), self._span))
+            self._layers.append(Places(stored.keys.new_zeros(shape), stored.values.new_zeros(shape), self._ahead))
         for place, row in enumerate(rows):
             if row not in before:
                 self._copy_own(place)
                 continue
             for old, new in zip(layers, self._layers, strict=True):
-                new.put(place, *old.last(before[row], row.columns))
+                new.put(place, *old.taken(before[row], slice(row.columns)))
 
     def _step(self) -> list[Answer]:
-        """Decode a token of every open turn; answers those that end."""
+        """Decode a token of every open turn, or several; answers those that end."""
         rows = self._open
-        if self._span.end == self._span.columns or len(rows) <= SHRINK * len(self._rows):
+        if max(row.columns for row in rows) + DRAFT >= self._columns or len(rows) <= SHRINK * len(self._rows):
             self._lay_out(rows)
-        model, span = rows[0].session.policy.model, self._span
-        widest = max(row.columns for row in rows)
-        span.start = span.end - widest
-        columns, positions, last = (
+        model = rows[0].session.policy.model
+        reading = [[0] if row is None else row.next() for row in self._rows]
+        width = max(map(len, reading))
+        ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in reading], device=model.device)
+        start, positions = (
             torch.tensor([0 if row is None else of(row) for row in self._rows], device=model.device)[:, None]
-            for of in (lambda row: row.columns, lambda row: row.position, lambda row: row.turn.output[-1])
+            + torch.arange(width, device=model.device)
+            for of in (lambda row: row.columns, lambda row: row.position)
         )
-        mask = (torch.arange(widest + 1, device=model.device) >= widest - columns).long()
+        ahead = self._ahead
+        ahead.columns, ahead.end = start, max(row.columns for row in rows) + width
+        seen = torch.arange(ahead.end, device=model.device) <= start[:, None, :, None]
+        mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+        mask.masked_fill_(~seen, torch.finfo(model.dtype).min)
         logits = model(
-            input_ids=last, attention_mask=mask, position_ids=positions, **passing(model, Cache(layers=self._layers)),
+            input_ids=ids, attention_mask=mask, position_ids=positions, **passing(model, Cache(layers=self._layers)),
             use_cache=True,
-        ).logits[:, -1].float().cpu()  # fmt: skip
-        span.end += 1
+        ).logits  # fmt: skip
         ended = []
         for place, row in enumerate(self._rows):
             if row is None:
                 continue
-            row.columns, row.position = row.columns + 1, row.position + 1
-            row.session.choose(row.turn, logits[place])
+            row.take(reading[place], logits[place])
             if row.turn.done:
                 self._give_back(place)
                 self._rows[place] = None
@@ -217,9 +289,52 @@ class Batch:
     def _give_back(self, place: int) -> None:
         """Put a row's decoded columns behind its own cache; the last token that was sampled is not read yet."""
         row = self._rows[place]
+        decoded = slice(row.columns - len(row.turn.output) + 1, row.columns)
         for index, layer in enumerate(self._layers):
-            keys, values = (x[None].clone() for x in layer.last(place, len(row.turn.output) - 1))
+            keys, values = (x[None].clone() for x in layer.taken(place, decoded))
             row.session._cache.update(keys, values, index)
+
+
+def decoding(model) -> AbstractContextManager[None]:
+    """Decode a model that uses sdpa by `grouped_attention`; others are left as they are."""
+    if model.config._attn_implementation != "sdpa":
+        return nullcontext()
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return attending(model, NAME)
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """An attention function as transformers calls it: sdpa of few queries, whose keys no head copies.
+
+    Heads that share keys stand one behind the other as queries of one; transformers repeats the keys for more than one
+    query.
+
+    Args:
+        module: the attention layer.
+        query: `[batch, query_heads, queries, head_dim]`.
+        key: `[batch, kv_heads, keys, head_dim]`.
+        value: `[batch, kv_heads, keys, head_dim]`.
+        attention_mask: added to the scores, `[batch, 1, queries, keys]`.
+        scaling: of the scores.
+        **kwargs: what sdpa does not do either.
+
+    Returns:
+        The output `[batch, queries, query_heads, head_dim]`, and None for the weights.
+    """
+    batch, heads, queries, _ = query.shape
+    group = heads // key.shape[1]
+    together = query.reshape(batch, key.shape[1], group * queries, -1)
+    out = F.scaled_dot_product_attention(together, key, value, attention_mask.repeat(1, 1, group, 1), scale=scaling)
+    return out.reshape(batch, heads, queries, -1).transpose(1, 2), None
 
 
 def can_share(session: Session) -> bool:

@@ -272,6 +272,11 @@ class LocalSession:
         kept = ids[-tokens:] if last else ids[:tokens]
         return text if len(ids) <= tokens else self.chat.decode(kept if tokens else [])
 
+    def window_ids(self) -> list[int]:
+        """Ids of S and U, and of the window up to the prompt's last message."""
+        state = self._state
+        return [*self.base_ids, *(token for chunk in state.chunks for token in chunk), *state.carry]
+
     def size(self) -> ContextSize:
         """The window as it is now."""
         return ContextSize(len(self.base_ids), self._compacted[0], self._state.tokens, self._compacted[1])

@@ -12,8 +12,10 @@ from agent_cases import Reader, SteeredPolicy, episode, make_task, of, texts, ti
 from still import methods
 from still.harness.agent import drive, drive_many
 from still.harness.policies import batch
+from still.harness.policies.local import LocalPolicy
 from still.harness.runs import read_run
 from still.harness.sampling import InParallel, Request, sampler
+from still.harness.types import Limit, Message
 
 SETTINGS = {
     "full": {}, "memo": {"budget": "100t"}, "kv": {"budget": "90t"}, "memo_kv": {"budget": "200t"},
@@ -112,6 +114,43 @@ def test_caches_after_a_batch_are_those_of_sampling_alone(tmp_path):
         for one, other in zip(mine.layers, theirs.layers, strict=True):
             torch.testing.assert_close(one.keys, other.keys, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(one.values, other.values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_drafts_save_forwards_and_change_no_token(attention, temperature):
+    loaded = tiny_agent()
+    loaded.model.set_attn_implementation(attention)
+    policy = LocalPolicy(loaded, 4000)
+
+    def asked() -> list[Request]:
+        requests = []
+        for number in range(3):
+            session = policy.session([])
+            session.start([Message("system", "Copy."), Message("user", "la " * (20 + number))])
+            requests.append(Request(session, Limit(80 - 20 * number, temperature, seed=number)))
+        return requests
+
+    alone = [each.session.sample(each.limit) for each in asked()]
+    together, requests = Watched(), asked()
+    for request in requests:
+        together.ask(request)
+    found = dict(all_of(together, 3))
+    assert [found[request].output_ids for request in requests] == [each.output_ids for each in alone]
+    for request, one in zip(requests, alone, strict=True):
+        assert found[request].logprobs == pytest.approx(one.logprobs, abs=1e-4)
+    assert len(together.steps) < 0.8 * (max(len(each.output_ids) for each in alone) - 1)
+    assert loaded.model.config._attn_implementation == attention
+
+
+def test_a_draft_is_what_followed_the_same_tokens_the_last_time():
+    assert batch.Lookup([1, 2, 3, 9, 1, 2, 3]).draft(4) == [9, 1, 2, 3]
+    assert batch.Lookup([1, 2, 3, 9, 1, 2, 3]).draft(2) == [9, 1]
+    assert batch.Lookup([5, 1, 7, 8, 6, 1]).draft(3) == [7, 8, 6]  # never behind 6 before
+    assert batch.Lookup([2, 1, 7, 3, 1, 8, 2, 1]).draft(1) == [7]  # longer likeness before a later one
+    assert batch.Lookup([1, 7, 1, 8, 1]).draft(1) == [8]
+    assert batch.Lookup([1, 2, 3]).draft(4) == []
+    assert batch.Lookup([1, 2, 1]).draft(-1) == []
 
 
 def test_what_cannot_share_is_sampled_alone(tmp_path):
