@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from trainer_cases import assert_close, gradients, plain_row, rollout
 
 from still.harness.trainers import model
-from still.harness.trainers.attention import NAME, attending_rows, can_pack
+from still.harness.trainers.attention import NAME, Packed, attending_rows, can_pack, row_attention
 from still.harness.trainers.model import RowModel, Share
 from still.harness.trainers.openings import LEAST, opening_of, shared
 from still.harness.trainers.steps import own_batches, shares_of
@@ -116,6 +116,31 @@ def test_rows_are_packed_where_something_keeps_them_apart(attention, kind, openi
     assert can_pack(policy, opening) == packs
     policy.config.attention_dropout = 0.1
     assert can_pack(policy, opening) == (packs and attention != NAME)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("opening", [0, 40])
+def test_packed_rows_see_the_opening_and_their_own_part(dtype, bound, opening):
+    packed, draw = Packed(opening, [13, 1, 30]), torch.Generator().manual_seed(0)
+    tokens = opening + 44
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for part in packed.parts():
+        seen[part, part] = True
+    seen[opening:, :opening] = True
+    heads = {"query": 4, "key": 2, "value": 2}
+    given = {name: torch.randn(1, n, tokens, 32, generator=draw).to(dtype) for name, n in heads.items()}
+    exact = {name: x.double().requires_grad_() for name, x in given.items()}
+    found = {name: x.requires_grad_() for name, x in given.items()}
+    group = [exact[name].repeat_interleave(4 // n, dim=1) for name, n in heads.items()]
+    scores = (group[0] @ group[1].mT * 0.2).masked_fill(~seen.tril(), -torch.inf)
+    expected = (scores.softmax(-1) @ group[2]).transpose(1, 2)
+    out, _ = row_attention(None, *found.values(), packed.mask(torch.device("cpu")), scaling=0.2)
+    change = torch.randn(expected.shape, generator=draw)
+    expected.backward(change.double())
+    out.backward(change.to(dtype))
+    assert (out - expected).abs().max() < bound
+    for name, each in found.items():
+        assert (each.grad - exact[name].grad).abs().max() < bound * exact[name].grad.abs().max()
 
 
 def test_log_probabilities_are_those_of_rows_one_by_one():
