@@ -8,8 +8,8 @@ transformers builds no mask, and tokens see the future.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 
@@ -60,6 +60,17 @@ def attending(model, name: str = NAME) -> Iterator[None]:
     finally:
         if before != name:
             model.set_attn_implementation(before)
+
+
+def instead_of_sdpa(
+    model, name: str, attention: Callable, mask: Callable = sdpa_mask
+) -> AbstractContextManager[None]:
+    """Run a model that uses sdpa with another attention, and its mask, by a name of theirs; others stay as they are."""
+    if model.config._attn_implementation != "sdpa":
+        return nullcontext()
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    return attending(model, name)
 
 
 def with_prefix(keys: torch.Tensor, prefix: Prefix) -> torch.Tensor:

@@ -14,16 +14,14 @@ change, only how many forwards it takes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import sdpa_mask
 
-from ...attention import attending
+from ...attention import instead_of_sdpa
 from ...calling import passing
 from ..sampling import Answer, Request, tried
 from ..types import Session
@@ -176,9 +174,10 @@ class Batch:
         """Decode until a turn has ended. An error while decoding answers all turns that were open."""
         ended = self._begin()
         try:
-            with nullcontext() if ended else decoding(self._open[0].session.policy.model):
-                while not ended:
-                    ended = self._step()
+            if not ended:
+                with instead_of_sdpa(self._open[0].session.policy.model, NAME, grouped_attention):
+                    while not ended:
+                        ended = self._step()
         except Exception as problem:
             if not self._open:
                 raise
@@ -293,15 +292,6 @@ class Batch:
         for index, layer in enumerate(self._layers):
             keys, values = (x[None].clone() for x in layer.taken(place, decoded))
             row.session._cache.update(keys, values, index)
-
-
-def decoding(model) -> AbstractContextManager[None]:
-    """Decode a model that uses sdpa by `grouped_attention`; others are left as they are."""
-    if model.config._attn_implementation != "sdpa":
-        return nullcontext()
-    AttentionInterface.register(NAME, grouped_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return attending(model, NAME)
 
 
 def grouped_attention(

@@ -13,16 +13,16 @@ come from the merged output and log-sum-exp (as in ring attention: Liu et al., a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ...attention import attending
+from ...attention import instead_of_sdpa
+from ...kernels.prefix_attention import merge_attention
 from ...rope import layer_kinds
 
 NAME = "still_rows"
@@ -76,11 +76,7 @@ def packs_itself(model) -> bool:
 
 def attending_rows(model) -> AbstractContextManager[None]:
     """Train a model that uses sdpa on rows; others are left as they are. Both passes belong into the block."""
-    if model.config._attn_implementation != "sdpa":
-        return nullcontext()
-    AttentionInterface.register(NAME, row_attention)
-    AttentionMaskInterface.register(NAME, row_mask)
-    return attending(model, NAME)
+    return instead_of_sdpa(model, NAME, row_attention, row_mask)
 
 
 def row_mask(*args, attention_mask=None, local_size=None, allow_is_causal_skip: bool = True, **kwargs):
@@ -139,11 +135,8 @@ class _Apart(torch.autograd.Function):
         out, total = (torch.cat(each, dim=2) for each in zip(*own, strict=True))
         first, rest = slice(0, packed.opening), slice(packed.opening, None)
         if packed.opening:
-            begun = flash(query[:, :, rest], key[:, :, first], value[:, :, first], 0.0, False, scale=scale)
-            before, after = total[:, :, rest], torch.logaddexp(total[:, :, rest], begun[1])
-            out[:, :, rest] *= (before - after).exp()[..., None]
-            out[:, :, rest] += begun[0] * (begun[1] - after).exp()[..., None]
-            total[:, :, rest] = after
+            before = flash(query[:, :, rest], key[:, :, first], value[:, :, first], 0.0, False, scale=scale)
+            out[:, :, rest], total[:, :, rest] = merge_attention((out[:, :, rest], total[:, :, rest]), before)
         ctx.save_for_backward(query, key, value, out, total)
         ctx.packed, ctx.scale = packed, scale
         return out
