@@ -22,10 +22,11 @@ from .compactor_io import find_compactor, read_compactor, write_compactor
 from .config import StillConfig, fingerprint
 from .kernels import latent_attention
 from .perceiver import LayerPerceiver, perceive, plain
-from .placement import Worth, contributions, phases
+from .placement import Worth, contributions
 from .reading import check_mask, check_unmoved, read
-from .rope import Rotary, Tables, Turning, full_attention_layers, rotate, unrotate
+from .rope import Rotary, Turning, full_attention_layers, rotate, unrotate
 from .rows import cached_lengths, join_rows
+from .shared import Shared
 from .together import Together, side_by_side
 from .types import CompactKV, Reading
 
@@ -168,10 +169,9 @@ class StillCompactor(nn.Module, ModelHubMixin):
             compactor has a split.
         """
         if heads is not None:
-            tables = self._tables(layer, positions, slots, {})
-            return self._mix([layer], [keys], [values], slots, tables, {}, list(heads))[0]
+            return self._mix([layer], [keys], [values], slots, positions, self._shared(), list(heads))[0]
         counts = self.head_counts(keys.shape[2], slots)
-        return self._compact(layer, keys, values, counts.get(layer, slots), positions, {})
+        return self._compact(layer, keys, values, counts.get(layer, slots), positions, self._shared())
 
     def head_counts(self, tokens: int, slots: int) -> dict[int, tuple[int, ...]]:
         """Slots of every KV head by layer, of a chunk of `tokens` tokens; empty where all heads have `slots`."""
@@ -186,43 +186,19 @@ class StillCompactor(nn.Module, ModelHubMixin):
         counts = {} if split is None else split.counts(tokens, slots)
         return {} if {n for heads in counts.values() for n in heads} == {slots} else counts
 
-    def _tables(self, layer: int, positions: torch.Tensor, slots: int, known: dict) -> Tables:
-        """Rotary tables; `known` keeps those of other layers, which are the same where the model's bases are."""
-        positions = positions[None] if positions.ndim == 1 else positions
-        span, part = (positions.shape, positions.device), self.layers[str(layer)]
-        tokens = self._turning(layer, positions, known)
-        if (*span, "own") not in known:  # of the tokens, however many slots a head makes of them
-            known[*span, "own"] = part.turns(positions, positions[:, :1])
-        if (*span, slots) not in known:
-            where = self.slot_positions(positions, slots)
-            turns = None if self.config.placement else part.turns(where, positions[:, :1])
-            tables = self.rotary.cos_sin(layer, where), (turns, known[*span, "own"])
-            known[*span, slots] = Tables(tokens, *tables, where)
-        return known[*span, slots]
+    def _shared(self) -> Shared:
+        """What layers share, of one compaction."""
+        return Shared(self.layers, self.rotary)
 
-    def _first_tokens(self, tokens: int, device: torch.device, known: dict) -> None:
-        """Put the tables of a context's first tokens into `known`, as `_tables` looks for them there."""
-        if tokens > KEPT:
-            return
+    def _first_tokens(self, tokens: int, device: torch.device) -> tuple[Turning, torch.Tensor]:
+        """Tables of so many first tokens of a context, or of more; kept until longer ones are asked for."""
         if self._first is None or self._first[1].shape[-2] < tokens or self._first[1].device != device:
             with torch.inference_mode(False):  # they may be wanted in training next
                 positions = torch.arange(1 << (tokens - 1).bit_length(), device=device)[None]
-                layer = next(iter(self.layers))
-                own = self.layers[layer].turns(positions, positions[:, :1])
-                turning = self._turning(int(layer), positions, {})
-                self._first = turning.first(positions.shape[1]), own  # with the tables that turn back
-        turning, own = self._first
-        known[tokens, device, "model"] = turning.first(tokens)
-        known[(1, tokens), device, "own"] = own[..., :tokens, :]
-
-    def _turning(self, layer: int, positions: torch.Tensor, known: dict) -> Turning:
-        """How the model rotates tokens; `known` as in `_tables`."""
-        if self.rotary is None:
-            raise RuntimeError("the compactor is not bound to a model: call compactor.bind(model) first")
-        span = (positions.shape[-1], positions.device, "model")
-        if span not in known:
-            known[span] = Turning(*self.rotary.cos_sin(layer, positions))
-        return known[span]
+                shared, layer = self._shared(), int(next(iter(self.layers)))
+                turning = shared.turning(layer, positions).first(positions.shape[1])  # with the tables that turn back
+                self._first = turning, shared.own(layer, positions)
+        return self._first
 
     def _compact(
         self,
@@ -231,27 +207,26 @@ class StillCompactor(nn.Module, ModelHubMixin):
         values: torch.Tensor,
         slots: int | tuple[int, ...],
         positions: torch.Tensor,
-        known: dict,
+        shared: Shared,
         worth: Worth | None = None,
     ) -> CompactKV:
         """Compact one layer: `slots` for every head, or a number for each of them."""
         if isinstance(slots, int):
-            tables = self._tables(layer, positions, slots, known)
-            return self._mix([layer], [keys], [values], slots, tables, known, worth=worth)[0]
+            return self._mix([layer], [keys], [values], slots, positions, shared, worth=worth)[0]
         heads: dict[int, tuple[CompactKV, torch.Tensor]] = {}
         for count in set(slots):
             which = [head for head, n in enumerate(slots) if n == count]
-            tables = self._tables(layer, positions, count, known)
             part = CompactKV(keys[:, which], values[:, which])
             if not count:
                 part = CompactKV(part.keys[:, :, :0], part.values[:, :, :0])
             elif count < keys.shape[2]:  # where every token has a slot there is nothing to mix
-                (part,) = self._mix([layer], [part.keys], [part.values], count, tables, known, which, worth)
+                (part,) = self._mix([layer], [part.keys], [part.values], count, positions, shared, which, worth)
             if part.beta is None and self.config.beta:
                 part = part._replace(beta=part.keys.new_zeros(part.keys.shape[:3]))
+            where = shared.tables(layer, positions, count).where
             for place, head in enumerate(which):
                 one = CompactKV(*(None if x is None else x[:, place] for x in part[:3]))
-                heads[head] = one, tables.where
+                heads[head] = one, where
         parts = [heads[head] for head in range(len(slots))]
         tables = zip(*(part[:3] for part, _ in parts), strict=True)
         packed = [None if xs[0] is None else torch.cat(xs, dim=1) for xs in tables]
@@ -259,14 +234,14 @@ class StillCompactor(nn.Module, ModelHubMixin):
 
     def _mix(
         self, layers: Sequence[int], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: int,
-        tables: Tables, known: dict, heads: list[int] | None = None, worth: Worth | int | None = None,
+        positions: torch.Tensor, shared: Shared, heads: list[int] | None = None, worth: Worth | int | None = None,
     ) -> list[CompactKV]:  # fmt: skip
         """Compact some heads of several layers at once, each with its own keys and values."""
-        dtype, these = keys[0].dtype, tuple(layers)
+        dtype, these, tables = keys[0].dtype, tuple(layers), shared.tables(layers[0], positions, slots)
         if these not in self._whole:
             self._whole[these] = Together([self.layers[str(layer)] for layer in layers])
         with torch.autocast(keys[0].device.type, enabled=False):
-            phase = [self._phase(layer, heads, known) for layer in layers] if self.config.placement else None
+            phase = [shared.phase(layer, heads) for layer in layers] if self.config.placement else None
             turns = tuple(table if table is None else table[None] for table in tables.turns)
             whole = self._whole[these]
             small, mixed, beta = perceive(whole, keys, values, slots, turns, tables.tokens, heads, phase, worth)
@@ -298,7 +273,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
 
     def plain(self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Un-rotated keys and values side by side, `[batch, kv_heads, tokens, 2 * head_dim]`; see `compact_layer`."""
-        return plain([keys], [values], self._turning(layer, positions, {}))[0]
+        return plain([keys], [values], self._shared().turning(layer, positions))[0]
 
     @property
     def reach(self) -> int:
@@ -349,16 +324,6 @@ class StillCompactor(nn.Module, ModelHubMixin):
         weights = {int(name): tuple(own.tolist()) for name, own in zip(self.layers, shares, strict=True)}
         split = Split(weights, fingerprint=self.config.base_fingerprint, source="attention")
         self.config.split = split.to_dict()
-
-    def _phase(self, layer: int, heads: Sequence[int] | None, known: dict) -> torch.Tensor | None:
-        """Where the numbers of some heads begin by which tokens are shared out; None where latents stand evenly."""
-        if not self.config.placement:
-            return None
-        if "phases" not in known:
-            every = phases([part.placement.mass for part in self.layers.values()])
-            known["phases"] = dict(zip(self.layers, every, strict=True))
-        own = known["phases"][str(layer)]
-        return own if heads is None else own[list(heads)]
 
     def slot_positions(self, positions: torch.Tensor, slots: int) -> torch.Tensor:
         """Logical positions `[batch or 1, slots]` at which `compact_layer` rotates its slots."""
@@ -513,22 +478,22 @@ class StillCompactor(nn.Module, ModelHubMixin):
         for row, key in enumerate(zip(rows, budgets, strict=True)):
             groups.setdefault(key, []).append(row)
         places = {key: slice(None) if len(groups) == 1 else torch.tensor(members) for key, members in groups.items()}
-        known: dict = {}  # full-attention layers share their tables
-        first = cache.layers[int(next(iter(self.layers)))]
+        shared, device = self._shared(), cache.layers[int(next(iter(self.layers)))].keys.device
         for tokens in set(rows):
-            self._first_tokens(tokens, first.keys.device, known)
+            if tokens <= KEPT:
+                shared.begin(tokens, *self._first_tokens(tokens, device))
         counts = {key: self._counts(self.split, *key) for key in groups}
         ragged = any(counts.values())
         scout = self.config.scout if scouted else None
         parts: dict[int, list[CompactKV]] = {int(name): [] for name in self.layers}
         for key, which in places.items():
             heads = counts[key] if ragged else None
-            for layer, part in self._compact_all(cache, *key, which, heads, known, scout):
+            for layer, part in self._compact_all(cache, *key, which, heads, shared, scout):
                 parts[layer].append(part)
         return {layer: join_rows(own, list(groups.values())) for layer, own in parts.items()}
 
     def _compact_all(
-        self, cache: Cache, tokens: int, slots: int, rows, counts: dict[int, tuple[int, ...]] | None, known: dict,
+        self, cache: Cache, tokens: int, slots: int, rows, counts: dict[int, tuple[int, ...]] | None, shared: Shared,
         scout: int | None,
     ) -> Iterator[tuple[int, CompactKV]]:  # fmt: skip
         """Compact all layers of equally long rows, some at a time; one by one with `counts`, the slots of heads."""
@@ -541,21 +506,20 @@ class StillCompactor(nn.Module, ModelHubMixin):
         if scout is not None:  # where all layers go at once, it looks at what is made for them
             worth = layers.index(scout)
             if fused or counts is not None or step < len(layers):
-                worth = self._common_worth(scout, *_states(cache, scout, tokens, rows), where, known)
+                worth = self._common_worth(scout, *_states(cache, scout, tokens, rows), where, shared)
         for start in range(0, len(layers), step):
             some = layers[start : start + step]
             keys, values = zip(*(_states(cache, layer, tokens, rows) for layer in some), strict=True)
             if counts is None:
-                tables = self._tables(some[0], where, slots, known)
-                yield from zip(some, self._mix(some, keys, values, slots, tables, known, worth=worth), strict=True)
+                yield from zip(some, self._mix(some, keys, values, slots, where, shared, worth=worth), strict=True)
             else:
                 heads = counts.get(some[0], (slots,) * self.kv_heads)
-                yield some[0], self._compact(some[0], keys[0], values[0], heads, where, known, worth)
+                yield some[0], self._compact(some[0], keys[0], values[0], heads, where, shared, worth)
 
-    def _common_worth(self, layer: int, keys, values, positions, known: dict) -> Worth:
+    def _common_worth(self, layer: int, keys, values, positions, shared: Shared) -> Worth:
         """What tokens are worth to all layers, as this one sees them; see `Placement.common_worth`."""
         with torch.autocast(keys.device.type, enabled=False):
-            source = plain([keys], [values], self._turning(layer, positions, known))[0]
+            source = plain([keys], [values], shared.turning(layer, positions))[0]
             return Worth(self.layers[str(layer)].placement.common_worth(source))
 
     def check_trained(self, tokens: int | None, ratio: float) -> list[str]:

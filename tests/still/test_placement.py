@@ -172,7 +172,7 @@ def test_a_fresh_compactor_copies_the_tokens_it_stands_at():
     small = compactor.compact_layer(1, layer.keys, layer.values, positions, 10)
     part = compactor.layers["1"]
     source = compactor.plain(1, layer.keys, layer.values, positions)
-    kept = choose(inclusion(part.placement.worth(source), 10), 10, compactor._phase(1, None, {}))
+    kept = choose(inclusion(part.placement.worth(source), 10), 10, compactor._shared().phase(1))
     wanted = layer.values.gather(2, kept[..., None].expand(-1, -1, -1, layer.values.shape[-1]))
     torch.testing.assert_close(small.values, wanted, rtol=0, atol=1e-4)
     assert not torch.equal(kept[0, 0], kept[0, 1])  # heads keep different tokens
@@ -202,7 +202,7 @@ def test_a_scout_places_the_latents_of_all_layers(layers, split):
             slots = slots_for(count, 4)
             counts = (slots, slots) if split is None else compactor.split.counts(count, slots)[layer]
             for head in range(2):
-                phase = compactor._phase(layer, [head], {})
+                phase = compactor._shared().phase(layer, [head])
                 at = choose(inclusion(worth, counts[head]), counts[head], phase)[0, 0]
                 if record.counts is None:
                     own = record.values[row, head, -slots:]

@@ -120,7 +120,7 @@ def test_a_fitted_placement_keeps_what_answers_look_at():
     for one in found:
         for name, layer in compactor.layers.items():
             own = layer.placement.worth(one.tokens[int(name)][None])
-            for head in choose(inclusion(own, 10), 10, compactor._phase(int(name), None, {}))[0]:
+            for head in choose(inclusion(own, 10), 10, compactor._shared().phase(int(name)))[0]:
                 taken = torch.zeros(40, dtype=torch.bool).scatter(0, head, True)
                 kept.append(one.worth[taken].mean())
                 left.append(one.worth[~taken].mean())
