@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..attention import attending
+from ..behind import Context, contexts, rows_behind
+from ..calling import passing
 from ..methods.quantised import QuantisedLayer
 from ..rope import full_attention_layers
 
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 4 << 30}
-"""Bytes of keys and values that one batch of questions may repeat; more only moves memory around."""
+"""Bytes of keys and values that one batch of questions may have; more only moves memory around."""
 
 
 @dataclass(frozen=True)
@@ -77,35 +81,41 @@ def ask(
         ValueError: there is no question, a question or an answer is empty, or an answer has no end.
     """
     _check(prompt)
-    cache = _unpacked(cache, max(map(len, prompt.questions)) + max(max_new_tokens, *map(len, prompt.answers)))
+    room = max(map(len, prompt.questions)) + max(max_new_tokens, *map(len, prompt.answers))
+    cache = _unpacked(cache, room)
     padded = _pads_freely(model)
-    size = _rows_at_once(model, cache) if padded else 1
+    held = contexts(model, cache, room) if padded else None
+    size = _rows_at_once(model, cache, held) if padded else 1
     asked = Asked([], [], [], [])
-    for start in range(0, len(prompt.questions), size):
-        rows = slice(start, start + size)
-        questions, answers = prompt.questions[rows], prompt.answers[rows]
-        batch = _Batch(model, cache, questions, answers)
-        logits = batch.forward()
-        asked.outputs += batch.greedy(logits, prompt.stop_ids, max_new_tokens, refeed=not padded)
-        log_probs = logits.log_softmax(-1)
-        for row, answer in enumerate(answers):
-            own = log_probs[row, : len(answer)]
-            gold = torch.tensor(answer, device=own.device)
-            asked.cross_entropy.append(-own.gather(-1, gold[:, None]).sum().item())
-            if teacher is not None:
-                full = teacher[start + row]
-                asked.kl.append(max(0.0, (full.exp() * (full - own)).sum().item()))
-            if keep_distributions:
-                asked.distributions.append(own.clone())
+    with attending(model) if held else nullcontext():
+        for start in range(0, len(prompt.questions), size):
+            rows = slice(start, start + size)
+            questions, answers = prompt.questions[rows], prompt.answers[rows]
+            batch = _Batch(model, cache, held, questions, answers)
+            logits = batch.forward()
+            asked.outputs += batch.greedy(logits, prompt.stop_ids, max_new_tokens, refeed=not padded)
+            log_probs = logits.log_softmax(-1)
+            for row, answer in enumerate(answers):
+                own = log_probs[row, : len(answer)]
+                gold = torch.tensor(answer, device=own.device)
+                asked.cross_entropy.append(-own.gather(-1, gold[:, None]).sum().item())
+                if teacher is not None:
+                    full = teacher[start + row]
+                    asked.kl.append(max(0.0, (full.exp() * (full - own)).sum().item()))
+                if keep_distributions:
+                    asked.distributions.append(own.clone())
     return asked
 
 
 class _Batch:
-    """Questions on the left, right answers on the right, padding on both ends, over one repeated cache."""
+    """Questions on the left, right answers on the right, padding on both ends, behind one cache or copies of it."""
 
-    def __init__(self, model, cache: Cache, questions: list[list[int]], answers: list[list[int]]) -> None:
-        self.model, self.source, self.questions, self.answers = model, cache, questions, answers
-        self.past = cache.get_seq_length()
+    def __init__(
+        self, model, cache: Cache, held: list[Context] | None, questions: list[list[int]], answers: list[list[int]]
+    ) -> None:
+        self.model, self.source, self.held, self.questions, self.answers = model, cache, held, questions, answers
+        self.start = cache.get_seq_length()  # logical position of the first token
+        self.past = 0 if held else self.start  # columns before it in each row
         self.width = max(map(len, questions))
         self.tail = max(map(len, answers))
         pad = self.width + self.tail
@@ -120,16 +130,16 @@ class _Batch:
         positions = torch.arange(pad)[None] - (self.width - lengths)[:, None]
         device = model.device
         self.ids, self.mask = ids.to(device), mask.to(device)
-        self.positions = (positions.clamp(min=0) + self.past).to(device)
+        self.positions = (positions.clamp(min=0) + self.start).to(device)
 
     def forward(self) -> torch.Tensor:
         """Logits `[rows, tail, vocabulary]` that predict each token of the right answers."""
-        self.cache = repeated(self.source, len(self.questions))
+        self.cache = rows_behind(self.held) if self.held else repeated(self.source, len(self.questions))
         out = self.model(
             input_ids=self.ids,
             attention_mask=self.mask,
             position_ids=self.positions,
-            past_key_values=self.cache,
+            **passing(self.model, self.cache),
             use_cache=True,
             logits_to_keep=self.tail + 1,
         )
@@ -166,7 +176,7 @@ class _Batch:
                 self.cache.batch_select_indices(index)
                 self.mask, rows = self.mask[index], open_rows
             last = [[outputs[row][-1]] for row in rows]
-            where = [[self.past + len(self.questions[row]) + len(outputs[row]) - 1] for row in rows]
+            where = [[self.start + len(self.questions[row]) + len(outputs[row]) - 1] for row in rows]
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(rows), 1)], dim=1)
             choices = self._step(last, where).argmax(-1).tolist()
             for row, choice in zip(rows, choices, strict=True):
@@ -187,7 +197,7 @@ class _Batch:
             input_ids=torch.tensor(ids, device=self.mask.device),
             attention_mask=self.mask,
             position_ids=torch.tensor(positions, device=self.mask.device),
-            past_key_values=self.cache,
+            **passing(self.model, self.cache),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -225,10 +235,10 @@ def _pads_freely(model) -> bool:
     return len(full_attention_layers(config)) == config.num_hidden_layers
 
 
-def _rows_at_once(model, cache: Cache) -> int:
+def _rows_at_once(model, cache: Cache, held: list[Context] | None) -> int:
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    columns = getattr(cache, "physical_length", None) or cache.get_seq_length()
+    columns = 0 if held else getattr(cache, "physical_length", None) or cache.get_seq_length()
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * (columns + 48) * model.dtype.itemsize
     return max(1, CHUNK_BYTES.get(model.device.type, CHUNK_BYTES["cuda"]) // row)
 

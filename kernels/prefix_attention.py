@@ -7,6 +7,7 @@ their log-sum-exps; so each part may have a kernel of its own. `attend_reference
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -115,10 +116,35 @@ def _attend(query, keys, values, bias, scale, offsets, causal, mask) -> tuple[to
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = [x for x in (query, keys, values, bias, mask) if x is not None]
     if not dispatch.runs_triton("prefix_attention", tensors, _obstacle(query, keys, values, bias, mask)):
+        if _flash_takes(query, keys, values, bias, offsets, causal, mask):
+            return _flash(query, keys, values, scale, offsets)
         return attend_reference(query, keys, values, bias, scale, offsets, causal, mask)
     from .prefix_attention_triton import Attention
 
     return Attention.apply(query, keys, values, bias, scale, offsets, causal, mask)
+
+
+def _flash_takes(query, keys, values, bias, offsets, causal, mask) -> bool:
+    """Whether sdpa's operator for CPUs can do this: it keeps no scores, and has no gradient of the log-sum-exp."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
+    heads = [keys.shape[-2]] if offsets is None else [end - start for start, end in pairwise(offsets)]
+    plain = bias is None and mask is None and not causal and keys.shape[-1] == values.shape[-1]
+    return query.device.type == "cpu" and plain and not learns and query.shape[2] > 0 and min(heads) > 0
+
+
+def _flash(query, keys, values, scale, offsets) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_flash_takes`; query heads that share keys are queries of one head."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    batch, heads, queries, _ = query.shape
+    if offsets is None:
+        parts = [(query, keys, values)]
+    else:
+        groups = query.split(heads // (len(offsets) - 1), dim=1)
+        own = [slice(*ends) for ends in pairwise(offsets)]
+        parts = [(group, keys[:, None, at], values[:, None, at]) for group, at in zip(groups, own, strict=True)]
+    made = [flash(q.reshape(batch, k.shape[1], -1, q.shape[3]), k, v, 0.0, False, scale=scale) for q, k, v in parts]
+    out, lse = (torch.cat(each, dim=1) for each in zip(*made, strict=True))
+    return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
 
 
 def _obstacle(query, keys, values, bias, mask) -> str:

@@ -126,7 +126,7 @@ class CompactLayer(DynamicLayer):
             self.batch_repeat_interleave(len(key_states) // self.batch)
         if self._awaits_crop:  # nobody crops after each forward: this is no assisted decoding any more
             self.record_past = self._awaits_crop = False
-        prefix = self._prefix()
+        prefix = self.prefix
         self._note_padding(new)
         self.keys = torch.cat((self.keys, key_states), dim=2)
         self.values = torch.cat((self.values, value_states), dim=2)
@@ -159,7 +159,8 @@ class CompactLayer(DynamicLayer):
             old = torch.ones(self.batch, self.physical, dtype=torch.bool) if self.live is None else self.live
             self.live = torch.cat((old.to(device), fresh.to(device)), dim=1)
 
-    def _prefix(self) -> attention.Prefix | None:
+    @property
+    def prefix(self) -> attention.Prefix | None:
         """What attention must know of the slots beyond the stored columns; None where there is nothing."""
         if self._is_stock():
             self._refuse_stock()
@@ -187,6 +188,10 @@ class CompactLayer(DynamicLayer):
                 f"attends to the dead ones unless the attention mask is rewritten over them: make the inputs with "
                 f"cache.prompt(question_ids) for generate(), or cache.continuation(new_ids) for a plain forward"
             )
+
+    def compacts_within(self, new: int) -> bool:
+        """Whether so many more tokens may let a chunk fall due."""
+        return self.policy is not None and self.policy.is_due(self.most_raw() + new)
 
     def compact_due(self) -> None:
         """Compact the whole chunks that are due. Padded rows under stock attention wait for `cache.prompt`."""

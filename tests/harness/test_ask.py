@@ -9,7 +9,10 @@ import torch
 from tiny_models import VOCAB, random_ids, tiny_model
 from transformers import DynamicCache
 
-from still import methods
+from still import Split, StillCache, StillCompactor, methods
+from still.attention import register
+from still.behind import contexts
+from still.harness import ask as ask_module
 from still.harness.ask import Prompt, ask
 from still.reading import read
 
@@ -91,6 +94,61 @@ def test_a_compact_cache_and_a_quantised_one_are_asked_like_generate_asks_them()
             expected.append(answer[:-1] if answer[-1] in STOP else answer)
         got = ask(model, cache, Prompt(questions, [[20, STOP[0]], [STOP[0]]], STOP), max_new_tokens=LIMIT)
         assert got.outputs == expected, name
+
+
+def caches(model, reading):
+    """Caches of every kind that rows may go on behind: full, equal slots, a bias of each, unequal heads, raw tokens."""
+    compactor = StillCompactor.for_model(model, ratio=4, chunk=40, seed=1)
+    biased = StillCompactor.for_model(model, ratio=4, chunk=40, beta=True, seed=2)
+    for layer in biased.layers.values():
+        torch.nn.init.normal_(layer.beta_head.weight, std=0.3)
+    uneven = compactor.with_split(Split({index: (1, 3) for index in range(model.config.num_hidden_layers)}))
+    growing = compactor.prefill(model, reading.input_ids, ratio=4, chunk=16)
+    with torch.no_grad():
+        model(**growing.continuation(random_ids(1, 3)), past_key_values=growing)
+    return {
+        "full": reading.cache, "equal": compactor.compact(reading, ratio=4), "bias": biased.compact(reading, ratio=4),
+        "uneven": uneven.compact(reading, ratio=4), "int4": methods.get("int4").compact(model, reading),
+        "slots and raw tokens": growing,
+    }  # fmt: skip
+
+
+def test_rows_behind_a_context_answer_as_rows_that_copy_it(monkeypatch):
+    """Nothing of it is copied, and likelihoods are the same in every kind of cache."""
+    register()
+    model = tiny_model("qwen3", attention="still")
+    reading = read(model, random_ids(1, 40))
+    questions = [random_ids(length, seed=length).tolist() for length in (4, 9, 13, 5)]
+    prompt = Prompt(questions, [[30, 31, STOP[0]], [32, STOP[1]], [33, 34, 35, STOP[2]], [STOP[3]]], STOP)
+    copied = ask_module.repeated
+    for name, cache in caches(model, reading).items():
+        length = cache.get_seq_length()
+        with monkeypatch.context() as patch:
+            patch.setattr(ask_module, "repeated", lambda *args, name=name: pytest.fail(f"{name} is copied"))
+            behind = ask(model, cache, prompt, max_new_tokens=LIMIT, keep_distributions=True)
+        assert cache.get_seq_length() == length
+        with monkeypatch.context() as patch:
+            patch.setattr(ask_module, "contexts", lambda *args: None)
+            rows = []
+            patch.setattr(ask_module, "repeated", lambda *args, rows=rows: rows.append(args[1]) or copied(*args))
+            copies = ask(model, cache, prompt, max_new_tokens=LIMIT, keep_distributions=True)
+        assert rows, "this one copies"
+        assert behind.outputs == copies.outputs, name
+        for ours, theirs in zip(behind.distributions, copies.distributions, strict=True):
+            assert (ours - theirs).abs().max() < 1e-4, name
+
+
+def test_a_cache_that_would_compact_itself_meanwhile_is_copied():
+    """So that an answer is what `generate` gives, which compacts."""
+    model = tiny_model("qwen3")
+    compactor = StillCompactor.for_model(model, ratio=4, chunk=16)
+    cache = StillCache(compactor, ratio=4, keep_last=8)
+    with torch.no_grad():
+        model(random_ids(1, 20), past_key_values=cache)
+    assert contexts(model, cache, 3)
+    assert contexts(model, cache, 4) is None
+    assert contexts(tiny_model("gemma3"), DynamicCache(), 1) is None
+    assert contexts(tiny_model("qwen3", attention="eager"), read(model, random_ids(1, 9)).cache, 1) is None
 
 
 @pytest.mark.parametrize(

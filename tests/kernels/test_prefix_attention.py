@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import re
@@ -11,6 +12,8 @@ import torch
 
 from still.kernels import dispatch
 from still.kernels.prefix_attention import attend_reference, merge_attention, prefix_attention, tail_attention
+
+module = importlib.import_module("still.kernels.prefix_attention")  # its name is also a function's
 
 
 def draw(*shapes, seed=0, dtype=torch.float32):
@@ -39,6 +42,24 @@ def test_ragged_heads_are_padded_heads_with_dead_slots():
     torch.testing.assert_close((out, lse), prefix_attention(query, *padded, padded_bias), atol=1e-6, rtol=0)
     assert not out[:, 2:4].any()
     assert (lse[:, 2:4] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("offsets", [None, (0, 7, 8, 21)])
+def test_what_cpus_compute_without_gradients_is_the_reference(offsets):
+    """Sdpa's own operator serves where there is no bias, no mask, no gradient and no empty head."""
+    shapes = [(2, 6, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16)] if offsets is None else [(2, 6, 5, 16), *[(2, 21, 16)] * 2]
+    for dtype, close in ((torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
+        inputs = draw(*shapes, dtype=dtype)
+        assert module._flash_takes(*inputs, None, offsets, False, None)
+        wanted = attend_reference(*inputs, None, 0.3, offsets, False, None)
+        got = prefix_attention(*inputs, None, 0.3, offsets)
+        assert [x.dtype for x in got] == [x.dtype for x in wanted]
+        torch.testing.assert_close(got, wanted, atol=close, rtol=close)
+        inputs[0].requires_grad_()
+        prefix_attention(*inputs, None, 0.3, offsets)[1].sum().backward()
+        assert inputs[0].grad.any(), "the log-sum-exp has a gradient"
+    query, keys, values = draw((1, 4, 3, 8), (1, 5, 8), (1, 5, 8))
+    assert not module._flash_takes(query, keys, values, None, (0, 5, 5), False, None)
 
 
 def test_gradients_pass_an_empty_head():
