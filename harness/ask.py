@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..attention import attending
 from ..behind import Context, contexts, rows_behind
 from ..calling import passing
+from ..decoding import go_on
 from ..methods.quantised import QuantisedLayer
 from ..rope import full_attention_layers
 
@@ -148,60 +149,38 @@ class _Batch:
     def greedy(self, logits: torch.Tensor, stop_ids: tuple[int, ...], limit: int, refeed: bool) -> list[list[int]]:
         """Greedy answers, going on from where the model's own choices leave the right answers."""
         choices = logits.argmax(-1).tolist()
-        outputs, open_rows = [], []
+        outputs: list[list[int]] = []
         for row, answer in enumerate(self.answers):
             same = 0
             while same < len(answer) and choices[row][same] == answer[same]:
                 same += 1
             output = answer[:same] if same == len(answer) else [*answer[:same], choices[row][same]]
             outputs.append(output[:limit])
-            if outputs[-1][-1] not in stop_ids and len(outputs[-1]) < limit:
-                open_rows.append(row)
-        if open_rows:
-            self._decode(outputs, open_rows, stop_ids, limit, refeed)
-        return [output[:-1] if output[-1] in stop_ids else output for output in outputs]
 
-    def _decode(self, outputs: list[list[int]], open_rows: list[int], stop_ids, limit: int, refeed: bool) -> None:
-        """Extend `outputs[row]` in place for each open row, from the cache that `forward` left."""
-        rows = list(range(len(self.questions)))
-        if refeed:  # a state that has taken in the right answer cannot give it back
-            self._feed_again(outputs[0][:-1])
-        else:
-            kept = torch.tensor([len(output) - 1 for output in outputs], device=self.mask.device)
-            columns = torch.arange(self.tail, device=self.mask.device)
-            self.mask[:, self.past + self.width :] = columns[None] < kept[:, None]
-        while open_rows:
-            if len(open_rows) <= 0.75 * len(rows):  # dropping rows copies the cache: not for every one
-                index = torch.tensor([rows.index(row) for row in open_rows], device=self.mask.device)
-                self.cache.batch_select_indices(index)
-                self.mask, rows = self.mask[index], open_rows
-            last = [[outputs[row][-1]] for row in rows]
-            where = [[self.start + len(self.questions[row]) + len(outputs[row]) - 1] for row in rows]
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(rows), 1)], dim=1)
-            choices = self._step(last, where).argmax(-1).tolist()
-            for row, choice in zip(rows, choices, strict=True):
-                if row in open_rows:
-                    outputs[row].append(choice)
-            open_rows = [row for row in open_rows if outputs[row][-1] not in stop_ids and len(outputs[row]) < limit]
+        def ended(row: int) -> bool:
+            return outputs[row][-1] in stop_ids or len(outputs[row]) >= limit
+
+        if not all(map(ended, range(len(outputs)))):
+            if refeed:  # a state that has taken in the right answer cannot give it back
+                self._feed_again(outputs[0][:-1])
+            else:
+                kept = torch.tensor([len(output) - 1 for output in outputs], device=self.mask.device)
+                columns = torch.arange(self.tail, device=self.mask.device)
+                self.mask[:, self.past + self.width :] = columns[None] < kept[:, None]
+            starts = [self.start + len(question) for question in self.questions]
+            go_on(self.model, self.cache, self.mask, starts, lambda each, _: each.argmax(-1).tolist(), ended, outputs)
+        return [output[:-1] if output[-1] in stop_ids else output for output in outputs]
 
     def _feed_again(self, answer: list[int]) -> None:
         """Read the only question and the beginning of its answer into a fresh copy of the cache."""
         self.cache = repeated(self.source, 1)
-        ids = [*self.questions[0], *answer]
-        self.mask = self.mask.new_ones(1, self.past + len(ids))
-        self._step([ids], [list(range(self.past, self.past + len(ids)))])
-
-    def _step(self, ids: list[list[int]], positions: list[list[int]]) -> torch.Tensor:
-        """Feed ids `[rows, tokens]` at logical positions; logits `[rows, vocabulary]` after the last."""
-        out = self.model(
-            input_ids=torch.tensor(ids, device=self.mask.device),
-            attention_mask=self.mask,
-            position_ids=torch.tensor(positions, device=self.mask.device),
-            **passing(self.model, self.cache),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
+        ids = torch.tensor([[*self.questions[0], *answer]], device=self.mask.device)
+        self.mask = self.mask.new_ones(1, self.past + ids.shape[1])
+        positions = torch.arange(self.past, self.past + ids.shape[1], device=self.mask.device)[None]
+        self.model(
+            input_ids=ids, attention_mask=self.mask, position_ids=positions, **passing(self.model, self.cache),
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
 
 
 def repeated(cache: Cache, rows: int) -> Cache:

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
+from ..attention import attending
+from ..behind import contexts, rows_behind
 from ..calling import passing
+from ..decoding import decode
+from ..rope import layer_kinds
 from .rendering import Renderer
 
 
@@ -42,7 +46,7 @@ class Answerer:
 
     @torch.no_grad()
     def with_context(self, context_ids: Sequence[int], questions: Sequence[str], temperature: float) -> list[Answer]:
-        """Answers from the full context, which is read once.
+        """Answers from the full context, which is read once; questions are answered side by side where that can be.
 
         Args:
             context_ids: the context.
@@ -52,26 +56,45 @@ class Answerer:
         ids = torch.tensor([list(context_ids)], device=self.model.device)
         full = DynamicCache(config=self.model.config)
         self.model.get_decoder()(input_ids=ids, **passing(self.model, full), use_cache=True)
-        answers = []
-        for question in questions:
-            asked = torch.cat((ids, self._tensor(self.renderer.opening(question))), dim=1)
-            answers.append(self._generate(asked, copy.deepcopy(full), temperature))
-        return answers
+        asked = [self.renderer.opening(question) for question in questions]
+        held = contexts(self.model, full, max(map(len, asked)) + self.limit)
+        if held is None:
+            return [self._generate([*context_ids, *each], copy.deepcopy(full), temperature) for each in asked]
+        with attending(self.model):
+            return self._decode(rows_behind(held), context_ids, asked, temperature)
 
     @torch.no_grad()
     def without_context(self, questions: Sequence[str]) -> list[Answer]:
         """Greedy answers to questions that nothing stands before."""
-        asked = (self._tensor(self.renderer.alone(question)) for question in questions)
-        return [self._generate(ids, None, 0) for ids in asked]
+        asked = [self.renderer.alone(question) for question in questions]
+        if set(layer_kinds(self.model.config)) == {"full_attention"}:  # padding leaves no trace
+            return self._decode(DynamicCache(config=self.model.config), [], asked, 0)
+        return [self._generate(each, None, 0) for each in asked]
 
-    def _generate(self, ids: torch.Tensor, cache: DynamicCache | None, temperature: float) -> Answer:
+    def _decode(
+        self, cache: Cache, context_ids: Sequence[int], asked: Sequence[Sequence[int]], temperature: float
+    ) -> list[Answer]:
+        """Answers of all rows side by side, each by random numbers of its own."""
+        outputs: list[list[int]] = [[] for _ in asked]
+        numbers = [torch.Generator().manual_seed(self._seed([*context_ids, *each])) for each in asked]
+
+        def choose(logits: torch.Tensor, rows: list[int]) -> list[int]:
+            return draw(logits, temperature, [numbers[row] for row in rows])
+
+        def ended(row: int) -> bool:
+            return len(outputs[row]) >= self.limit or self._ended(outputs[row])
+
+        decode(self.model, cache, len(context_ids), asked, choose, ended, outputs)
+        return [self._answer(output) for output in outputs]
+
+    def _generate(self, asked: list[int], cache: DynamicCache | None, temperature: float) -> Answer:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        digest = hashlib.sha256(f"{self.seed}:{ids.tolist()}".encode()).digest()
-        if self.renderer.form.style == "plain":  # a line's end may be one token with the mark before it
+        if self.renderer.form.style == "plain":
             sampling |= {"stop_strings": ["\n"], "tokenizer": self.renderer.tokenizer}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
+        ids = torch.tensor([asked], device=self.model.device)
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int.from_bytes(digest[:7]))
+            torch.manual_seed(self._seed(asked))
             made = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -80,11 +103,28 @@ class Answerer:
                 eos_token_id=self.renderer.stop_ids or None,
                 pad_token_id=self.renderer.pad_id,
                 **({"do_sample": False} | sampling),
-            )[0, ids.shape[1] :].tolist()
-        ended = bool(made) and made[-1] in self.renderer.stop_ids
-        if self.renderer.form.style == "plain":
-            ended = ended or "\n" in self.renderer.tokenizer.decode(made).strip(" ")
-        return Answer(self.renderer.text(made), ended)
+            )
+        return self._answer(made[0, ids.shape[1] :].tolist())
 
-    def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([list(ids)], device=self.model.device)
+    def _answer(self, output: list[int]) -> Answer:
+        return Answer(self.renderer.text(output), bool(output) and self._ended(output))
+
+    def _ended(self, output: list[int]) -> bool:
+        """Whether the model ended its answer; in plain style by a line's end, which may share a token with a mark."""
+        if output[-1] in self.renderer.stop_ids:
+            return True
+        return self.renderer.form.style == "plain" and "\n" in self.renderer.tokenizer.decode(output).strip(" ")
+
+    def _seed(self, ids: list[int]) -> int:
+        """Of the draws after these ids."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}:{[ids]}".encode()).digest()[:7])
+
+
+def draw(logits: torch.Tensor, temperature: float, numbers: Sequence[torch.Generator]) -> list[int]:
+    """A token of each row of logits `[rows, vocabulary]`, by one random number of the row's own; greedy at 0."""
+    if not temperature:
+        return logits.argmax(-1).tolist()
+    shares = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    drawn = torch.stack([torch.rand(1, generator=each, dtype=torch.float64) for each in numbers])
+    chosen = torch.searchsorted(shares, drawn.to(shares.device), right=True)
+    return chosen.clamp(max=shares.shape[1] - 1)[:, 0].tolist()  # all shares may add up to less than 1

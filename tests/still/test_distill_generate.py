@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_text import tiny_base
 
+from still.distill import answers as answers_module
 from still.distill.answers import Answerer
 from still.distill.config import DataConfig
 from still.distill.data import load_rows
@@ -148,7 +149,7 @@ def test_documents_become_rows_that_load(tmp_path, folder):
 def test_edits_change_the_context_and_guessable_questions_are_dropped(tmp_path):
     base, renderer = talkative_base(), None
     renderer = Renderer(base.tokenizer)
-    answerer = Answerer(base.model, renderer, 64)
+    answerer = Answerer(base.model, renderer, 64, seed=3)
     docs = tmp_path / "docs"
     docs.mkdir()
     text = "The rent is 900 pounds. The term is two years. " + " ".join(f"Clause{i}." for i in range(12))
@@ -164,12 +165,40 @@ def test_edits_change_the_context_and_guessable_questions_are_dropped(tmp_path):
         {"kind": "fact", "question": "How long is the term?", "answer": guess.text},
     ]
     with Server(lambda prompt: json.dumps(replies)) as server:
-        settings = SETTINGS | {"answer_tokens": 64, "held_out": 0.0}
+        settings = SETTINGS | {"answer_tokens": 64, "held_out": 0.0, "seed": 3}
         made = generate(docs, tmp_path / "rows", base, DataConfig(**settings, endpoint=server.url), progress=False)
     row = json.loads((tmp_path / "rows" / "train-00000-of-00001.jsonl").read_text())
     assert row["context"] == [{"name": "lease.txt", "text": edited}]
     assert [(turn["kind"], turn["answer"], turn["agrees"]) for turn in row["turns"]] == [("edit", true.text, True)]
     assert made.dropped == {"sentence_edited_twice": 1, "answered_without_context": 1}
+
+
+def test_answers_side_by_side_are_those_of_generate(monkeypatch):
+    """Greedy ones; and what is drawn for a question depends on no other one."""
+    base = talkative_base()
+    answerer = Answerer(base.model, Renderer(base.tokenizer), 24)
+    context = answerer.renderer.context([("lease.txt", "The rent is 900 pounds. The term is two years.")])
+    questions = ["What is the rent?", "How long, in years, is the term?", "Who?"]
+    both = answerer.with_context(context, questions, 0.0), answerer.without_context(questions)
+    drawn = answerer.with_context(context, questions, 1.0)
+    assert drawn == [answerer.with_context(context, [question], 1.0)[0] for question in questions]
+    assert drawn != both[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(answers_module, "contexts", lambda *args: None)
+        patch.setattr(answers_module, "layer_kinds", lambda config: ["sliding_attention"])
+        patch.setattr(Answerer, "_decode", lambda *args: pytest.fail("one by one"))
+        assert (answerer.with_context(context, questions, 0.0), answerer.without_context(questions)) == both
+    assert any(not answer.ended for answer in both[0] + both[1]) or len({len(a.text) for a in both[0]}) > 1
+
+
+def test_draws_follow_the_models_shares():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(400, -1)
+    numbers = [torch.Generator().manual_seed(seed) for seed in range(400)]
+    drawn = Counter(answers_module.draw(logits, 2.0, numbers))
+    shares = (logits[0] / 2).softmax(-1)
+    assert drawn[2] == 0
+    assert all(abs(drawn[token] / 400 - shares[token]) < 0.08 for token in range(4))
+    assert set(answers_module.draw(logits[:3], 0.0, numbers[:3])) == {3}
 
 
 def test_failed_requests_are_retried_and_the_lost_ones_sent_again(tmp_path, folder):
