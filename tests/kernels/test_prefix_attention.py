@@ -58,6 +58,8 @@ def test_what_cpus_compute_without_gradients_is_the_reference(offsets):
         inputs[0].requires_grad_()
         prefix_attention(*inputs, None, 0.3, offsets)[1].sum().backward()
         assert inputs[0].grad.any(), "the log-sum-exp has a gradient"
+        with dispatch.use("reference"):
+            assert not module._flash_takes(*inputs, None, offsets, False, None)
     query, keys, values = draw((1, 4, 3, 8), (1, 5, 8), (1, 5, 8))
     assert not module._flash_takes(query, keys, values, None, (0, 5, 5), False, None)
 
