@@ -75,7 +75,9 @@ def contexts(model, cache: Cache, room: int) -> list[Context] | None:
     """
     config = model.config.get_text_config(decoder=True)
     plain = not getattr(config, "attn_logit_softcapping", None) and set(layer_kinds(config)) == {"full_attention"}
-    if not plain or model.config._attn_implementation not in ("sdpa", NAME):
+    own = model.config._attn_implementation
+    # A model that ignores another attention would not see the context at all.
+    if not plain or (own != NAME and not (own == "sdpa" and model._can_set_attn_implementation())):
         return None
     held = [_context(layer, room) for layer in cache.layers]
     return held if len(held) == config.num_hidden_layers and None not in held else None

@@ -138,6 +138,15 @@ def test_rows_behind_a_context_answer_as_rows_that_copy_it(monkeypatch):
             assert (ours - theirs).abs().max() < 1e-4, name
 
 
+def test_a_model_that_takes_no_other_attention_copies(monkeypatch):
+    """Transformers only logs that, and such rows would see nothing of the context."""
+    model = tiny_model("qwen3")
+    reading = read(model, random_ids(1, 9))
+    assert contexts(model, reading.cache, 1)
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation_cached_value", False, raising=False)
+    assert contexts(model, reading.cache, 1) is None
+
+
 def test_a_cache_that_would_compact_itself_meanwhile_is_copied():
     """So that an answer is what `generate` gives, which compacts."""
     model = tiny_model("qwen3")
