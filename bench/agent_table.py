@@ -26,6 +26,7 @@ def main() -> int:
     """Merge, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--least", type=int, default=5, help="matters of a condition that is shown (default: 5)")
     parser.add_argument("--rows", type=Path, default=ROWS / "agent.csv")
     parser.add_argument("--figure", type=Path, default=ROWS.parent / "figures" / "agent_pass_rate.png")
     args = parser.parse_args()
@@ -34,7 +35,7 @@ def main() -> int:
         store = AgentStore.open(folder)
         for row in agent_rows(store.results(), store.header):
             key = row["task"], row["condition"], row["budget"]
-            if key not in best or row["matters"] > best[key]["matters"]:
+            if row["matters"] >= args.least and (key not in best or row["matters"] > best[key]["matters"]):
                 best[key] = row
     tasks = list(dict.fromkeys(task for task, *_ in best))
     rows = sorted(best.values(), key=lambda row: tasks.index(row["task"]))

@@ -358,7 +358,7 @@ def drive_many(
     """Play episodes side by side, `width` at a time; yields each with its last event, or with what broke it.
 
     Args:
-        episodes: taken as places get free.
+        episodes: taken as places get free; where there is none, asked for again as soon as an episode has ended.
         width: episodes that are open at once.
         sampler: answers the open episodes' requests.
     """

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..agent import Episode, drive
+from ..agent import Episode, drive_many
 from ..documents import Documents
 from ..play import claim, run_id
 from ..run_config import RunConfig
 from ..runs import read_run, write_atomically
+from ..sampling import OneByOne, sampler
 from ..tools import Workspace
 from ..types import NoRoom, Policy
 from .config import IsftConfig
 from .grading import Grade, Scored, falls_short, grade_runs
 from .ledgers import watcher
-from .teacher import PRIVATE, OracleTeacher, PrivateChannel, TeacherPolicy, make_backend
+from .teacher import PRIVATE, OracleTeacher, PrivateChannel, TeacherPolicy, ThroughTeachers, make_backend
 
 DONE = "attempt.json"
 
@@ -68,6 +70,46 @@ class Attempt:
         return len(self.corrected_at)
 
 
+@dataclass(frozen=True)
+class Play:
+    """An attempt under way.
+
+    Attributes:
+        task: that it is at.
+        number: of the attempt.
+        folder: of the run.
+        channel: what it keeps from its log.
+        source: attempt that it continues from a boundary, or None.
+        episode: in the harness.
+    """
+
+    task: Any
+    number: int
+    folder: Path
+    channel: PrivateChannel
+    source: int | None
+    episode: Episode
+
+
+class Taken:
+    """Whatever is there to take, each time that it is asked; more may come later.
+
+    Args:
+        take: gives the next, or None while there is none.
+    """
+
+    def __init__(self, take: Callable[[], Any]):
+        self.take = take
+
+    def __iter__(self) -> Taken:
+        return self
+
+    def __next__(self) -> Any:
+        if (found := self.take()) is None:
+            raise StopIteration
+        return found
+
+
 class Collector:
     """Plays and grades attempts.
 
@@ -79,6 +121,8 @@ class Collector:
         graders: one for each grading; they must not share a cache of verdicts.
         output: the round's folder.
         round: its number.
+        together: attempts at a time, at as many tasks: decoded in one batch by a local model, requested in parallel of
+            a server.
         report: called with every attempt as it ends.
 
     Raises:
@@ -87,7 +131,7 @@ class Collector:
 
     def __init__(
         self, teacher: Policy, tokenizer: Any, run: RunConfig, config: IsftConfig, graders: Sequence[Grade],
-        output: Path, round: int, report: Callable[[Attempt], None] = lambda _: None,
+        output: Path, round: int, together: int = 1, report: Callable[[Attempt], None] = lambda _: None,
     ):  # fmt: skip
         if len(graders) < config.gradings:
             raise ValueError(f"{config.gradings} independent gradings need as many graders; {len(graders)} were given")
@@ -96,48 +140,48 @@ class Collector:
         self.teacher, self.tokenizer, self.config, self.graders = teacher, tokenizer, config, graders
         gate = config.private == "gate"
         self.run = replace(run, review=run.review or gate, on_failure="fail", temperature=config.temperature)
-        self.output, self.round, self.report = Path(output), round, report
+        self.output, self.round, self.together, self.report = Path(output), round, together, report
 
     def collect(self, tasks: Sequence[Any]) -> list[Attempt]:
-        """Attempts at every task, until enough are kept or there were as many as allowed."""
-        found = []
-        for task in tasks:
-            mine: list[Attempt] = []
-            while len(mine) < self.config.rollouts and sum(a.kept for a in mine) < self.config.keep_per_task:
-                mine.append(self.attempt(task, len(mine), mine[-1] if mine else None))
-            found += mine
-        return found
+        """Attempts at every task, until enough are kept or there were as many as allowed; what is on disk is read."""
+        found: dict[str, list[Attempt]] = {task.id: [] for task in tasks}
+        due, playing = deque(tasks), {}
 
-    def attempt(self, task: Any, number: int, before: Attempt | None) -> Attempt:
-        """One attempt, played or, where it is done already, read from disk."""
-        folder = self.output / "collect" / task.id / f"attempt-{number}"
-        if (folder / DONE).is_file():
-            return Attempt(**json.loads((folder / DONE).read_text(encoding="utf-8")))
+        def opened() -> Episode | None:
+            while due:
+                play = self._open(due.popleft(), found)
+                if play is not None:
+                    playing[play.episode] = play
+                    return play.episode
+            return None
+
+        who = OneByOne() if isinstance(self.teacher, OracleTeacher) else sampler(self.teacher, self.together)
+        for episode, end in drive_many(Taken(opened), self.together, ThroughTeachers(who)):
+            play = playing.pop(episode)
+            attempt = self._graded(play, end)
+            found[play.task.id].append(attempt)
+            self.report(attempt)
+            due.appendleft(play.task)
+        return [attempt for task in tasks for attempt in found[task.id]]
+
+    def _open(self, task: Any, found: Mapping[str, list[Attempt]]) -> Play | None:
+        """The next attempt at a task, as it is played; None where it has enough."""
+        mine = found[task.id]
+        while len(mine) < self.config.rollouts and sum(a.kept for a in mine) < self.config.keep_per_task:
+            number = len(mine)
+            folder = self.output / "collect" / task.id / f"attempt-{number}"
+            if not (folder / DONE).is_file():
+                return self._play(task, number, folder, mine[-1] if mine else None)
+            mine.append(Attempt(**json.loads((folder / DONE).read_text(encoding="utf-8"))))
+        return None
+
+    def _play(self, task: Any, number: int, folder: Path, before: Attempt | None) -> Play:
         source = None
         if self.config.private == "rollback" and before is not None and not before.kept and before.windows > 1:
             source = before.number
             if not (folder / "events.jsonl").exists():
                 roll_back(Path(before.folder), folder)
         channel = PrivateChannel(folder, task, f"round {self.round} attempt {number}")
-        scored: list[Scored] = []
-        try:
-            end = self._play(task, number, folder, channel)
-            scored = [grade_runs(grade, [(task, folder)])[0] for grade in self.graders[: self.config.gradings]]
-        except NoRoom as problem:  # a teacher sees more than its student, and another attempt may be shorter
-            end = {"status": "failed", "stop": f"{problem}; a teacher with a longer window has more"}
-        events = read_run(folder)
-        degraded = any(event["event"] == "compact" and event["degraded"] for event in events)
-        attempt = Attempt(
-            self.round, task.id, number, str(folder), self.teacher.name, end["status"], end["stop"],
-            [each.rate for each in scored], [each.all_pass for each in scored],
-            end["status"] == "done" and not degraded and all(each.all_pass for each in scored),
-            channel.corrected_at, source, sum(event["event"] == "compact" for event in events) + 1,
-        )  # fmt: skip
-        write_atomically(folder / DONE, json.dumps(asdict(attempt), indent=2).encode() + b"\n")
-        self.report(attempt)
-        return attempt
-
-    def _play(self, task: Any, number: int, folder: Path, channel: PrivateChannel) -> dict[str, Any]:
         run = replace(self.run, seed=self.run.seed + 1000 * self.round + number)
         rounds = self.config.private_rounds if self.config.private == "submit" else 0
         teacher = self.teacher.of(task, run) if isinstance(self.teacher, OracleTeacher) else self.teacher
@@ -152,9 +196,29 @@ class Collector:
             {"run_id": run_id(task, run)},
         )  # fmt: skip
         episode.watch = watcher()(task, folder)
-        end = drive(episode)
-        place.write_lab_files(read_run(folder))
-        return end
+        return Play(task, number, folder, channel, source, episode)
+
+    def _graded(self, play: Play, end: dict[str, Any] | Exception) -> Attempt:
+        """What an attempt came to, kept on disk."""
+        scored: list[Scored] = []
+        if isinstance(end, NoRoom):  # a teacher sees more than its student, and another attempt may be shorter
+            end = {"status": "failed", "stop": f"{end}; a teacher with a longer window has more"}
+        elif isinstance(end, Exception):
+            raise end
+        else:
+            play.episode.folder.write_lab_files(read_run(play.folder))
+            graders = self.graders[: self.config.gradings]
+            scored = [grade_runs(grade, [(play.task, play.folder)])[0] for grade in graders]
+        events = read_run(play.folder)
+        degraded = any(event["event"] == "compact" and event["degraded"] for event in events)
+        attempt = Attempt(
+            self.round, play.task.id, play.number, str(play.folder), self.teacher.name, end["status"], end["stop"],
+            [each.rate for each in scored], [each.all_pass for each in scored],
+            end["status"] == "done" and not degraded and all(each.all_pass for each in scored),
+            play.channel.corrected_at, play.source, sum(event["event"] == "compact" for event in events) + 1,
+        )  # fmt: skip
+        write_atomically(play.folder / DONE, json.dumps(asdict(attempt), indent=2).encode() + b"\n")
+        return attempt
 
 
 def roll_back(source: Path, target: Path) -> None:

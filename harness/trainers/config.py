@@ -92,6 +92,7 @@ class IsftConfig:
         gradings: independent gradings that must all say all-pass.
         rubric: show the teacher the criteria in a private prefix.
         evaluate_on: backends of the hold-out evaluation.
+        ask: put the criteria's questions to the student behind each boundary of the hold-out, for the ledger.
         select: kept (rollouts that pass everything) or any (the control: unfiltered ones, up to `token_budget`).
         token_budget: trained tokens of a round at most, for the control.
         longest_copy: words in a row that assistant text may share with a criterion and with nothing that was read.
@@ -114,6 +115,7 @@ class IsftConfig:
     gradings: int = 2
     rubric: bool = True
     evaluate_on: tuple[str, ...] = ("memo", "kv")
+    ask: bool = True
     select: Literal["kept", "any"] = "kept"
     token_budget: int | None = None
     longest_copy: int = 12
@@ -152,8 +154,8 @@ class GrpoConfig:
         rollout_temperature: of the sampling; top-p is 1, always.
         rollouts: who plays: local, or server:NAME, a model of a vLLM server at --base-url that is given the weights
             before every step.
-        ask: log with every boundary which criteria a local policy still answers behind it; what its text says is
-            logged always.
+        ask: log with every boundary, of the hold-out too, which criteria a local policy still answers behind it; what
+            its text says is logged always.
         credit: broadcast (the trajectory's advantage to all of its tokens), potential (windows: shaping by what
             boundaries hold), ledger (each criterion's advantage to the windows that acquired or lost it) or lines
             (to the lines of memos and deliverables that name it).

@@ -30,7 +30,7 @@ def backend_config(run: RunConfig, backend: str) -> RunConfig:
 
 def evaluate(
     module: RowModel, loaded: Any, tasks: Sequence[Any], run: RunConfig, on: Sequence[str], grade: Grade, output: Path,
-    together: int = 1, report: Callable[[str], None] = lambda _: None,
+    together: int = 1, report: Callable[[str], None] = lambda _: None, ask: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Play and grade every held-out task on every backend, or read what an earlier start found.
 
@@ -46,6 +46,7 @@ def evaluate(
         output: folder; `evaluation.json` is written last.
         together: runs at a time.
         report: told a line for each backend.
+        ask: put the criteria's questions to the policy behind each boundary, for the ledger.
 
     Returns:
         For each backend `criteria` and `all_pass` with intervals, rollouts, unscored, failed, behaviour, ledger.
@@ -59,7 +60,7 @@ def evaluate(
         config = backend_config(run, backend)
         policy = LocalPolicy(loaded, run.window)
         method = module.method if backend in ("kv", "hybrid") else None
-        play = {"method": method, "together": together, "watch": watcher()}
+        play = {"method": method, "together": together, "watch": watcher(ask)}
         if processes > 1:
             play_tasks(tasks, policy, config, output / backend, **play, share=world())
             barrier()

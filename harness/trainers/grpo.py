@@ -335,7 +335,7 @@ def run_grpo(
 
     def scores(when: str) -> dict[str, Any]:
         return evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / when, together,
-                        lambda line: report(f"{when:7} {line}"))  # fmt: skip
+                        lambda line: report(f"{when:7} {line}"), config.ask)  # fmt: skip
 
     found = {"before": scores("before")}
     if settings.place:

@@ -68,7 +68,7 @@ def run_isft(
         report_grade: of the evaluation.
         teacher_of: who teaches a round.
         method: for backends with slots.
-        together: evaluation runs at a time.
+        together: attempts, and runs of the hold-out, at a time.
         options: further arguments of the library trainer.
         report: told what goes on.
 
@@ -86,7 +86,8 @@ def run_isft(
     module, loaded = make_module(loaded, method, settings)
     base = {name: tensor.clone() for name, tensor in trained(module).items()}
     student = Student(module, loaded, base, run, settings, options or {})
-    evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, output / "before", together, report)
+    evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, output / "before", together, report,
+             config.ask)  # fmt: skip
     rounds = []
     for number in range(1, config.rounds + 1):
         folder = output / f"round-{number}"
@@ -97,12 +98,12 @@ def run_isft(
         teacher = teacher_of(number, loaded) or LocalPolicy(loaded)
         module.eval()
         prepare(teacher, tasks_of(number, tasks, config), loaded.tokenizer, run, config, settings, graders, folder,
-                number, report, module)  # fmt: skip
+                number, report, module, together)  # fmt: skip
         every = range(1, number + 1) if config.union else [number]
         rows = [row for n in every for row in read_rows(output / f"round-{n}" / "rows.jsonl")]
         student.train(rows, folder, config)
         scores = evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, folder / "evaluation",
-                          together, lambda line, n=number: report(f"round {n}  {line}"))  # fmt: skip
+                          together, lambda line, n=number: report(f"round {n}  {line}"), config.ask)  # fmt: skip
         if world()[0] == 0:
             made = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
             result = {**made, "trained_rows": len(rows), "trained_tokens": sum(r.trained for r in rows),
@@ -169,7 +170,7 @@ class Student:
 def prepare(
     teacher: Any, tasks: Sequence[Any], tokenizer: Any, run: RunConfig, config: IsftConfig, settings: TrainSettings,
     graders: Sequence[Grade], folder: Path, number: int, report: Callable[[str], None] = print,
-    module: RowModel | None = None,
+    module: RowModel | None = None, together: int = 1,
 ) -> list[WindowRow]:  # fmt: skip
     """Collect, filter, gate and window: `rows.jsonl`, `leaks.json` and `selection.json` of a round.
 
@@ -187,12 +188,13 @@ def prepare(
         number: of the round.
         report: told what goes on.
         module: the student, for the privilege meter of teachers that give log-probabilities.
+        together: attempts at a time.
 
     Raises:
         ValueError: nothing was kept, or something leaks and `leaks` is stop.
     """
     if not agreed((folder / "selection.json").is_file()):
-        collector = Collector(teacher, tokenizer, run, config, graders, folder, number,
+        collector = Collector(teacher, tokenizer, run, config, graders, folder, number, together,
                               lambda a: report(f"round {number}  {a.task} attempt {a.number}: "
                                                f"{'kept' if a.kept else a.reason} {a.rates}"))  # fmt: skip
         collector.collect(mine(tasks))

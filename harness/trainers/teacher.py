@@ -28,6 +28,7 @@ from ..policies.chat import ChatFormat
 from ..policies.local import LocalPolicy
 from ..policies.scripted import ScriptedPolicy, ScriptedSession
 from ..run_config import RunConfig
+from ..sampling import Answer, Request, Sampler
 from ..state import sampled_from
 from ..types import Artifact, Backend, Boundary, ContextSize, Limit, Message, Policy, Sampled
 from ..windows import template_digest
@@ -166,7 +167,7 @@ class TeacherSession:
         shadow.bytes_per_token = policy.bytes_per_token
         self.public = ScriptedSession(shadow, ChatFormat(policy.tokenizer, tools), False)
         self.inner = policy.teacher.session(tools)
-        self.turn, self.last = 0, ""
+        self.turn, self.last, self._rounds = 0, "", 0
 
     @property
     def base_ids(self) -> list[int]:
@@ -197,15 +198,27 @@ class TeacherSession:
 
     def sample(self, limit: Limit) -> Sampled:
         """A turn of the teacher; a stop that falls short is answered privately first."""
-        rounds = self._private_rounds()
-        while True:
-            sampled = self.inner.sample(replace(limit, seed=limit.seed + rounds))
-            if not self._falls_short(sampled, rounds):
-                break
+        self.begin()
+        while (turn := self.hear(self.inner.sample(self.limit_of(limit)))) is None:
+            pass
+        return turn
+
+    def begin(self) -> None:
+        """Before a turn is sampled."""
+        self._rounds = self._private_rounds()
+
+    def limit_of(self, limit: Limit) -> Limit:
+        """That of the teacher's own session, for the turn or for what it says after a private note."""
+        return replace(limit, seed=limit.seed + self._rounds)
+
+    def hear(self, sampled: Sampled) -> Sampled | None:
+        """The student's turn of what the teacher said; None where it is told to go on, and is to be sampled again."""
+        if self._falls_short(sampled, self._rounds):
             note = private_note(self.policy.channel.marker)
             self.policy.channel.note("submit", self.turn, failed=asdict(sampled), text=note)
             self.inner.append([Message("user", note)])
-            rounds += 1
+            self._rounds += 1
+            return None
         self.policy.channel.note("turn", self.turn, logprobs=list(sampled.logprobs))
         self.turn += 1
         return self.public.repeat(self._as_the_students(sampled))
@@ -264,6 +277,44 @@ class TeacherSession:
     def pretend(self, slots: int) -> int:
         """Go on as behind slots: the student will have them, the teacher keeps everything in view."""
         return self.public.pretend(slots)
+
+
+class ThroughTeachers:
+    """Answers the turns of teachers' sessions by whoever samples their own; see `harness.sampling.Sampler`.
+
+    Args:
+        sampler: of the model that teaches.
+    """
+
+    def __init__(self, sampler: Sampler):
+        self.sampler = sampler
+        self._asked: dict[Request, Request] = {}
+
+    def ask(self, request: Request) -> None:
+        """See `Sampler`."""
+        request.session.begin()
+        self._ask(request)
+
+    def _ask(self, request: Request) -> None:
+        own = Request(request.session.inner, request.session.limit_of(request.limit))
+        self._asked[own] = request
+        self.sampler.ask(own)
+
+    def answered(self) -> list[Answer]:
+        """See `Sampler`; private notes are no turns."""
+        ended: list[Answer] = []
+        while not ended:
+            for own, made in self.sampler.answered():
+                request = self._asked.pop(own)
+                try:
+                    turn = made if isinstance(made, Exception) else request.session.hear(made)
+                except Exception as problem:
+                    turn = problem
+                if turn is None:
+                    self._ask(request)
+                else:
+                    ended.append((request, turn))
+        return ended
 
 
 def make_backend(run: RunConfig, policy: Policy) -> Backend:

@@ -10,10 +10,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from agent_cases import of, tiny_agent_tokenizer
-from trainer_cases import RUN, exact, matters, scripted_teacher
+from agent_cases import SteeredPolicy, of, tiny_agent, tiny_agent_tokenizer
+from trainer_cases import RUN, ScriptedTeacher, exact, matters, scripted_teacher
 
 from still.eval.tasks import Criterion
+from still.harness.policies.batch import Batch
 from still.harness.policies.scripted import ScriptedSession
 from still.harness.runs import RunFolder, read_run
 from still.harness.trainers.collect import Collector
@@ -96,6 +97,31 @@ def test_attempts_that_are_done_are_read_and_a_cut_one_is_gone_on_with(tmp_path)
     before = (folder / "events.jsonl").stat().st_mtime_ns
     collect(tmp_path / "cut", tasks)
     assert (folder / "events.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_attempts_side_by_side_are_those_of_one_by_one(tmp_path, monkeypatch, decoded):
+    """Private notes and second attempts included, asked in parallel or decoded in one batch."""
+    tasks, loaded = matters(tmp_path / "lab", (1, 2, 3)), tiny_agent()
+    player, open_at_once = ScriptedTeacher(tasks), []
+    step = Batch._step
+    monkeypatch.setattr(Batch, "_step", lambda self: open_at_once.append(len(self._open)) or step(self))
+
+    def attempts(name, together):
+        here = SteeredPolicy(loaded.tokenizer, lambda: player, 12_000, loaded)
+        teacher = here if decoded else scripted_teacher(tasks)
+        config = IsftConfig(rollouts=2, keep_per_task=2)
+        collector = Collector(teacher, loaded.tokenizer, RUN, config, exact(), tmp_path / name, 1, together)
+        return collector.collect(tasks)
+
+    alone, together = attempts("alone", 1), attempts("together", 3)
+    assert [replace(a, folder="") for a in together] == [replace(a, folder="") for a in alone]
+    assert [(a.task, a.number) for a in alone] == [(task.id, number) for task in tasks for number in (0, 1)]
+    assert all(a.kept and a.corrections == 1 for a in alone)
+    for one, other in zip(alone, together, strict=True):
+        turns = [[(t["append_ids"], t["output_ids"]) for t in of(read_run(a.folder), "turn")] for a in (one, other)]
+        assert turns[0] == turns[1]
+    assert max(open_at_once, default=0) == (3 if decoded else 0)
 
 
 def test_an_attempt_whose_teacher_has_no_room_left_fails_alone(tmp_path, monkeypatch):
