@@ -15,7 +15,7 @@ from trainer_cases import RUN, ScriptedTeacher, exact, matters, scripted_teacher
 
 from still.eval.tasks import Criterion
 from still.harness.policies.batch import Batch
-from still.harness.policies.scripted import ScriptedSession
+from still.harness.policies.scripted import ScriptedPolicy, ScriptedSession
 from still.harness.runs import RunFolder, read_run
 from still.harness.trainers.collect import Collector
 from still.harness.trainers.config import IsftConfig
@@ -94,6 +94,8 @@ def test_attempts_that_are_done_are_read_and_a_cut_one_is_gone_on_with(tmp_path)
         (again,) = collect(tmp_path / "cut", tasks)
         assert [(t["append_ids"], t["output_ids"]) for t in of(read_run(folder), "turn")] == expected
         assert (again.kept, again.corrected_at) == (whole.kept, whole.corrected_at)
+        kinds = [json.loads(line)["kind"] for line in (folder / "private.jsonl").read_bytes().splitlines()]
+        assert kinds.count("submit") == 1, "a note that was given before the cut is not given again"
     before = (folder / "events.jsonl").stat().st_mtime_ns
     collect(tmp_path / "cut", tasks)
     assert (folder / "events.jsonl").stat().st_mtime_ns == before
@@ -139,6 +141,26 @@ def test_an_attempt_whose_teacher_has_no_room_left_fails_alone(tmp_path, monkeyp
     assert "400 tokens has no room" in failed.reason
     assert "longer window" in failed.reason
     assert kept.kept
+
+
+def test_a_teacher_that_mends_nothing_is_told_so_often_and_no_more(tmp_path):
+    tasks = matters(tmp_path / "lab", (1,))
+    player = ScriptedTeacher(tasks)
+
+    def deaf(seen, limit):
+        return player([m for m in seen if "For you alone: not" not in m.content], limit)
+
+    policy = ScriptedPolicy(tiny_agent_tokenizer(), lambda: deaf, 12_000, name="deaf")
+    seeds, sample = [], ScriptedSession.sample
+    collector = Collector(policy, tiny_agent_tokenizer(), RUN, IsftConfig(rollouts=1), exact(), tmp_path, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptedSession, "sample", lambda self, limit: seeds.append(limit.seed) or sample(self, limit))
+        (attempt,) = collector.collect(tasks)
+    channel = PrivateChannel(attempt.folder, tasks[0], "round 1 attempt 0")
+    assert len(channel.of("submit")) == IsftConfig.private_rounds == 2
+    assert not attempt.kept
+    assert len({line["turn"] for line in channel.of("submit")}) == 1, "all of one turn"
+    assert seeds[-3:] == [seeds[-3], seeds[-3] + 1, seeds[-3] + 2], "drawn anew after each"
 
 
 def test_a_rollback_begins_at_the_last_boundary_of_the_attempt_before(tmp_path):
