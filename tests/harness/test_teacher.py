@@ -85,7 +85,7 @@ def test_attempts_that_are_done_are_read_and_a_cut_one_is_gone_on_with(tmp_path)
     expected = [(turn["append_ids"], turn["output_ids"]) for turn in of(read_run(whole.folder), "turn")]
     lines = (folder / "events.jsonl").read_bytes().splitlines(keepends=True)
     private = (folder / "private.jsonl").read_bytes().splitlines(keepends=True)
-    for count in range(2, len(lines), 5):
+    for count in range(2, len(lines)):
         (folder / "attempt.json").unlink()
         (folder / "events.jsonl").write_bytes(b"".join(lines[:count]))
         turns = sum(json.loads(line)["event"] == "turn" for line in lines[:count])
