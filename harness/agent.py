@@ -353,12 +353,12 @@ def drive(episode: Episode) -> dict[str, Any]:
 
 
 def drive_many(
-    episodes: Iterable[Episode], width: int, sampler: Sampler
+    episodes: Iterable[Episode | None], width: int, sampler: Sampler
 ) -> Iterator[tuple[Episode, dict[str, Any] | Exception]]:
     """Play episodes side by side, `width` at a time; yields each with its last event, or with what broke it.
 
     Args:
-        episodes: taken as places get free; where there is none, asked for again as soon as an episode has ended.
+        episodes: taken as places get free; None says that there is none until an episode has ended.
         width: episodes that are open at once.
         sampler: answers the open episodes' requests.
     """

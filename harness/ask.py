@@ -18,9 +18,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..attention import attending
 from ..behind import Context, contexts, rows_behind
 from ..calling import passing
-from ..decoding import go_on
+from ..decoding import feed, go_on
 from ..methods.quantised import QuantisedLayer
-from ..rope import full_attention_layers
+from ..rope import pads_freely
 
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 4 << 30}
 """Bytes of keys and values that one batch of questions may have; more only moves memory around."""
@@ -84,8 +84,7 @@ def ask(
     _check(prompt)
     room = max(map(len, prompt.questions)) + max(max_new_tokens, *map(len, prompt.answers))
     cache = _unpacked(cache, room)
-    padded = _pads_freely(model)
-    held = contexts(model, cache, room) if padded else None
+    padded, held = pads_freely(model.config), contexts(model, cache, room)
     size = _rows_at_once(model, cache, held) if padded else 1
     asked = Asked([], [], [], [])
     with attending(model) if held else nullcontext():
@@ -177,10 +176,7 @@ class _Batch:
         ids = torch.tensor([[*self.questions[0], *answer]], device=self.mask.device)
         self.mask = self.mask.new_ones(1, self.past + ids.shape[1])
         positions = torch.arange(self.past, self.past + ids.shape[1], device=self.mask.device)[None]
-        self.model(
-            input_ids=ids, attention_mask=self.mask, position_ids=positions, **passing(self.model, self.cache),
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+        feed(self.model, self.cache, ids, self.mask, positions)
 
 
 def repeated(cache: Cache, rows: int) -> Cache:
@@ -206,12 +202,6 @@ def _unpacked(cache: Cache, room: int) -> Cache:
             plain.update(*copy.copy(layer).update(none, none))
         layers.append(plain)
     return Cache(layers=layers)
-
-
-def _pads_freely(model) -> bool:
-    """True when padding leaves no trace: every layer attends to all that the mask shows, and keeps no other state."""
-    config = model.config.get_text_config(decoder=True)
-    return len(full_attention_layers(config)) == config.num_hidden_layers
 
 
 def _rows_at_once(model, cache: Cache, held: list[Context] | None) -> int:

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .attention import NAME, Prefix, with_prefix
 from .cache_layer import CompactLayer
 from .kernels.prefix_attention import merge_attention, prefix_attention
-from .rope import layer_kinds
+from .rope import pads_freely
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def contexts(model, cache: Cache, room: int) -> list[Context] | None:
         room: tokens that rows bring at most.
     """
     config = model.config.get_text_config(decoder=True)
-    plain = not getattr(config, "attn_logit_softcapping", None) and set(layer_kinds(config)) == {"full_attention"}
+    plain = not getattr(config, "attn_logit_softcapping", None) and pads_freely(config)
     own = model.config._attn_implementation
     # A model that ignores another attention would not see the context at all.
     if not plain or (own != NAME and not (own == "sdpa" and model._can_set_attn_implementation())):

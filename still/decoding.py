@@ -35,7 +35,7 @@ def decode(
     ids = torch.zeros(columns.shape, dtype=torch.long)
     ids[columns >= 0] = torch.tensor([token for prompt in prompts for token in prompt])
     mask = (columns >= 0).long().to(device)
-    logits = _read(model, cache, ids.to(device), mask, columns.clamp(min=0).to(device) + start)
+    logits = feed(model, cache, ids.to(device), mask, columns.clamp(min=0).to(device) + start)
     for output, token in zip(outputs, choose(logits, list(range(len(prompts)))), strict=True):
         output.append(token)
     go_on(model, cache, mask, [start + len(prompt) for prompt in prompts], choose, ended, outputs)
@@ -65,12 +65,27 @@ def go_on(
         ids = torch.tensor([outputs[row][-1:] for row in rows], device=mask.device)
         where = torch.tensor([[starts[row] + len(outputs[row]) - 1] for row in rows], device=mask.device)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        for row, token in zip(rows, choose(_read(model, cache, ids, mask, where), rows), strict=True):
+        for row, token in zip(rows, choose(feed(model, cache, ids, mask, where), rows), strict=True):
             if row in going:
                 outputs[row].append(token)
 
 
-def _read(model, cache: Cache, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def draw(logits: torch.Tensor, temperature: float, numbers: Sequence[torch.Generator]) -> list[int]:
+    """A token of each row of logits `[rows, vocabulary]`; greedy at 0."""
+    return drawn((logits / temperature).log_softmax(-1), numbers) if temperature else logits.argmax(-1).tolist()
+
+
+def drawn(log_probs: torch.Tensor, numbers: Sequence[torch.Generator]) -> list[int]:
+    """A token of each row of log-probabilities `[rows, vocabulary]`, by one random number of the row's own.
+
+    `torch.multinomial` would draw one for every token of the vocabulary.
+    """
+    edges = log_probs.double().exp().cumsum(-1)
+    points = torch.stack([torch.rand(1, generator=each, dtype=torch.float64) for each in numbers])
+    return torch.searchsorted(edges, points.to(edges.device) * edges[:, -1:], right=True)[:, 0].tolist()
+
+
+def feed(model, cache: Cache, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Feed ids `[rows, tokens]` at logical positions; logits `[rows, vocabulary]` behind the last of each, in fp32."""
     out = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, **passing(model, cache), use_cache=True,

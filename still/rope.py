@@ -35,6 +35,11 @@ def layer_kinds(config) -> list[str]:
     return list(kinds)
 
 
+def pads_freely(config) -> bool:
+    """Whether padding leaves no trace: every layer attends to all that the mask shows, and keeps no other state."""
+    return set(layer_kinds(config)) == {"full_attention"}
+
+
 def full_attention_layers(config) -> list[int]:
     """Indices of the layers whose KV cache grows with the context: the ones that are compacted."""
     kinds = layer_kinds(config)

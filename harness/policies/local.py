@@ -17,6 +17,7 @@ import torch
 
 from ...cache import StillCache
 from ...calling import passing
+from ...decoding import drawn
 from ...models import LoadedModel
 from ...reading import capture_queries
 from ...rope import full_attention_layers
@@ -392,8 +393,5 @@ def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator)
         token = int(best.indices[0])
         return token, logits.log_softmax(-1)[token].item(), gap
     scaled = (logits / temperature).log_softmax(-1)
-    # One random number, where `torch.multinomial` draws one for every token of the vocabulary.
-    edges = scaled.double().exp().cumsum(-1)
-    point = torch.rand((), generator=generator, dtype=torch.float64) * edges[-1]
-    token = int(torch.searchsorted(edges, point, right=True))
+    (token,) = drawn(scaled[None], [generator])
     return token, scaled[token].item(), gap

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,6 @@ class Play:
     Attributes:
         task: that it is at.
         number: of the attempt.
-        folder: of the run.
         channel: what it keeps from its log.
         source: attempt that it continues from a boundary, or None.
         episode: in the harness.
@@ -85,29 +84,9 @@ class Play:
 
     task: Any
     number: int
-    folder: Path
     channel: PrivateChannel
     source: int | None
     episode: Episode
-
-
-class Taken:
-    """Whatever is there to take, each time that it is asked; more may come later.
-
-    Args:
-        take: gives the next, or None while there is none.
-    """
-
-    def __init__(self, take: Callable[[], Any]):
-        self.take = take
-
-    def __iter__(self) -> Taken:
-        return self
-
-    def __next__(self) -> Any:
-        if (found := self.take()) is None:
-            raise StopIteration
-        return found
 
 
 class Collector:
@@ -147,16 +126,16 @@ class Collector:
         found: dict[str, list[Attempt]] = {task.id: [] for task in tasks}
         due, playing = deque(tasks), {}
 
-        def opened() -> Episode | None:
-            while due:
-                play = self._open(due.popleft(), found)
+        def opened() -> Iterator[Episode | None]:
+            while True:  # an attempt that ends may make another one due
+                play = self._open(due.popleft(), found) if due else None
                 if play is not None:
                     playing[play.episode] = play
-                    return play.episode
-            return None
+                if play is not None or not due:
+                    yield play and play.episode
 
         who = OneByOne() if isinstance(self.teacher, OracleTeacher) else sampler(self.teacher, self.together)
-        for episode, end in drive_many(Taken(opened), self.together, ThroughTeachers(who)):
+        for episode, end in drive_many(opened(), self.together, ThroughTeachers(who)):
             play = playing.pop(episode)
             attempt = self._graded(play, end)
             found[play.task.id].append(attempt)
@@ -196,28 +175,29 @@ class Collector:
             {"run_id": run_id(task, run)},
         )  # fmt: skip
         episode.watch = watcher()(task, folder)
-        return Play(task, number, folder, channel, source, episode)
+        return Play(task, number, channel, source, episode)
 
     def _graded(self, play: Play, end: dict[str, Any] | Exception) -> Attempt:
         """What an attempt came to, kept on disk."""
         scored: list[Scored] = []
+        folder = play.episode.folder.root
         if isinstance(end, NoRoom):  # a teacher sees more than its student, and another attempt may be shorter
             end = {"status": "failed", "stop": f"{end}; a teacher with a longer window has more"}
         elif isinstance(end, Exception):
             raise end
         else:
-            play.episode.folder.write_lab_files(read_run(play.folder))
+            play.episode.folder.write_lab_files(read_run(folder))
             graders = self.graders[: self.config.gradings]
-            scored = [grade_runs(grade, [(play.task, play.folder)])[0] for grade in graders]
-        events = read_run(play.folder)
+            scored = [grade_runs(grade, [(play.task, folder)])[0] for grade in graders]
+        events = read_run(folder)
         degraded = any(event["event"] == "compact" and event["degraded"] for event in events)
         attempt = Attempt(
-            self.round, play.task.id, play.number, str(play.folder), self.teacher.name, end["status"], end["stop"],
+            self.round, play.task.id, play.number, str(folder), self.teacher.name, end["status"], end["stop"],
             [each.rate for each in scored], [each.all_pass for each in scored],
             end["status"] == "done" and not degraded and all(each.all_pass for each in scored),
             play.channel.corrected_at, play.source, sum(event["event"] == "compact" for event in events) + 1,
         )  # fmt: skip
-        write_atomically(play.folder / DONE, json.dumps(asdict(attempt), indent=2).encode() + b"\n")
+        write_atomically(folder / DONE, json.dumps(asdict(attempt), indent=2).encode() + b"\n")
         return attempt
 
 

@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..attention import attending
 from ..behind import contexts, rows_behind
 from ..calling import passing
-from ..decoding import decode
-from ..rope import layer_kinds
+from ..decoding import decode, draw
+from ..rope import pads_freely
 from .rendering import Renderer
 
 
@@ -57,7 +57,7 @@ class Answerer:
         full = DynamicCache(config=self.model.config)
         self.model.get_decoder()(input_ids=ids, **passing(self.model, full), use_cache=True)
         asked = [self.renderer.opening(question) for question in questions]
-        held = contexts(self.model, full, max(map(len, asked)) + self.limit)
+        held = contexts(self.model, full, max(map(len, asked), default=0) + self.limit)
         if held is None:
             return [self._generate([*context_ids, *each], copy.deepcopy(full), temperature) for each in asked]
         with attending(self.model):
@@ -67,7 +67,7 @@ class Answerer:
     def without_context(self, questions: Sequence[str]) -> list[Answer]:
         """Greedy answers to questions that nothing stands before."""
         asked = [self.renderer.alone(question) for question in questions]
-        if set(layer_kinds(self.model.config)) == {"full_attention"}:  # padding leaves no trace
+        if pads_freely(self.model.config):
             return self._decode(DynamicCache(config=self.model.config), [], asked, 0)
         return [self._generate(each, None, 0) for each in asked]
 
@@ -75,6 +75,8 @@ class Answerer:
         self, cache: Cache, context_ids: Sequence[int], asked: Sequence[Sequence[int]], temperature: float
     ) -> list[Answer]:
         """Answers of all rows side by side, each by random numbers of its own."""
+        if not asked:
+            return []
         outputs: list[list[int]] = [[] for _ in asked]
         numbers = [torch.Generator().manual_seed(self._seed([*context_ids, *each])) for each in asked]
 
@@ -118,13 +120,3 @@ class Answerer:
     def _seed(self, ids: list[int]) -> int:
         """Of the draws after these ids."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}:{[ids]}".encode()).digest()[:7])
-
-
-def draw(logits: torch.Tensor, temperature: float, numbers: Sequence[torch.Generator]) -> list[int]:
-    """A token of each row of logits `[rows, vocabulary]`, by one random number of the row's own; greedy at 0."""
-    if not temperature:
-        return logits.argmax(-1).tolist()
-    shares = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    drawn = torch.stack([torch.rand(1, generator=each, dtype=torch.float64) for each in numbers])
-    chosen = torch.searchsorted(shares, drawn.to(shares.device), right=True)
-    return chosen.clamp(max=shares.shape[1] - 1)[:, 0].tolist()  # all shares may add up to less than 1

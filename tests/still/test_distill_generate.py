@@ -185,7 +185,7 @@ def test_answers_side_by_side_are_those_of_generate(monkeypatch):
     assert drawn != both[0]
     with monkeypatch.context() as patch:
         patch.setattr(answers_module, "contexts", lambda *args: None)
-        patch.setattr(answers_module, "layer_kinds", lambda config: ["sliding_attention"])
+        patch.setattr(answers_module, "pads_freely", lambda config: False)
         patch.setattr(Answerer, "_decode", lambda *args: pytest.fail("one by one"))
         assert (answerer.with_context(context, questions, 0.0), answerer.without_context(questions)) == both
     assert any(not answer.ended for answer in both[0] + both[1]) or len({len(a.text) for a in both[0]}) > 1
