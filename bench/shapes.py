@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from still import memory
 from still.bench.arithmetic import Decoder
 from still.provenance import describe_device, git_state, versions
 
+memory.keep_freed()  # as commands do
 ROWS = Path(__file__).parent / "rows"
 COLUMNS = (
     "kernel", "provider", "mode", "metric", "unit", "x", "median", "p20", "p80", "config", "device", "version",

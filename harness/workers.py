@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from .. import memory
 from ..cli import is_callers_mistake
 
 ITEM, ERROR, END = "item", "error", "end"
@@ -95,6 +96,7 @@ def _work(number: int, threads: int, todo, done, start: Callable[..., Callable],
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller's process hears it too, and ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    memory.keep_freed()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # the caller has loaded the same, and heard it
     try:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points, version
 from typing import Protocol
 
-from . import flags
+from . import flags, memory
 
 GROUP = "still.commands"
 
@@ -132,6 +132,7 @@ def _build_parser(
 
 def _run(command: Command, args: argparse.Namespace) -> int:
     show = getattr(args, "traceback", False) or os.environ.get("STILL_TRACEBACK", "") not in ("", "0")
+    memory.keep_freed()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warner()

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from still import memory
+
+memory.keep_freed()  # as commands do
+
 # Triton reads it when a kernel is made, its own library's at its first import: no test file may come before.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
