@@ -144,6 +144,7 @@ class Run:
 RUNS = (
     *(Run("grpo", GRPO, 8, seed) for seed in range(3)),
     Run("grpo-random", f"{GRPO} --reward random", 8),
+    Run("grpo-plain", GRPO_FALLING, 10, matters="10-many"),
     *(Run("grpo-ledger", GRPO_LEDGER, 10, seed, matters="10-many") for seed in range(3)),
     *(Run("grpo-lines", GRPO_LINES, 10, seed, matters="10-many") for seed in range(3)),
     Run("grpo-lines-random", f"{GRPO_LINES} --reward random", 10, matters="10-many"),

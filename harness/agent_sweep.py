@@ -98,7 +98,7 @@ class AgentBench:
         return methods.get(name, **options)
 
     def attending(self, method: Any) -> AbstractContextManager:
-        """The attention that a method's slots need, while the block lasts; episodes play one by one in it."""
+        """The attention that a method's slots need, while the block lasts."""
         needed = method is not None and method.needs_still_attention
         return attending(self.policy.model) if needed else nullcontext()
 

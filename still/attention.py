@@ -48,6 +48,11 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def prefix_of(keys: torch.Tensor) -> Prefix | None:
+    """What the keys that a cache layer returned carry."""
+    return getattr(keys, _ATTRIBUTE, None)
+
+
 @contextmanager
 def attending(model, name: str = NAME) -> Iterator[None]:
     """Run a model with this attention, or one by another name, while the block lasts, and then with its own again."""
@@ -63,10 +68,13 @@ def attending(model, name: str = NAME) -> Iterator[None]:
 
 
 def instead_of_sdpa(
-    model, name: str, attention: Callable, mask: Callable = sdpa_mask
+    model, name: str, attention: Callable, mask: Callable = sdpa_mask, still: bool = False
 ) -> AbstractContextManager[None]:
-    """Run a model that uses sdpa with another attention, and its mask, by a name of theirs; others stay as they are."""
-    if model.config._attn_implementation != "sdpa":
+    """Run a model that uses sdpa with another attention, and its mask, by a name of theirs; others stay as they are.
+
+    With `still` a model that uses this module's attention is run so too.
+    """
+    if model.config._attn_implementation not in ("sdpa", *((NAME,) if still else ())):
         return nullcontext()
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
@@ -108,7 +116,7 @@ def still_attention(
     Raises:
         ValueError: the layer asks for what attention over a biased prefix does not do.
     """
-    prefix: Prefix | None = getattr(key, _ATTRIBUTE, None)
+    prefix = prefix_of(key)
     if prefix is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -1,8 +1,10 @@
 """Turns of several episodes decoded together: prompts are read alone, as ever, and tokens are decoded in one batch.
 
 Each episode keeps its own cache. For the decoding its columns are copied to a place of its own in larger tensors, each
-row at its own logical positions; what was decoded goes back into its cache. A turn joins while others are under way,
-and leaves as it ends (*continuous batching*: Orca, Yu et al., OSDI 2022), so that none waits for a longer one.
+row at its own logical positions; what was decoded goes back into its cache. Slots that are unequal from head to head
+are padded to the widest head there, and what they want beside keys and values is a bias. A turn joins while others are
+under way, and leaves as it ends (*continuous batching*: Orca, Yu et al., OSDI 2022), so that none waits for a longer
+one.
 
 A step reads several tokens of a row: the last one, and a draft of what may follow, copied from where the row has gone
 on from the same tokens before (*prompt lookup*, a draft model for which nothing is computed; speculative decoding:
@@ -15,13 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from ...attention import instead_of_sdpa
+from ...attention import NAME as STILL
+from ...attention import Prefix, instead_of_sdpa, prefix_of, with_prefix
+from ...cache import StillCache
+from ...cache_layer import CompactLayer
 from ...calling import passing
 from ..sampling import Answer, Request, tried
 from ..types import Session
@@ -66,6 +72,44 @@ class Lookup:
         return []
 
 
+class Columns(NamedTuple):
+    """What one row keeps in one layer.
+
+    Attributes:
+        keys: `[heads, columns, head_dim]`.
+        values: `[heads, columns, head_dim]`.
+        bias: additive pre-softmax bias `[heads, columns]`; None where all columns are alike.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: CompactLayer, columns: int) -> Columns:
+        """The one row of a cache's layer, so many columns in all: each head's packed slots stand before the others."""
+        keys, values, prefix = layer.keys[0], layer.values[0], layer.prefix
+        if prefix is None:
+            return cls(keys, values)
+        bias = keys.new_zeros(keys.shape[:2])
+        if prefix.bias is not None:
+            bias[:, : prefix.length] = prefix.bias[0]
+        if (packed := prefix.slots) is not None:
+            live = packed.live()[0].to(keys.device)
+            slots = Columns(*(x[0] for x in packed.padded()), keys.new_full(live.shape, -torch.inf))
+            slots.bias[live] = 0 if packed.beta is None else packed.beta.to(keys.dtype)
+            keys, values = (torch.cat(both, dim=1) for both in ((slots.keys, keys), (slots.values, values)))
+            bias = torch.cat((slots.bias, bias), dim=1)
+        before = columns - keys.shape[1]  # of layers whose widest head is not the widest of all
+        return cls(*(F.pad(x, (0, 0, before, 0)) for x in (keys, values)), F.pad(bias, (before, 0), value=-torch.inf))
+
+
+def columns_of(cache: StillCache) -> int:
+    """Columns that a one-row cache takes in a place: slots of the widest head of all layers, and what is dense."""
+    widest = (int(layer.ragged.counts.max()) for layer in cache.compact_layers if layer.ragged is not None)
+    return cache.compact_layers[0].physical + max(widest, default=0)
+
+
 @dataclass
 class Ahead:
     """Where a step's tokens go, alike in all layers.
@@ -86,12 +130,16 @@ class Places(DynamicLayer):
         keys: `[places, heads, columns, head_dim]`, finite everywhere.
         values: likewise.
         ahead: of all layers, set anew for each step.
+
+    Attributes:
+        bias: additive pre-softmax bias `[places, heads, columns]` of columns that are not alike to all heads; None
+            until a row has some.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, ahead: Ahead):
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values, self.ahead = keys, values, ahead
+        self.keys, self.values, self.ahead, self.bias = keys, values, ahead, None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Put the tokens of each row behind its others; see `DynamicLayer.update`."""
@@ -99,19 +147,29 @@ class Places(DynamicLayer):
         rows = torch.arange(len(columns), device=columns.device)[:, None]
         self.keys[rows, :, columns] = key_states.transpose(1, 2)
         self.values[rows, :, columns] = value_states.transpose(1, 2)
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        return keys if self.bias is None else with_prefix(keys, Prefix(end, self.bias[:, :, :end])), values
 
     def get_seq_length(self) -> int:
         """Columns before a step's own."""
         return self.ahead.end - self.ahead.columns.shape[1]
 
-    def put(self, place: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Columns `[heads, columns, head_dim]` of a row, from the first one on."""
-        self.keys[place, :, : keys.shape[1]], self.values[place, :, : keys.shape[1]] = keys, values
+    def put(self, place: int, own: Columns) -> None:
+        """Columns of a row, from the first one on."""
+        columns = own.keys.shape[1]
+        self.keys[place, :, :columns], self.values[place, :, :columns] = own.keys, own.values
+        if self.bias is None and own.bias is None:
+            return
+        if self.bias is None:
+            self.bias = self.keys.new_zeros(self.keys.shape[:3])
+        self.bias[place] = 0  # of the turn that had the place before
+        if own.bias is not None:
+            self.bias[place, :, :columns] = own.bias
 
-    def taken(self, place: int, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def taken(self, place: int, part: slice) -> Columns:
         """Columns of a row, views."""
-        return self.keys[place, :, part], self.values[place, :, part]
+        bias = None if self.bias is None else self.bias[place, :, part]
+        return Columns(self.keys[place, :, part], self.values[place, :, part], bias)
 
 
 @dataclass(eq=False)
@@ -175,9 +233,10 @@ class Batch:
         ended = self._begin()
         try:
             if not ended:
-                with instead_of_sdpa(self._open[0].session.policy.model, NAME, grouped_attention):
-                    while not ended:
-                        ended = self._step()
+                with instead_of_sdpa(self._open[0].session.policy.model, NAME, grouped_attention, still=True):
+                    while not any(row.turn.done for row in self._open):
+                        self._step()
+                ended = self._end()
         except Exception as problem:
             if not self._open:
                 raise
@@ -208,7 +267,7 @@ class Batch:
                 continue
             cache = session._cache
             text = Lookup([*session.window_ids(), *turn.append_ids, *turn.output])
-            joining.append(Row(request, turn, cache.physical_length, cache.logical_length, text))
+            joining.append(Row(request, turn, columns_of(cache), cache.logical_length, text))
         if joining:
             self._join(joining)
         return ended
@@ -225,9 +284,9 @@ class Batch:
 
     def _copy_own(self, place: int) -> None:
         """A row's own cache into its place."""
-        own = self._rows[place].session._cache
-        for layer, stored in zip(self._layers, own.layers, strict=True):
-            layer.put(place, stored.keys[0], stored.values[0])
+        row = self._rows[place]
+        for layer, stored in zip(self._layers, row.session._cache.layers, strict=True):
+            layer.put(place, Columns.of(stored, row.columns))
 
     @property
     def _columns(self) -> int:
@@ -249,10 +308,10 @@ class Batch:
                 self._copy_own(place)
                 continue
             for old, new in zip(layers, self._layers, strict=True):
-                new.put(place, *old.taken(before[row], slice(row.columns)))
+                new.put(place, old.taken(before[row], slice(row.columns)))
 
-    def _step(self) -> list[Answer]:
-        """Decode a token of every open turn, or several; answers those that end."""
+    def _step(self) -> None:
+        """Decode a token of every open turn, or several."""
         rows = self._open
         if max(row.columns for row in rows) + DRAFT >= self._columns or len(rows) <= SHRINK * len(self._rows):
             self._lay_out(rows)
@@ -274,12 +333,15 @@ class Batch:
             input_ids=ids, attention_mask=mask, position_ids=positions, **passing(model, Cache(layers=self._layers)),
             use_cache=True,
         ).logits  # fmt: skip
+        for place, row in enumerate(self._rows):
+            if row is not None:
+                row.take(reading[place], logits[place])
+
+    def _end(self) -> list[Answer]:
+        """Let the turns go that are done, and answer them."""
         ended = []
         for place, row in enumerate(self._rows):
-            if row is None:
-                continue
-            row.take(reading[place], logits[place])
-            if row.turn.done:
+            if row is not None and row.turn.done:
                 self._give_back(place)
                 self._rows[place] = None
                 ended.append((row.request, row.session.finish(row.turn)))
@@ -290,7 +352,7 @@ class Batch:
         row = self._rows[place]
         decoded = slice(row.columns - len(row.turn.output) + 1, row.columns)
         for index, layer in enumerate(self._layers):
-            keys, values = (x[None].clone() for x in layer.taken(place, decoded))
+            keys, values = (x[None].clone() for x in layer.taken(place, decoded)[:2])
             row.session._cache.update(keys, values, index)
 
 
@@ -311,7 +373,7 @@ def grouped_attention(
     Args:
         module: the attention layer.
         query: `[batch, query_heads, queries, head_dim]`.
-        key: `[batch, kv_heads, keys, head_dim]`.
+        key: `[batch, kv_heads, keys, head_dim]`; a bias that it carries is of all keys.
         value: `[batch, kv_heads, keys, head_dim]`.
         attention_mask: added to the scores, `[batch, 1, queries, keys]`.
         scaling: of the scores.
@@ -323,17 +385,20 @@ def grouped_attention(
     batch, heads, queries, _ = query.shape
     group = heads // key.shape[1]
     together = query.reshape(batch, key.shape[1], group * queries, -1)
-    out = F.scaled_dot_product_attention(together, key, value, attention_mask.repeat(1, 1, group, 1), scale=scaling)
+    mask, prefix = attention_mask.repeat(1, 1, group, 1), prefix_of(key)
+    if prefix is not None:
+        mask = mask + prefix.bias[:, :, None]
+    out = F.scaled_dot_product_attention(together, key, value, mask, scale=scaling)
     return out.reshape(batch, heads, queries, -1).transpose(1, 2), None
 
 
 def can_share(session: Session) -> bool:
-    """Whether a session's columns can stand beside others': a local model of full attention, no queries, no beta."""
+    """Whether a session's columns can stand beside others': a local model of full attention, and no queries kept."""
     if not isinstance(session, LocalSession) or not session.decodes_here:
         return False
     config = session.policy.model.config.get_text_config(decoder=True)
     return (
         len(session.layers) == config.num_hidden_layers
         and not session.keep_queries
-        and session.policy.model.config._attn_implementation in ("sdpa", "eager")
+        and session.policy.model.config._attn_implementation in ("sdpa", "eager", STILL)
     )

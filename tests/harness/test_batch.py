@@ -8,8 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 from agent_cases import Reader, SteeredPolicy, episode, make_task, of, texts, tiny_agent
+from trainer_cases import attentive
 
 from still import methods
+from still.budgets import Split
+from still.compactor import StillCompactor
 from still.harness.agent import drive, drive_many
 from still.harness.policies import batch
 from still.harness.policies.local import LocalPolicy
@@ -19,7 +22,8 @@ from still.harness.types import Limit, Message
 
 SETTINGS = {
     "full": {}, "memo": {"budget": "100t"}, "kv": {"budget": "90t"}, "memo_kv": {"budget": "200t"},
-    "hybrid": {"budget": "200t"},
+    "hybrid": {"budget": "200t"}, "kv uneven": {"budget": "90t"}, "kv biased": {"budget": "90t"},
+    "kv uneven, biased": {"budget": "90t"},
 }  # fmt: skip
 
 
@@ -55,28 +59,43 @@ def all_of(asked, count: int) -> list:
     return found
 
 
-def four(root, backend: str, loaded):
-    """Four episodes whose documents differ in number and length.
+def by_position(case: str, model):
+    """A method that chooses by position: one that chooses by scores breaks ties between equal tokens by rounding."""
+    kinds = set(case.replace(",", "").split()[1:])
+    if not kinds:
+        return methods.get("streaming_llm")
+    torch.manual_seed(0)
+    compactor = StillCompactor.for_model(model, bank=8, chunk=256, beta="biased" in kinds)
+    for layer in compactor.layers.values():
+        if layer.beta_head is not None:
+            torch.nn.init.normal_(layer.beta_head.weight)
+    heads = compactor.kv_heads
+    weights = {int(name): tuple(1.0 + (int(name) + head) % 3 for head in range(heads)) for name in compactor.layers}
+    return methods.get("still", compactor=compactor, split=Split(weights) if "uneven" in kinds else None)
 
-    The method chooses by position: one that chooses by scores breaks ties between equal tokens by rounding.
-    """
-    made = []
+
+def four(root, case: str, loaded):
+    """Four episodes whose documents differ in number and length."""
+    backend, made = case.split()[0], []
     for number in range(4):
         task = make_task(root / str(number), texts(3 + number, 40 + 30 * number))
         policy = SteeredPolicy(loaded.tokenizer, lambda n=number: Writer(5 + 7 * n), 6000, loaded)
         made.append(episode(root / str(number), task, None, policy=policy, backend=backend, window=6000,
-                            method=methods.get("streaming_llm"), **SETTINGS[backend]))  # fmt: skip
+                            method=by_position(case, loaded.model), **SETTINGS[case]))  # fmt: skip
     for each in made[1:]:
         each.session.policy = made[0].session.policy
     return made
 
 
-@pytest.mark.parametrize("backend", SETTINGS)
-def test_together_as_alone(tmp_path, monkeypatch, backend):
+@pytest.mark.parametrize("case", SETTINGS)
+def test_together_as_alone(tmp_path, monkeypatch, case):
     loaded = tiny_agent()
-    alone = [drive(each) and read_run(each.folder.root) for each in four(tmp_path / "alone", backend, loaded)]
+    if " " in case:
+        attentive(loaded)
+    before = loaded.model.config._attn_implementation
+    alone = [drive(each) and read_run(each.folder.root) for each in four(tmp_path / "alone", case, loaded)]
     monkeypatch.setattr(batch, "ROOM", 10)
-    episodes = four(tmp_path / "together", backend, loaded)
+    episodes = four(tmp_path / "together", case, loaded)
     shared = Watched()
     ends = dict(drive_many(episodes, 3, shared))
     assert [end["status"] for end in ends.values()] == ["done"] * 4
@@ -94,6 +113,7 @@ def test_together_as_alone(tmp_path, monkeypatch, backend):
             if turn["margin"] is not None:
                 assert turn["margin"] == pytest.approx(theirs["margin"], abs=1e-3)
     assert close == 0
+    assert loaded.model.config._attn_implementation == before
 
 
 def test_caches_after_a_batch_are_those_of_sampling_alone(tmp_path):
