@@ -1,4 +1,4 @@
-"""Ask many questions of one cache: greedy answers, cross-entropy and KL from one batched forward.
+"""Ask many questions of a cache, or of several: greedy answers, cross-entropy and KL from one batched forward.
 
 The forward is teacher-forced on the right answers. Where the model's own choice follows the right answer to its
 end, that is its greedy answer; where it departs, decoding goes on from there. The tokens are those of
@@ -11,6 +11,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -22,8 +23,8 @@ from ..decoding import feed, go_on
 from ..methods.quantised import QuantisedLayer
 from ..rope import pads_freely
 
-CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 4 << 30}
-"""Bytes of keys and values that one batch of questions may have; more only moves memory around."""
+CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 4 << 30}
+"""Bytes of keys, values and logits that one batch of questions may have; more only moves memory around."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class Asked:
     distributions: list[torch.Tensor]
 
 
-@torch.inference_mode()
 def ask(
     model,
     cache: Cache,
@@ -81,41 +81,84 @@ def ask(
     Raises:
         ValueError: there is no question, a question or an answer is empty, or an answer has no end.
     """
+    options = {"max_new_tokens": max_new_tokens, "teacher": teacher, "keep_distributions": keep_distributions}
+    return ask_each(model, [cache], prompt, **options)[0]
+
+
+@torch.inference_mode()
+def ask_each(
+    model,
+    caches: Sequence[Cache],
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 24,
+    teacher: Sequence[torch.Tensor] | None = None,
+    keep_distributions: bool = False,
+) -> list[Asked]:
+    """Ask the same of several caches: in one batch where rows need not copy them, otherwise of one after the other.
+
+    For the arguments see `ask`.
+
+    Returns:
+        What each cache answers.
+    """
     _check(prompt)
     room = max(map(len, prompt.questions)) + max(max_new_tokens, *map(len, prompt.answers))
-    cache = _unpacked(cache, room)
-    padded, held = pads_freely(model.config), contexts(model, cache, room)
-    size = _rows_at_once(model, cache, held) if padded else 1
-    asked = Asked([], [], [], [])
-    with attending(model) if held else nullcontext():
-        for start in range(0, len(prompt.questions), size):
-            rows = slice(start, start + size)
-            questions, answers = prompt.questions[rows], prompt.answers[rows]
-            batch = _Batch(model, cache, held, questions, answers)
+    sources = []
+    for cache in caches:
+        plain = _unpacked(cache, room)
+        sources.append(_Source(plain, contexts(model, plain, room)))
+    options = {"max_new_tokens": max_new_tokens, "teacher": teacher, "keep_distributions": keep_distributions}
+    if len(sources) > 1 and not all(source.held for source in sources):
+        return [ask_each(model, [source.cache], prompt, **options)[0] for source in sources]
+    padded = pads_freely(model.config)
+    size = _rows_at_once(model, sources[0], max(map(len, prompt.answers))) if padded else 1
+    found = [Asked([], [], [], []) for _ in sources]
+    rows = [(number, place) for number in range(len(sources)) for place in range(len(prompt.questions))]
+    with attending(model) if sources[0].held else nullcontext():
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            batch = _Batch(
+                model, [sources[number] for number, _ in some], [prompt.questions[place] for _, place in some],
+                [prompt.answers[place] for _, place in some],
+            )  # fmt: skip
             logits = batch.forward()
-            asked.outputs += batch.greedy(logits, prompt.stop_ids, max_new_tokens, refeed=not padded)
+            outputs = batch.greedy(logits, prompt.stop_ids, max_new_tokens, refeed=not padded)
             log_probs = logits.log_softmax(-1)
-            for row, answer in enumerate(answers):
-                own = log_probs[row, : len(answer)]
+            for (number, place), output, own in zip(some, outputs, log_probs, strict=True):
+                asked, answer = found[number], prompt.answers[place]
+                own = own[: len(answer)]
                 gold = torch.tensor(answer, device=own.device)
+                asked.outputs.append(output)
                 asked.cross_entropy.append(-own.gather(-1, gold[:, None]).sum().item())
                 if teacher is not None:
-                    full = teacher[start + row]
+                    full = teacher[place]
                     asked.kl.append(max(0.0, (full.exp() * (full - own)).sum().item()))
                 if keep_distributions:
                     asked.distributions.append(own.clone())
-    return asked
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """A cache, and each layer of it as a context for rows; None where rows copy it."""
+
+    cache: Cache
+    held: list[Context] | None
 
 
 class _Batch:
-    """Questions on the left, right answers on the right, padding on both ends, behind one cache or copies of it."""
+    """Questions on the left, right answers on the right, padding on both ends, each row behind its source.
+
+    Rows that copy theirs all have the same one.
+    """
 
     def __init__(
-        self, model, cache: Cache, held: list[Context] | None, questions: list[list[int]], answers: list[list[int]]
+        self, model, sources: list[_Source], questions: list[list[int]], answers: list[list[int]]
     ) -> None:
-        self.model, self.source, self.held, self.questions, self.answers = model, cache, held, questions, answers
-        self.start = cache.get_seq_length()  # logical position of the first token
-        self.past = 0 if held else self.start  # columns before it in each row
+        self.model, self.sources, self.questions, self.answers = model, sources, questions, answers
+        self.starts = [source.cache.get_seq_length() for source in sources]  # logical position of each first token
+        self.past = 0 if sources[0].held else self.starts[0]  # columns before it in each row
         self.width = max(map(len, questions))
         self.tail = max(map(len, answers))
         pad = self.width + self.tail
@@ -130,11 +173,15 @@ class _Batch:
         positions = torch.arange(pad)[None] - (self.width - lengths)[:, None]
         device = model.device
         self.ids, self.mask = ids.to(device), mask.to(device)
-        self.positions = (positions.clamp(min=0) + self.start).to(device)
+        self.positions = (positions.clamp(min=0) + torch.tensor(self.starts)[:, None]).to(device)
 
     def forward(self) -> torch.Tensor:
         """Logits `[rows, tail, vocabulary]` that predict each token of the right answers."""
-        self.cache = rows_behind(self.held) if self.held else repeated(self.source, len(self.questions))
+        if self.sources[0].held:
+            behind = [(source, len(list(rows))) for source, rows in groupby(self.sources)]
+            self.cache = rows_behind(*((source.held, rows) for source, rows in behind))
+        else:
+            self.cache = repeated(self.sources[0].cache, len(self.sources))
         out = self.model(
             input_ids=self.ids,
             attention_mask=self.mask,
@@ -166,13 +213,13 @@ class _Batch:
                 kept = torch.tensor([len(output) - 1 for output in outputs], device=self.mask.device)
                 columns = torch.arange(self.tail, device=self.mask.device)
                 self.mask[:, self.past + self.width :] = columns[None] < kept[:, None]
-            starts = [self.start + len(question) for question in self.questions]
+            starts = [start + len(question) for start, question in zip(self.starts, self.questions, strict=True)]
             go_on(self.model, self.cache, self.mask, starts, lambda each, _: each.argmax(-1).tolist(), ended, outputs)
         return [output[:-1] if output[-1] in stop_ids else output for output in outputs]
 
     def _feed_again(self, answer: list[int]) -> None:
         """Read the only question and the beginning of its answer into a fresh copy of the cache."""
-        self.cache = repeated(self.source, 1)
+        self.cache = repeated(self.sources[0].cache, 1)
         ids = torch.tensor([[*self.questions[0], *answer]], device=self.mask.device)
         self.mask = self.mask.new_ones(1, self.past + ids.shape[1])
         positions = torch.arange(self.past, self.past + ids.shape[1], device=self.mask.device)[None]
@@ -204,11 +251,12 @@ def _unpacked(cache: Cache, room: int) -> Cache:
     return Cache(layers=layers)
 
 
-def _rows_at_once(model, cache: Cache, held: list[Context] | None) -> int:
+def _rows_at_once(model, source: _Source, tail: int) -> int:
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    columns = 0 if held else getattr(cache, "physical_length", None) or cache.get_seq_length()
+    columns = 0 if source.held else getattr(source.cache, "physical_length", None) or source.cache.get_seq_length()
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * (columns + 48) * model.dtype.itemsize
+    row += 2 * 4 * (tail + 1) * config.vocab_size  # logits and log-probabilities in fp32
     return max(1, CHUNK_BYTES.get(model.device.type, CHUNK_BYTES["cuda"]) // row)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from ..prompts import PromptFormat, render, render_alone, render_answer
 from ..provenance import provenance
 from ..reading import read
 from ..types import Reading
-from .ask import Asked, Prompt, ask
+from .ask import Asked, Prompt, ask_each
 from .cells import (
     CEILING,
     CHUNKED,
@@ -124,9 +125,10 @@ def _computing(bench: Bench, store: CellStore, stamp: dict) -> Callable[[Part], 
 
     def compute(part: Part) -> Iterator[Cell]:
         sitting = Sitting(bench, part.asked, part.other)
-        for cell in part.cells:
-            store.write(cell, {**sitting.result(cell), "provenance": stamp})
-            yield cell
+        for cells in asked_at_once(part.cells):
+            for cell, result in zip(cells, sitting.results(cells), strict=True):
+                store.write(cell, {**result, "provenance": stamp})
+                yield cell
 
     return compute
 
@@ -137,6 +139,20 @@ def _computing_elsewhere(
     """The same in a worker."""
     bench = Bench(config, models.load(config.model, device or worker_device(number), config.dtype), names)
     return _computing(bench, CellStore.open(folder), stamp)
+
+
+def asked_at_once(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
+    """Neighbours of one method whose caches together hold no more than the full one: they are asked in one batch."""
+    for _, same in groupby(cells, key=lambda cell: (cell.method, cell.seed)):
+        some, held = [], 0.0
+        for cell in same:
+            share = 1.0 if cell.ratio is None else 1 / cell.ratio
+            if some and held + share > 1:
+                yield some
+                some, held = [], 0.0
+            some.append(cell)
+            held += share
+        yield some
 
 
 def check_methods(names: tuple[str, ...]) -> None:
@@ -325,23 +341,25 @@ class Sitting:
     def __init__(self, bench: Bench, asked: QuestionSet, other: QuestionSet) -> None:
         self.bench, self.set, self.other = bench, asked, other
 
-    def result(self, cell: Cell) -> dict:
-        """Compute a cell: what its cache was, and what it answered to each question."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)  # a row says itself what lies outside the training
-            if cell.method == CEILING:
-                record, asked = self._ceiling.record, self._ceiling.asked
-            elif cell.method == FLOOR:
-                record, asked = self._floor()
-            else:
-                record, asked = self._compacted(cell)
-        return {
-            "record": record.to_dict(),
-            "warnings": list(dict.fromkeys(str(each.message) for each in caught if each.category is UserWarning)),
-            "facts": self.set.source["facts"],
-            "source": self.set.source,
-            "questions": [self._row(question, place, asked) for place, question in enumerate(self.set.questions)],
-        }
+    def results(self, cells: Sequence[Cell]) -> list[dict]:
+        """Compute cells of one method: what the cache of each was, and what it answered to each question."""
+        if cells[0].method in (CEILING, FLOOR):
+            with hearing() as heard:
+                ceiling = self._ceiling
+                found = [(ceiling.record, ceiling.asked) if cells[0].method == CEILING else self._floor()]
+            notes = [heard]
+        else:
+            found, notes = self._compacted(cells)
+        return [
+            {
+                "record": record.to_dict(),
+                "warnings": list(dict.fromkeys(heard)),
+                "facts": self.set.source["facts"],
+                "source": self.set.source,
+                "questions": [self._row(question, place, asked) for place, question in enumerate(self.set.questions)],
+            }
+            for (record, asked), heard in zip(found, notes, strict=True)
+        ]
 
     def _row(self, question: Question, place: int, asked: Asked) -> dict:
         output = self.bench.text(asked.outputs[place])
@@ -359,21 +377,26 @@ class Sitting:
             "tags": question.tags,
         }
 
-    def _compacted(self, cell: Cell) -> tuple[MethodRecord, Asked]:
-        method, ceiling = self.bench.method(cell), self._ceiling
-        reading = self._wrong_reading if cell.method == "still-wrong-matter" else self._reading
-        with self.bench.attending(method):
-            with torch.no_grad():
-                cache, record = measure(method, self.bench.model, reading, ratio=cell.ratio)
-            asked = self._ask(cache, self._rendered[1], ceiling.reference, teacher=ceiling.asked.distributions)
-        return record, asked
+    def _compacted(self, cells: Sequence[Cell]) -> tuple[list[tuple[MethodRecord, Asked]], list[list[str]]]:
+        ceiling, made, notes = self._ceiling, [], []
+        reading = self._wrong_reading if cells[0].method == "still-wrong-matter" else self._reading
+        with self.bench.attending(self.bench.method(cells[0])):
+            for cell in cells:
+                with hearing() as heard, torch.no_grad():
+                    made.append(measure(self.bench.method(cell), self.bench.model, reading, ratio=cell.ratio))
+                notes.append(heard)
+            with hearing() as heard:
+                teacher = ceiling.asked.distributions
+                asked = self._ask([cache for cache, _ in made], self._rendered[1], ceiling.reference, teacher=teacher)
+        records = [record for _, record in made]
+        return list(zip(records, asked, strict=True)), [[*own, *heard] for own in notes]
 
     def _floor(self) -> tuple[MethodRecord, Asked]:
         """The questions alone, in the model's own format, after a conversation without a document."""
         ceiling, full = self._ceiling, self._reading
         ids, questions = render_alone(self.bench.tokenizer, [each.text for each in self.set.questions], self.bench.form)
         reading = self.bench.read(ids)
-        asked = self._ask(reading.cache, questions, ceiling.reference, teacher=ceiling.asked.distributions)
+        (asked,) = self._ask([reading.cache], questions, ceiling.reference, teacher=ceiling.asked.distributions)
         tokens, nbytes = full.input_ids.shape[-1], cache_nbytes(full.cache)
         return MethodRecord(FLOOR, {}, False, False, False, tokens, 0, 0, nbytes, 0.0, reading.seconds), asked
 
@@ -386,7 +409,7 @@ class Sitting:
         ends = [bench.tokenizer.eos_token_id, *_as_list(bench.model.generation_config.eos_token_id)]
         plain = [ids if ids[-1] in ends or bench.form.style == "plain" else [*ids, ends[0]] for ids in plain]
         stop_ids = tuple(dict.fromkeys(end for end in (*ends, *(ids[-1] for ids in plain)) if end is not None))
-        asked = self._ask(cache, questions, plain, stop_ids, keep_distributions=True)
+        (asked,) = self._ask([cache], questions, plain, stop_ids, keep_distributions=True)
         answers = zip(self.set.questions, asked.outputs, strict=True)
         right = [bool(exact_judge(bench.text(output), question).passed) for question, output in answers]
         if not any(right):
@@ -395,14 +418,17 @@ class Sitting:
         again = [place for place, ids in enumerate(own) if ids != plain[place]]
         if again:
             some = [questions[place] for place in again], [own[place] for place in again]
-            second = self._ask(cache, *some, stop_ids, keep_distributions=True)
+            (second,) = self._ask([cache], *some, stop_ids, keep_distributions=True)
             for place, entropy, distribution in zip(again, second.cross_entropy, second.distributions, strict=True):
                 asked.cross_entropy[place], asked.distributions[place] = entropy, distribution
         return _Ceiling(record, asked, own, right, stop_ids)
 
-    def _ask(self, cache, questions: list[list[int]], answers: list[list[int]], stop_ids=None, **options) -> Asked:
+    def _ask(
+        self, caches: Sequence, questions: list[list[int]], answers: list[list[int]], stop_ids=None, **options
+    ) -> list[Asked]:
         prompt = Prompt(questions, answers, stop_ids or self._ceiling.stop_ids)
-        return ask(self.bench.model, cache, prompt, max_new_tokens=self.bench.config.max_new_tokens, **options)
+        limit = self.bench.config.max_new_tokens
+        return ask_each(self.bench.model, caches, prompt, max_new_tokens=limit, **options)
 
     @cached_property
     def _rendered(self) -> tuple[list[int], list[list[int]]]:
@@ -416,6 +442,16 @@ class Sitting:
     @cached_property
     def _wrong_reading(self) -> Reading:
         return self.bench.read(render(self.bench.tokenizer, self.other.documents, (), self.bench.form)[0])
+
+
+@contextmanager
+def hearing() -> Iterator[list[str]]:
+    """What is warned of in the block, once it is over: a row says itself what lies outside the training."""
+    heard: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield heard
+    heard += [str(each.message) for each in caught if each.category is UserWarning]
 
 
 def weights_digest(module: torch.nn.Module) -> str:

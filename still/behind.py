@@ -1,8 +1,9 @@
-"""Rows that go on behind one context, which none of them copies.
+"""Rows that go on behind a context, which none of them copies.
 
 Many questions of one cache are a batch whose rows all begin alike. Repeated for each row, a context is read from memory
 once a row and step; here it is attended to once by the queries of all rows, each row attends to its own tokens by
-itself, and the two are merged by their log-sum-exps (Hydragen, Juravsky et al., arXiv 2402.05099).
+itself, and the two are merged by their log-sum-exps (Hydragen, Juravsky et al., arXiv 2402.05099). Some rows of a batch
+may stand behind one context and some behind another.
 """
 
 from __future__ import annotations
@@ -48,21 +49,49 @@ class Context:
         return out, lse
 
 
+@dataclass(frozen=True)
+class Contexts:
+    """Those of one layer behind which the rows of a batch stand.
+
+    Attributes:
+        each: context, and how many rows stand behind it; in the order of the rows.
+    """
+
+    each: tuple[tuple[Context, int], ...]
+
+    def attend(self, query: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Context.attend`, each row behind its own."""
+        rows = query.split([rows for _, rows in self.each])
+        parts = [context.attend(own, scale) for (context, _), own in zip(self.each, rows, strict=True)]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+    def select(self, indices: torch.Tensor) -> Contexts:
+        """Of the rows at these ascending indices alone."""
+        owner = torch.arange(len(self.each)).repeat_interleave(torch.tensor([rows for _, rows in self.each]))
+        left = owner[indices.cpu()].bincount(minlength=len(self.each)).tolist()
+        return Contexts(tuple((context, rows) for (context, _), rows in zip(self.each, left, strict=True) if rows))
+
+
 class Behind(DynamicLayer):
     """A row's own keys and values, of each of many rows; they begin empty.
 
     Args:
-        context: that all rows go on behind.
+        contexts: that the rows go on behind.
     """
 
-    def __init__(self, context: Context):
+    def __init__(self, contexts: Contexts):
         super().__init__()
-        self.context = context
+        self.contexts = contexts
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Store new tokens; the keys that are returned carry the context to `still_attention`."""
+        """Store new tokens; the keys that are returned carry the contexts to `still_attention`."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return with_prefix(keys, Prefix(0, None, self.context)), values
+        return with_prefix(keys, Prefix(0, None, self.contexts)), values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these rows, in the order that they have."""
+        super().batch_select_indices(indices)
+        self.contexts = self.contexts.select(indices)
 
 
 def contexts(model, cache: Cache, room: int) -> list[Context] | None:
@@ -83,9 +112,10 @@ def contexts(model, cache: Cache, room: int) -> list[Context] | None:
     return held if len(held) == config.num_hidden_layers and None not in held else None
 
 
-def rows_behind(held: list[Context]) -> Cache:
-    """A cache of rows that have no token yet."""
-    return Cache(layers=[Behind(context) for context in held])
+def rows_behind(*held: tuple[list[Context], int]) -> Cache:
+    """A cache of rows that have no token yet, so many behind each context; for every layer one, as `contexts` gives."""
+    layers = zip(*([(context, rows) for context in own] for own, rows in held), strict=True)
+    return Cache(layers=[Behind(Contexts(each)) for each in layers])
 
 
 def _context(layer, room: int) -> Context | None:

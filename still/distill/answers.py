@@ -61,7 +61,7 @@ class Answerer:
         if held is None:
             return [self._generate([*context_ids, *each], copy.deepcopy(full), temperature) for each in asked]
         with attending(self.model):
-            return self._decode(rows_behind(held), context_ids, asked, temperature)
+            return self._decode(rows_behind((held, len(asked))), context_ids, asked, temperature)
 
     @torch.no_grad()
     def without_context(self, questions: Sequence[str]) -> list[Answer]:
