@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 from typing import Any
 
@@ -215,6 +216,7 @@ def t_tail(t: float, df: float) -> float:
     return 0.5 * _beta_inc(df / 2, 0.5, df / (df + t * t))
 
 
+@cache
 def t_quantile(p: float, df: float) -> float:
     """The value that Student's t with `df` degrees of freedom stays under with probability p, for p of 0.5 to 1."""
     if not 0.5 <= p < 1 or df < 1:

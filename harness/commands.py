@@ -18,6 +18,8 @@ from .trainers.commands import COMMANDS as TRAINERS
 
 Config = TypeVar("Config")
 COMMITTED = Path("bench/rows")
+IMPORTED = ("still.models", "transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3")
+"""What takes longest of what the workers of a sweep import."""
 
 
 class Sweep:
@@ -61,6 +63,10 @@ examples:
         """Compute what is missing, then write the report and print its table."""
         if args.workers < 1:
             raise ValueError(f"workers is {args.workers}; it must be 1 or more")
+        if args.workers > 1:
+            from .workers import make_ready
+
+            make_ready([f"still.harness.{'agent_sweep' if args.agent else 'sweep'}", *IMPORTED])
         if args.agent:
             return self._agent(args)
         config = config_from(args)

@@ -119,6 +119,7 @@ def save(figure, stem: str | Path) -> list[Path]:
     image = io.BytesIO()
     with matplotlib.rc_context(RC):
         figure.savefig(image, format="png", dpi=200)
+    figure.set_layout_engine("none")  # it is laid out: finding out again takes as long as drawing
     write_file(paths[0], image.getvalue())
     write_file(paths[1], svg(figure, stem.name).encode())
     return paths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import queue
 import signal
@@ -15,14 +16,26 @@ from typing import Any
 from .. import memory
 from ..cli import is_callers_mistake
 
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()
 ITEM, ERROR, END = "item", "error", "end"
+
+
+def make_ready(modules: Sequence[str]) -> None:
+    """Begin to import what workers will need, while the caller does likewise: they are forked from what has it by then.
+
+    Args:
+        modules: by name; such as start no thread when they are imported.
+    """
+    if FORKS:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+        multiprocessing.forkserver.ensure_running()
 
 
 def share_out(pieces: Sequence[Any], workers: int, start: Callable[..., Callable], *given: Any) -> Iterator[Any]:
     """What processes of their own make of the pieces, item by item as it comes.
 
-    Processes are spawned, so a script that calls this needs the usual `if __name__ == "__main__":`. They end with the
-    caller, also where it is killed.
+    Processes come from a fork server, or are spawned where there is none, so a script that calls this needs the usual
+    `if __name__ == "__main__":`. They end with the caller, also where it is killed.
 
     Args:
         pieces: of work; what can be pickled, like all that goes to and fro.
@@ -35,7 +48,7 @@ def share_out(pieces: Sequence[Any], workers: int, start: Callable[..., Callable
         RuntimeError: a process died, or broke by a defect; items that came before that have been yielded.
         ValueError: what a process found wrong with its input; likewise OSError and what else has one line of message.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
     todo, done = context.Queue(), context.Queue()
     share = (_threads(workers), todo, done, start, given)
     workers = min(workers, len(pieces))

@@ -117,7 +117,7 @@ def _attend(query, keys, values, bias, scale, offsets, causal, mask) -> tuple[to
     tensors = [x for x in (query, keys, values, bias, mask) if x is not None]
     if not dispatch.runs_triton("prefix_attention", tensors, _obstacle(query, keys, values, bias, mask)):
         if _flash_takes(query, keys, values, bias, offsets, causal, mask):
-            return _flash(query, keys, values, scale, offsets)
+            return _flash(query, keys, values, bias, scale, offsets)
         return attend_reference(query, keys, values, bias, scale, offsets, causal, mask)
     from .prefix_attention_triton import Attention
 
@@ -126,14 +126,14 @@ def _attend(query, keys, values, bias, scale, offsets, causal, mask) -> tuple[to
 
 def _flash_takes(query, keys, values, bias, offsets, causal, mask) -> bool:
     """Whether sdpa's operator for CPUs can do this: it keeps no scores, and has no gradient of the log-sum-exp."""
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, keys, values, bias))
     heads = [keys.shape[-2]] if offsets is None else [end - start for start, end in pairwise(offsets)]
-    plain = bias is None and mask is None and not causal and keys.shape[-1] == values.shape[-1]
+    prefix = mask is None and not causal and (bias is None or offsets is None)  # of a short tail it is no faster
     here = query.device.type == "cpu" and dispatch.mode() != "reference"
-    return here and plain and not learns and query.shape[2] > 0 and min(heads) > 0
+    return here and prefix and keys.shape[-1] == values.shape[-1] and not learns and min(query.shape[2], *heads) > 0
 
 
-def _flash(query, keys, values, scale, offsets) -> tuple[torch.Tensor, torch.Tensor]:
+def _flash(query, keys, values, bias, scale, offsets) -> tuple[torch.Tensor, torch.Tensor]:
     """What `_flash_takes`; query heads that share keys are queries of one head."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     batch, heads, queries, _ = query.shape
@@ -143,8 +143,17 @@ def _flash(query, keys, values, scale, offsets) -> tuple[torch.Tensor, torch.Ten
         groups = query.split(heads // (len(offsets) - 1), dim=1)
         own = [slice(*ends) for ends in pairwise(offsets)]
         parts = [(group, keys[:, None, at], values[:, None, at]) for group, at in zip(groups, own, strict=True)]
-    made = [flash(q.reshape(batch, k.shape[1], -1, q.shape[3]), k, v, 0.0, False, scale=scale) for q, k, v in parts]
+    added = None
+    if bias is not None:
+        rows = heads // keys.shape[1] * queries
+        added = bias[:, :, None].to(query.dtype).expand(batch, keys.shape[1], rows, keys.shape[2])
+    made = [
+        flash(q.reshape(batch, k.shape[1], -1, q.shape[3]), k, v, 0.0, False, attn_mask=added, scale=scale)
+        for q, k, v in parts
+    ]
     out, lse = (torch.cat(each, dim=1) for each in zip(*made, strict=True))
+    if bias is not None:  # the operator says 0 where no slot is left
+        lse = lse.masked_fill((bias == -torch.inf).all(-1)[:, :, None], -torch.inf)
     return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
 
 

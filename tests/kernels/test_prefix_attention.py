@@ -46,7 +46,7 @@ def test_ragged_heads_are_padded_heads_with_dead_slots():
 
 @pytest.mark.parametrize("offsets", [None, (0, 7, 8, 21)])
 def test_what_cpus_compute_without_gradients_is_the_reference(offsets):
-    """Sdpa's own operator serves where there is no bias, no mask, no gradient and no empty head."""
+    """Sdpa's own operator serves where there is no mask, no gradient and no empty head."""
     shapes = [(2, 6, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16)] if offsets is None else [(2, 6, 5, 16), *[(2, 21, 16)] * 2]
     for dtype, close in ((torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
         inputs = draw(*shapes, dtype=dtype)
@@ -62,6 +62,26 @@ def test_what_cpus_compute_without_gradients_is_the_reference(offsets):
         assert inputs[0].grad.any(), "the log-sum-exp has a gradient"
     query, keys, values = draw((1, 4, 3, 8), (1, 5, 8), (1, 5, 8))
     assert not module._flash_takes(query, keys, values, None, (0, 5, 5), False, None)
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_what_cpus_compute_with_a_bias_is_the_reference(rows, heads):
+    """A slot of -inf is none, and a row whose slots are all gone gives zeros."""
+    for dtype, close in ((torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
+        query, keys, values, bias = draw((2, 6, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), (rows, heads, 7), dtype=dtype)
+        bias = bias.float()
+        bias[-1, 0, 2:5] = -torch.inf
+        for gone in (False, True):
+            if gone:
+                bias[0, -1] = -torch.inf
+            assert module._flash_takes(query, keys, values, bias, None, False, None)
+            wanted = attend_reference(query, keys, values, bias, 0.3, None, False, None)
+            got = prefix_attention(query, keys, values, bias, 0.3)
+            assert [x.dtype for x in got] == [x.dtype for x in wanted]
+            assert (wanted[1] == -torch.inf).any() == gone
+            torch.testing.assert_close(got, wanted, atol=close, rtol=close)
+        bias.requires_grad_()
+        assert not module._flash_takes(query, keys, values, bias, None, False, None)
 
 
 def test_gradients_pass_an_empty_head():
