@@ -58,10 +58,10 @@ GRPO_KV = (
     "--schedule linear --warmup 4 --no-ask --credit lines --credit-share 1"
 )
 ISFT = (
-    "isft --teacher oracle --rounds 3 --rollouts 2 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
+    "isft --teacher oracle --rounds 3 --rollouts 1 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
     "--epochs 2 --batch 4 --lr 2e-4 --schedule linear --start last --no-union --no-ask"
 )
-UNFILTERED = ISFT.replace("--teacher oracle ", "").replace("--rollouts 2", "--rollouts 1") + " --select any"
+UNFILTERED = ISFT.replace("--teacher oracle ", "") + " --select any"
 MEMO, KV = "--backend memo --evaluate-on memo", "--backend kv --ratio 16 --evaluate-on kv"
 ISFT_32 = (
     "isft --rounds 3 --tasks-per-round 200 --rollouts 1 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
