@@ -7,6 +7,7 @@ import multiprocessing.forkserver
 import os
 import queue
 import signal
+import sys
 import threading
 import traceback
 import warnings
@@ -16,12 +17,12 @@ from typing import Any
 from .. import memory
 from ..cli import is_callers_mistake
 
-FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+FORKS = sys.platform == "linux"  # elsewhere a process that has loaded torch cannot be forked safely
 ITEM, ERROR, END = "item", "error", "end"
 
 
 def make_ready(modules: Sequence[str]) -> None:
-    """Begin to import what workers will need, while the caller does likewise: they are forked from what has it by then.
+    """Begin to import what workers will need, while the caller does likewise: on CPUs they are forked from what has it.
 
     Args:
         modules: by name; such as start no thread when they are imported.
@@ -34,7 +35,7 @@ def make_ready(modules: Sequence[str]) -> None:
 def share_out(pieces: Sequence[Any], workers: int, start: Callable[..., Callable], *given: Any) -> Iterator[Any]:
     """What processes of their own make of the pieces, item by item as it comes.
 
-    Processes come from a fork server, or are spawned where there is none, so a script that calls this needs the usual
+    Processes come from a fork server, or are spawned where there is a GPU, so a script that calls this needs the usual
     `if __name__ == "__main__":`. They end with the caller, also where it is killed.
 
     Args:
@@ -48,7 +49,7 @@ def share_out(pieces: Sequence[Any], workers: int, start: Callable[..., Callable
         RuntimeError: a process died, or broke by a defect; items that came before that have been yielded.
         ValueError: what a process found wrong with its input; likewise OSError and what else has one line of message.
     """
-    context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+    context = multiprocessing.get_context("forkserver" if FORKS and not _sees_gpu() else "spawn")
     todo, done = context.Queue(), context.Queue()
     share = (_threads(workers), todo, done, start, given)
     workers = min(workers, len(pieces))
@@ -86,6 +87,13 @@ def worker_device(number: int) -> str | None:
     import torch
 
     return f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.device_count() else None
+
+
+def _sees_gpu() -> bool:
+    """Whether there is one: a process that has so much as looked for one cannot be forked."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _check(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from worker_cases import breaking, loading, squares
 
-from still.harness.workers import share_out
+from still.harness.workers import FORKS, share_out
 
 
 def test_every_piece_is_worked_once_by_processes_of_their_own():
@@ -60,6 +60,21 @@ def test_a_caller_that_stops_early_or_is_killed_leaves_no_process(tmp_path):
         caller.kill()
         caller.wait()
     until(lambda: not [each.name for each in started.iterdir() if running(each.name)])
+
+
+@pytest.mark.skipif(not FORKS, reason="processes are spawned here")
+@pytest.mark.parametrize("ready", [True, False])
+def test_processes_have_what_was_made_ready_for_them(tmp_path, ready):
+    script = tmp_path / "caller.py"
+    script.write_text(
+        "import sys\nfrom worker_cases import knowing\nfrom still.harness.workers import make_ready, share_out\n"
+        f"if __name__ == '__main__':\n    {ready} and make_ready(['wave', 'no.such.module'])\n"
+        "    print(*share_out([1, 2], 2, knowing, 'wave'))\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+                         text=True, check=True)  # fmt: skip
+    assert ran.stdout.split() == [str(ready)] * 2
 
 
 def running(pid: str) -> bool:

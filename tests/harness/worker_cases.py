@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -44,3 +45,8 @@ def slow(number: int, folder: str):
         yield piece
 
     return work
+
+
+def knowing(number: int, module: str):
+    """Says whether a module had been imported when the process began."""
+    return lambda piece: [module in sys.modules]
