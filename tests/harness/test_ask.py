@@ -13,7 +13,7 @@ from still import Split, StillCache, StillCompactor, methods
 from still.attention import register
 from still.behind import contexts
 from still.harness import ask as ask_module
-from still.harness.ask import Prompt, ask
+from still.harness.ask import Prompt, ask, ask_each
 from still.reading import read
 
 STOP = tuple(range(5, 13))
@@ -136,6 +136,43 @@ def test_rows_behind_a_context_answer_as_rows_that_copy_it(monkeypatch):
         assert behind.outputs == copies.outputs, name
         for ours, theirs in zip(behind.distributions, copies.distributions, strict=True):
             assert (ours - theirs).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("rows", [2, 7, 100])
+def test_several_caches_answer_in_one_batch_as_each_by_itself(monkeypatch, rows):
+    """Caches of every kind and of unequal lengths; batches are cut where they come to lie."""
+    register()
+    model = tiny_model("qwen3", attention="still")
+    reading = read(model, random_ids(1, 40))
+    every = [*caches(model, reading).values(), read(model, random_ids(1, 9, seed=3)).cache]
+    assert len({cache.get_seq_length() for cache in every}) == 3
+    questions = [random_ids(length, seed=length).tolist() for length in (4, 9, 13, 5)]
+    prompt = Prompt(questions, [[30, 31, STOP[0]], [32, STOP[1]], [33, 34, 35, STOP[2]], [STOP[3]]], STOP)
+    teacher = ask(model, reading.cache, prompt, keep_distributions=True).distributions
+    alone = [ask(model, cache, prompt, max_new_tokens=LIMIT, teacher=teacher) for cache in every]
+    assert len({tuple(map(tuple, each.outputs)) for each in alone}) > 1
+    forward, sizes = ask_module._Batch.forward, []
+    monkeypatch.setattr(ask_module._Batch, "forward", lambda self: sizes.append(len(self.sources)) or forward(self))
+    monkeypatch.setattr(ask_module, "_rows_at_once", lambda *args: rows)
+    together = ask_each(model, every, prompt, max_new_tokens=LIMIT, teacher=teacher)
+    assert max(sizes) == min(rows, 4 * len(every))
+    assert sum(sizes) == 4 * len(every)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.outputs == theirs.outputs
+        assert ours.cross_entropy == pytest.approx(theirs.cross_entropy, abs=1e-3)
+        assert ours.kl == pytest.approx(theirs.kl, abs=1e-3)
+
+
+def test_caches_that_rows_must_copy_are_asked_one_after_the_other():
+    model = tiny_model("gemma3")
+    lengths = (20, 12)
+    every = [DynamicCache(config=model.config) for _ in lengths]
+    with torch.no_grad():
+        for cache, length in zip(every, lengths, strict=True):
+            model(random_ids(1, length), past_key_values=cache)
+    prompt = Prompt([random_ids(4).tolist(), random_ids(6, seed=2).tolist()], [[30, STOP[0]], [STOP[1]]], STOP)
+    together = ask_each(model, every, prompt, max_new_tokens=LIMIT)
+    assert together == [ask(model, cache, prompt, max_new_tokens=LIMIT) for cache in every]
 
 
 def test_a_model_that_takes_no_other_attention_copies(monkeypatch):

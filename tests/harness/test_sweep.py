@@ -24,7 +24,7 @@ from still.harness.cells import CONTROLS, METHODS, WITHOUT_RATIO, Cell, CellStor
 from still.harness.commands import COMMANDS
 from still.harness.pocket.tokenizer import train_tokenizer
 from still.harness.rows import make_rows
-from still.harness.sweep import run_sweep
+from still.harness.sweep import asked_at_once, run_sweep
 
 SECONDS = ("compact_seconds", "read_seconds")
 
@@ -325,3 +325,15 @@ def test_flags_change_a_preset_and_importing_the_commands_loads_no_torch():
     assert config.count == 3
     assert config.ratios == (4,)
     assert set(COMMANDS) >= {"sweep", "report"}
+
+
+def test_cells_asked_at_once_are_of_one_method_and_hold_no_more_than_the_full_cache():
+    def named(*cells: tuple[str, float | None, int | None]) -> list[Cell]:
+        return [Cell("matters", "a", *each) for each in cells]
+
+    full, packed = named(("full", None, None)), named(("int8", None, None))
+    still = [named(*(("still", ratio, seed) for ratio in (2, 4, 8, 16))) for seed in (0, 1)]
+    dense = named(("snapkv", 1, None)), named(("snapkv", 1.5, None)), named(("snapkv", 2, None), ("snapkv", 2.5, None))
+    groups = [full, packed, *still, *dense]
+    assert list(asked_at_once([cell for group in groups for cell in group])) == groups
+    assert list(asked_at_once([])) == []
