@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -337,3 +338,17 @@ def test_cells_asked_at_once_are_of_one_method_and_hold_no_more_than_the_full_ca
     groups = [full, packed, *still, *dense]
     assert list(asked_at_once([cell for group in groups for cell in group])) == groups
     assert list(asked_at_once([])) == []
+
+
+def test_a_cell_says_itself_what_lies_outside_the_training(folder, tmp_path):
+    """Cells that are asked in one batch have each their own warnings."""
+    compactor = StillCompactor.from_pretrained(folder / "compactors" / "seed-0")
+    compactor.config.trained_ratios = (2.0, 4.0)
+    compactor.save_pretrained(tmp_path / "trained")
+    config = settings(folder, compactor=(str(tmp_path / "trained"),), methods=("still",), count=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        store = sweep(config, tmp_path / "out")
+    told = {result["cell"]["ratio"]: result["warnings"] for result in store.results() if result["cell"]["ratio"]}
+    assert told[2] == []
+    assert [note.partition(":")[0] for note in told[8]] == ["a ratio of 8x lies outside the trained 2x to 4x"]
