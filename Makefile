@@ -1,7 +1,7 @@
 # Every target makes the environment that it needs; only python3 (3.11 or newer) has to be there.
 #
 #   make quickstart                     the sweeps on the pocket model: tables, figures and reports in minutes
-#   make test                           samples of every grid (a few minutes on two cores)
+#   make test                           samples of every grid (a quarter of an hour on two cores)
 #   make test-all                       every bar in full
 #   make lint                           ruff (make fix mends what it can)
 #   make test TRANSFORMERS='5.17.*'     the same with that transformers, in an environment of its own
