@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .. import methods, models
 from ..attention import attending
@@ -137,6 +138,7 @@ def _computing_elsewhere(
     number: int, config: SweepConfig, names: Sequence[str], folder: str | Path, device: str | None, stamp: dict
 ) -> Callable[[Part], Iterator[Cell]]:
     """The same in a worker."""
+    logging.disable_progress_bar()  # the caller has shown it, and an interrupt would leave its lock behind
     bench = Bench(config, models.load(config.model, device or worker_device(number), config.dtype), names)
     return _computing(bench, CellStore.open(folder), stamp)
 

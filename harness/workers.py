@@ -24,12 +24,19 @@ ITEM, ERROR, END = "item", "error", "end"
 def make_ready(modules: Sequence[str]) -> None:
     """Begin to import what workers will need, while the caller does likewise: on CPUs they are forked from what has it.
 
+    To be called in the main thread.
+
     Args:
         modules: by name; such as start no thread when they are imported.
     """
-    if FORKS:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+    if not FORKS:
+        return
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's, who ends the others
+    try:
         multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def share_out(pieces: Sequence[Any], workers: int, start: Callable[..., Callable], *given: Any) -> Iterator[Any]:

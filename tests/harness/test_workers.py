@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,24 @@ def test_processes_have_what_was_made_ready_for_them(tmp_path, ready):
     ran = subprocess.run([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
                          text=True, check=True)  # fmt: skip
     assert ran.stdout.split() == [str(ready)] * 2
+
+
+@pytest.mark.skipif(not FORKS, reason="processes are spawned here")
+def test_an_interrupt_while_workers_are_made_ready_is_the_callers_alone(tmp_path):
+    begun, script = tmp_path / "begun", tmp_path / "caller.py"
+    (tmp_path / "slowly.py").write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(1)\n")
+    script.write_text(
+        "import signal, time\nfrom still.harness.workers import make_ready\n"
+        "if __name__ == '__main__':\n    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    make_ready(['slowly'])\n    try:\n        time.sleep(60)\n"
+        "    except KeyboardInterrupt:\n        print('interrupted')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    caller = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    until(begun.exists)
+    os.killpg(caller.pid, signal.SIGINT)
+    assert caller.communicate(timeout=60) == ("interrupted\n", "")
 
 
 def running(pid: str) -> bool:
