@@ -132,7 +132,7 @@ PRESETS = {
         methods=(
             *METHODS, f"still{UNEVEN}", PLACED, f"random{UNEVEN}", f"attention_matching{UNEVEN}",
         ),
-        count=8, questions=32, max_new_tokens=16,
+        count=7, questions=32, max_new_tokens=16,
     ),
     "uneven": SweepConfig(
         methods=(
