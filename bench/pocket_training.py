@@ -58,10 +58,11 @@ GRPO_KV = (
     "--schedule linear --warmup 4 --no-ask --credit lines --credit-share 1"
 )
 ISFT = (
-    "isft --teacher oracle --rounds 3 --rollouts 1 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
+    "isft --teacher oracle --rounds 3 --rollouts 2 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
     "--epochs 2 --batch 4 --lr 2e-4 --schedule linear --start last --no-union --no-ask"
 )
-UNFILTERED = ISFT.replace("--teacher oracle ", "") + " --select any"
+ISFT_ONCE = ISFT.replace("--rollouts 2", "--rollouts 1")
+UNFILTERED = ISFT_ONCE.replace("--teacher oracle ", "") + " --select any"
 MEMO, KV = "--backend memo --evaluate-on memo", "--backend kv --ratio 16 --evaluate-on kv"
 ISFT_32 = (
     "isft --rounds 3 --tasks-per-round 200 --rollouts 1 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
@@ -150,7 +151,7 @@ RUNS = (
     Run("grpo-lines-random", f"{GRPO_LINES} --reward random", 10, matters="10-many"),
     *(Run("grpo-kv-32", GRPO_KV, 10, seed, matters="10-many") for seed in range(3)),
     Run("grpo-kv-32-random", f"{GRPO_KV} --reward random", 10, matters="10-many"),
-    Run("isft-memo", f"{ISFT} {MEMO} --budget 192t", 14),
+    Run("isft-memo", f"{ISFT_ONCE} {MEMO} --budget 192t", 14),
     Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO} --budget 192t", 14, like="isft-memo"),
     Run("isft-memo-10", f"{ISFT} {MEMO} --budget 128t", 10),
     Run("isft-memo-10-unfiltered", f"{UNFILTERED} {MEMO} --budget 128t", 10, like="isft-memo-10"),

@@ -348,10 +348,10 @@ class Sitting:
         if cells[0].method in (CEILING, FLOOR):
             with hearing() as heard:
                 ceiling = self._ceiling
-                found = [(ceiling.record, ceiling.asked) if cells[0].method == CEILING else self._floor()]
-            notes = [heard]
+                record, asked = (ceiling.record, ceiling.asked) if cells[0].method == CEILING else self._floor()
+            found = [(record, asked, heard)]
         else:
-            found, notes = self._compacted(cells)
+            found = self._compacted(cells)
         return [
             {
                 "record": record.to_dict(),
@@ -360,7 +360,7 @@ class Sitting:
                 "source": self.set.source,
                 "questions": [self._row(question, place, asked) for place, question in enumerate(self.set.questions)],
             }
-            for (record, asked), heard in zip(found, notes, strict=True)
+            for record, asked, heard in found
         ]
 
     def _row(self, question: Question, place: int, asked: Asked) -> dict:
@@ -379,19 +379,19 @@ class Sitting:
             "tags": question.tags,
         }
 
-    def _compacted(self, cells: Sequence[Cell]) -> tuple[list[tuple[MethodRecord, Asked]], list[list[str]]]:
-        ceiling, made, notes = self._ceiling, [], []
+    def _compacted(self, cells: Sequence[Cell]) -> Iterator[tuple[MethodRecord, Asked, list[str]]]:
+        ceiling, method, made, notes = self._ceiling, self.bench.method(cells[0]), [], []
         reading = self._wrong_reading if cells[0].method == "still-wrong-matter" else self._reading
-        with self.bench.attending(self.bench.method(cells[0])):
+        with self.bench.attending(method):
             for cell in cells:
                 with hearing() as heard, torch.no_grad():
-                    made.append(measure(self.bench.method(cell), self.bench.model, reading, ratio=cell.ratio))
+                    made.append(measure(method, self.bench.model, reading, ratio=cell.ratio))
                 notes.append(heard)
             with hearing() as heard:
                 teacher = ceiling.asked.distributions
                 asked = self._ask([cache for cache, _ in made], self._rendered[1], ceiling.reference, teacher=teacher)
-        records = [record for _, record in made]
-        return list(zip(records, asked, strict=True)), [[*own, *heard] for own in notes]
+        for (_, record), own, told in zip(made, asked, notes, strict=True):
+            yield record, own, [*told, *heard]
 
     def _floor(self) -> tuple[MethodRecord, Asked]:
         """The questions alone, in the model's own format, after a conversation without a document."""

@@ -56,7 +56,8 @@ def share_out(pieces: Sequence[Any], workers: int, start: Callable[..., Callable
         RuntimeError: a process died, or broke by a defect; items that came before that have been yielded.
         ValueError: what a process found wrong with its input; likewise OSError and what else has one line of message.
     """
-    context = multiprocessing.get_context("forkserver" if FORKS and not _sees_gpu() else "spawn")
+    # What a fork server imports may look for a GPU, and a process that found one cannot be forked.
+    context = multiprocessing.get_context("forkserver" if FORKS and worker_device(0) is None else "spawn")
     todo, done = context.Queue(), context.Queue()
     share = (_threads(workers), todo, done, start, given)
     workers = min(workers, len(pieces))
@@ -94,13 +95,6 @@ def worker_device(number: int) -> str | None:
     import torch
 
     return f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.device_count() else None
-
-
-def _sees_gpu() -> bool:
-    """Whether there is one: a process that has so much as looked for one cannot be forked."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _check(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
