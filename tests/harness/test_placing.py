@@ -66,10 +66,10 @@ def test_a_placement_is_fitted_before_the_first_step_and_taken_up_again(tmp_path
         fresh = scorers(method.compactor)
         settings = replace(PLACES, save_every=1)
         if name == "cut":  # it ends between the fit and the first step
-            monkeypatch.setattr(Rollouts, "step", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                grpo(tmp_path / name, tasks, CONFIG, KV, settings, loaded, method=method, policy_of=scripted)
-            monkeypatch.undo()
+            with monkeypatch.context() as patch:
+                patch.setattr(Rollouts, "step", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    grpo(tmp_path / name, tasks, CONFIG, KV, settings, loaded, method=method, policy_of=scripted)
             assert (tmp_path / name / "placement" / placing.DONE).is_file()
             loaded = tiny_agent(layers=1)
             method = placed(loaded, placement=8)

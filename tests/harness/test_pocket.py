@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,12 +136,17 @@ def test_every_token_stays_visible_to_an_upper_head(tokenizer):
     assert all(len(head.unique()) == 1 for layer in hidden[0, :2, :, :300] for head in layer)
 
 
-def test_training_the_base_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "LONG", tuple((replace(STAGES[0], facts=facts), 1) for facts in (8, 24)))
-    small = BaseRecipe(steps=3, tokens=600, warmup=2, long_steps=2, long_warmup=1)
+def test_training_the_base_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(base, "LONG", ((replace(STAGES[0], facts=8), 1),))
+    monkeypatch.setattr(base, "train_tokenizer", lambda: tokenizer)
+    small = BaseRecipe(steps=2, tokens=300, warmup=2, long_steps=2, long_warmup=1)
     assert train_base(tmp_path / "whole", small, minutes=10, report=str)
-    assert not train_base(tmp_path / "cut", small, minutes=0, report=str)
-    (tmp_path / "cut" / (STATE + ".tmp")).write_bytes(b"half a file")  # a kill while a state was being written
+    for steps in (1, 2):  # before the long steps, and among them
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "time", SimpleNamespace(monotonic=itertools.count(step=60).__next__))  # a step a minute
+            assert not train_base(tmp_path / "cut", small, minutes=steps + 0.5, report=str)
+        (tmp_path / "cut" / (STATE + ".tmp")).write_bytes(b"half a file")  # a kill while a state was being written
+    assert torch.load(tmp_path / "cut" / STATE, weights_only=True)["where"][0] == 3
     assert train_base(tmp_path / "cut", small, minutes=10, report=str)
     one, two = ((tmp_path / name / "base" / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert one == two

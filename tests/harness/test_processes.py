@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,10 @@ def test_a_share_is_every_so_manieth(monkeypatch):
 def test_processes_share_the_hold_out(tmp_path, monkeypatch):
     tasks, loaded = matters(tmp_path / "lab", (1, 2, 3)), tiny_agent(layers=1)
     module, loaded = make_module(loaded, None, SETTINGS)
+    short = replace(RUN, max_new_tokens=40)
 
     def run(folder):
-        return evaluation.evaluate(module, loaded, tasks, RUN, ["memo"], exact()[0], folder)
+        return evaluation.evaluate(module, loaded, tasks, short, ["memo"], exact()[0], folder)
 
     whole, shared = run(tmp_path / "whole"), tmp_path / "shared"
     process(monkeypatch, 1, evaluation)

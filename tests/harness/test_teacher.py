@@ -104,7 +104,7 @@ def test_attempts_that_are_done_are_read_and_a_cut_one_is_gone_on_with(tmp_path)
 @pytest.mark.parametrize("decoded", [False, True])
 def test_attempts_side_by_side_are_those_of_one_by_one(tmp_path, monkeypatch, decoded):
     """Private notes and second attempts included, asked in parallel or decoded in one batch."""
-    tasks, loaded = matters(tmp_path / "lab", (1, 2, 3)), tiny_agent()
+    tasks, loaded = matters(tmp_path / "lab", (1, 2, 3)), tiny_agent(layers=1)
     player, open_at_once = ScriptedTeacher(tasks), []
     step = Batch._step
     monkeypatch.setattr(Batch, "_step", lambda self: open_at_once.append(len(self._open)) or step(self))

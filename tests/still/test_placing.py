@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,7 +141,13 @@ def test_a_fitted_placement_keeps_what_answers_look_at():
     assert total == pytest.approx(1)
 
 
-def test_training_begins_with_the_placement_and_goes_on_with_it(tmp_path):
+@pytest.fixture
+def quick(monkeypatch):
+    """A fit of few steps."""
+    monkeypatch.setattr("still.distill.train.fit_placement", partial(fit_placement, steps=60))
+
+
+def test_training_begins_with_the_placement_and_goes_on_with_it(tmp_path, quick):
     base, rows = tiny_base(), random_rows(6)
     options = {"compactor_options": {"placement": 8, "bank": 8}, "progress": False}
     config = TrainConfig(**QUICK, place=4)
@@ -161,7 +169,7 @@ def test_training_begins_with_the_placement_and_goes_on_with_it(tmp_path):
     assert load_file(tmp_path / "cut" / "compactor.safetensors").keys() == trained.state_dict().keys()
 
 
-def test_a_run_is_a_function_of_its_seed_whatever_was_drawn_before(tmp_path):
+def test_a_run_is_a_function_of_its_seed_whatever_was_drawn_before(tmp_path, quick):
     base, rows, config = tiny_base(), random_rows(6), TrainConfig(**QUICK, place=4)
     options = {"compactor_options": {"placement": 8, "bank": 8, "open_start": True}, "progress": False}
     for name in ("one", "two"):
