@@ -52,7 +52,9 @@ GAME = (
 GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 5e-5 --warmup 8 --no-ask"
 GRPO_FALLING = GRPO.replace("--lr 5e-5 --warmup 8", "--lr 1e-4 --schedule linear --warmup 4")
 GRPO_LEDGER = f"{GRPO_FALLING} --credit ledger --credit-share 0.7 --potential written"
-GRPO_LINES = f"{GRPO_FALLING} --credit lines --credit-share 1 --potential written"
+GRPO_LINES = f"{GRPO_FALLING} --credit lines --credit-share 1 --potential written".replace(
+    "--tasks-per-step 4", "--tasks-per-step 3"
+)
 GRPO_KV = (
     "grpo --backend kv --ratio 32 --compactor-mode rl --steps 40 --tasks-per-step 4 --group 8 --lr 1e-4 "
     "--schedule linear --warmup 4 --no-ask --credit lines --credit-share 1"
