@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -62,10 +63,22 @@ class LocalPolicy:
         self.bytes_per_token = 2 * layers * config.num_key_value_heads * head_dim * self.model.dtype.itemsize
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self._exact: WeakValueDictionary[tuple[int | None, tuple[int, ...]], StillCache] = WeakValueDictionary()
 
     def session(self, tools: list[dict[str, Any]], queries: bool = False) -> LocalSession:
         """A new conversation; with `queries` the window's queries are kept for methods that look at them."""
         return LocalSession(self, ChatFormat(self.tokenizer, tools), queries)
+
+    def exact_base(self, base_ids: Sequence[int]) -> StillCache:
+        """A cache of S and U alone, which nobody may change: one for all sessions of this `version` that begin so.
+
+        Rollouts of a group do. It lives as long as one of them keeps it.
+        """
+        begins = self.version, tuple(base_ids)
+        cache = self._exact.get(begins)
+        if cache is None:
+            cache = self._exact[begins] = exact_cache(self.model, base_ids)
+        return cache
 
 
 @dataclass
@@ -309,7 +322,7 @@ class LocalSession:
     def exact_base(self) -> StillCache:
         """A cache of S and U alone."""
         if self._exact is None:
-            self._exact = exact_cache(self.policy.model, self.base_ids)
+            self._exact = self.policy.exact_base(self.base_ids)
         return self._exact.clone()
 
     @property

@@ -14,6 +14,7 @@ from agent_cases import Reader, episode, make_task, of, texts, tiny_agent, tiny_
 from still.eval.prices import Price, Prices
 from still.harness import backends
 from still.harness.agent import drive
+from still.harness.policies import local
 from still.harness.policies.calls import parser_of
 from still.harness.policies.chat import ChatFormat
 from still.harness.policies.local import LocalPolicy, choose
@@ -290,3 +291,28 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     cooler = [choose(chances.log(), 0.1, generator)[0] for _ in range(200)]
     assert cooler.count(1) >= 190
     assert choose(chances.log(), 0.0, generator)[0] == 1
+
+
+def test_sessions_that_begin_alike_read_their_beginning_once(monkeypatch):
+    policy, read, exact_cache = LocalPolicy(tiny_agent(layers=1), 4096), [], local.exact_cache
+    monkeypatch.setattr(local, "exact_cache", lambda model, ids: read.append(list(ids)) or exact_cache(model, ids))
+
+    def begun(task):
+        session = policy.session([])
+        session.start([Message("system", "Read the matter."), Message("user", task)])
+        return session, session.sample(Limit(12, 0.0, 0)).output_ids
+
+    (one, said), (two, again), (other, _) = begun("When does it end?"), begun("When does it end?"), begun("Who signs?")
+    assert read == [one.base_ids, other.base_ids]
+    assert said == again
+    assert one.exact_base().nbytes == two.exact_base().nbytes  # what was sampled is in neither
+    assert len(one.base_ids) == one.exact_base().logical_length
+    policy.version = 1
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.mul_(1.5)
+    assert begun("When does it end?")[0].base_ids == read[-1]
+    assert len(read) == 3
+    del one, two, other
+    begun("Who signs?")
+    assert len(read) == 4
