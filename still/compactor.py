@@ -30,7 +30,7 @@ from .shared import Shared
 from .together import Together, side_by_side
 from .types import CompactKV, Reading
 
-LATENTS, SOURCES = {"cpu": 2**18}, {"cpu": 2**24}
+LATENTS, SOURCES = {"cpu": 5 * 2**18}, {"cpu": 2**24}
 """Bytes of latents, and of un-rotated keys and values, that are compacted at once: all layers of a small model, one of
 a large one. Beyond them an operation takes longer than calling it, and its operands leave the cache."""
 ELSEWHERE = 2**26
