@@ -103,6 +103,8 @@ def ask_each(
         What each cache answers.
     """
     _check(prompt)
+    if not caches:
+        return []
     room = max(map(len, prompt.questions)) + max(max_new_tokens, *map(len, prompt.answers))
     sources = []
     for cache in caches:

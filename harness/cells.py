@@ -1,7 +1,8 @@
 """Cells of a sweep: what one is, and the folder that keeps one JSON file for each.
 
 A cell is one method at one ratio and seed on one question set. Its file is written whole or not at all, so a
-sweep that is killed loses the cell in flight and nothing else. This module imports neither torch nor transformers.
+sweep that is killed loses the cell in flight, or the few that are asked in one batch, and nothing else. This module
+imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers import Cache
 from transformers.utils import logging
 
 from .. import methods, models
 from ..attention import attending
+from ..behind import goes_behind
 from ..budgets import Split
 from ..compactor import StillCompactor
 from ..eval.judge import exact_judge
@@ -51,6 +52,8 @@ from .question_sets import question_sets
 from .workers import share_out, worker_device
 
 COMPACTOR_FILE = "compactor.json"
+PATIENCE = 20.0
+"""Seconds of compaction that an interrupt may cost: caches that took longer are asked before another is made."""
 
 
 def run_sweep(
@@ -126,7 +129,7 @@ def _computing(bench: Bench, store: CellStore, stamp: dict) -> Callable[[Part], 
 
     def compute(part: Part) -> Iterator[Cell]:
         sitting = Sitting(bench, part.asked, part.other)
-        for cells in asked_at_once(part.cells):
+        for cells in asked_at_once(part.cells, 1.0 if goes_behind(bench.model) else 0.0):
             for cell, result in zip(cells, sitting.results(cells), strict=True):
                 store.write(cell, {**result, "provenance": stamp})
                 yield cell
@@ -143,13 +146,16 @@ def _computing_elsewhere(
     return _computing(bench, CellStore.open(folder), stamp)
 
 
-def asked_at_once(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
-    """Neighbours of one method whose caches together hold no more than the full one: they are asked in one batch."""
-    for _, same in groupby(cells, key=lambda cell: (cell.method, cell.seed)):
+def asked_at_once(cells: Sequence[Cell], most: float = 1.0) -> Iterator[list[Cell]]:
+    """Cells of one method and seed that may be asked in one batch: their caches hold at most so many full ones."""
+    like: dict[tuple[str, int | None], list[Cell]] = {}
+    for cell in cells:
+        like.setdefault((cell.method, cell.seed), []).append(cell)
+    for same in like.values():
         some, held = [], 0.0
         for cell in same:
             share = 1.0 if cell.ratio is None else 1 / cell.ratio
-            if some and held + share > 1:
+            if some and held + share > most:
                 yield some
                 some, held = [], 0.0
             some.append(cell)
@@ -343,8 +349,11 @@ class Sitting:
     def __init__(self, bench: Bench, asked: QuestionSet, other: QuestionSet) -> None:
         self.bench, self.set, self.other = bench, asked, other
 
-    def results(self, cells: Sequence[Cell]) -> list[dict]:
-        """Compute cells of one method: what the cache of each was, and what it answered to each question."""
+    def results(self, cells: Sequence[Cell]) -> Iterator[dict]:
+        """Compute cells of one method: what the cache of each was, and what it answered to each question.
+
+        Those before one that fails come all the same, and what took long to make does not wait for the next one.
+        """
         if cells[0].method in (CEILING, FLOOR):
             with hearing() as heard:
                 ceiling = self._ceiling
@@ -352,16 +361,14 @@ class Sitting:
             found = [(record, asked, heard)]
         else:
             found = self._compacted(cells)
-        return [
-            {
+        for record, asked, heard in found:
+            yield {
                 "record": record.to_dict(),
                 "warnings": list(dict.fromkeys(heard)),
                 "facts": self.set.source["facts"],
                 "source": self.set.source,
                 "questions": [self._row(question, place, asked) for place, question in enumerate(self.set.questions)],
             }
-            for record, asked, heard in found
-        ]
 
     def _row(self, question: Question, place: int, asked: Asked) -> dict:
         output = self.bench.text(asked.outputs[place])
@@ -380,17 +387,29 @@ class Sitting:
         }
 
     def _compacted(self, cells: Sequence[Cell]) -> Iterator[tuple[MethodRecord, Asked, list[str]]]:
-        ceiling, method, made, notes = self._ceiling, self.bench.method(cells[0]), [], []
+        method, made, failed = self.bench.method(cells[0]), [], None
         reading = self._wrong_reading if cells[0].method == "still-wrong-matter" else self._reading
-        with self.bench.attending(method):
-            for cell in cells:
-                with hearing() as heard, torch.no_grad():
-                    made.append(measure(method, self.bench.model, reading, ratio=cell.ratio))
-                notes.append(heard)
-            with hearing() as heard:
-                teacher = ceiling.asked.distributions
-                asked = self._ask([cache for cache, _ in made], self._rendered[1], ceiling.reference, teacher=teacher)
-        for (_, record), own, told in zip(made, asked, notes, strict=True):
+        for cell in cells:
+            try:
+                with self.bench.attending(method), hearing() as heard, torch.no_grad():
+                    made.append((*measure(method, self.bench.model, reading, ratio=cell.ratio), heard))
+            except Exception as problem:
+                failed = problem
+            last = failed or cell is cells[-1]
+            if made and (last or sum(record.seconds for _, record, _ in made) > PATIENCE):
+                yield from self._answered(method, made)
+                made = []
+            if failed:
+                raise failed
+
+    def _answered(
+        self, method: Method, made: Sequence[tuple[Cache, MethodRecord, list[str]]]
+    ) -> Iterator[tuple[MethodRecord, Asked, list[str]]]:
+        ceiling = self._ceiling
+        with self.bench.attending(method), hearing() as heard:
+            caches, teacher = [cache for cache, *_ in made], ceiling.asked.distributions
+            asked = self._ask(caches, self._rendered[1], ceiling.reference, teacher=teacher)
+        for (_, record, told), own in zip(made, asked, strict=True):
             yield record, own, [*told, *heard]
 
     def _floor(self) -> tuple[MethodRecord, Asked]:

@@ -34,16 +34,25 @@ def make_ready(modules: Sequence[str]) -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
     heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's, who ends the others
     try:
-        multiprocessing.forkserver.ensure_running()
+        _can_fork()
     finally:
         signal.signal(signal.SIGINT, heard)
+
+
+def _can_fork() -> bool:
+    """Whether there is a process to fork from."""
+    try:
+        multiprocessing.forkserver.ensure_running()
+    except OSError:  # its socket lies below TMPDIR, and such a path may have a hundred characters
+        return False
+    return True
 
 
 def share_out(pieces: Sequence[Any], workers: int, start: Callable[..., Callable], *given: Any) -> Iterator[Any]:
     """What processes of their own make of the pieces, item by item as it comes.
 
-    Processes come from a fork server, or are spawned where there is a GPU, so a script that calls this needs the usual
-    `if __name__ == "__main__":`. They end with the caller, also where it is killed.
+    Processes come from a fork server, or are spawned where there is a GPU or no such server, so a script that calls
+    this needs the usual `if __name__ == "__main__":`. They end with the caller, also where it is killed.
 
     Args:
         pieces: of work; what can be pickled, like all that goes to and fro.
@@ -57,7 +66,8 @@ def share_out(pieces: Sequence[Any], workers: int, start: Callable[..., Callable
         ValueError: what a process found wrong with its input; likewise OSError and what else has one line of message.
     """
     # What a fork server imports may look for a GPU, and a process that found one cannot be forked.
-    context = multiprocessing.get_context("forkserver" if FORKS and worker_device(0) is None else "spawn")
+    forks = FORKS and worker_device(0) is None and _can_fork()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
     todo, done = context.Queue(), context.Queue()
     share = (_threads(workers), todo, done, start, given)
     workers = min(workers, len(pieces))

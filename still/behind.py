@@ -94,22 +94,28 @@ class Behind(DynamicLayer):
         self.contexts = self.contexts.select(indices)
 
 
+def goes_behind(model) -> bool:
+    """Whether rows of this model can stand behind a context: it takes another attention, and all of it is full."""
+    config, own = model.config.get_text_config(decoder=True), model.config._attn_implementation
+    if getattr(config, "attn_logit_softcapping", None) or not pads_freely(config):
+        return False
+    # A model that ignores another attention would not see the context at all.
+    return own == NAME or (own == "sdpa" and model._can_set_attn_implementation())
+
+
 def contexts(model, cache: Cache, room: int) -> list[Context] | None:
     """Each layer of a one-row cache as a context, or None where rows have to copy it.
 
     Args:
-        model: that reads the rows, by `still.attention`; of full attention alone.
+        model: that reads the rows, by `still.attention`; see `goes_behind`.
         cache: full or compact. It is left as it is, and must be until the rows are done.
         room: tokens that rows bring at most.
     """
-    config = model.config.get_text_config(decoder=True)
-    plain = not getattr(config, "attn_logit_softcapping", None) and pads_freely(config)
-    own = model.config._attn_implementation
-    # A model that ignores another attention would not see the context at all.
-    if not plain or (own != NAME and not (own == "sdpa" and model._can_set_attn_implementation())):
+    if not goes_behind(model):
         return None
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
     held = [_context(layer, room) for layer in cache.layers]
-    return held if len(held) == config.num_hidden_layers and None not in held else None
+    return held if len(held) == layers and None not in held else None
 
 
 def rows_behind(*held: tuple[list[Context], int]) -> Cache:

@@ -39,7 +39,7 @@ class LocalPolicy:
         window: tokens of context to use; the model's own limit unless given.
 
     Attributes:
-        version: of the weights, set by whoever trains them; every sampled turn records it.
+        version: of the weights, set anew by whoever trains them; every sampled turn records it.
 
     Raises:
         ValueError: the window is larger than the model's, or its chat template has no tool calls.
@@ -187,9 +187,10 @@ class LocalSession:
         self.pending_ids: list[int] = []
         self._counts: dict[str, int] = {}
         self._exact: StillCache | None = None  # S and U, read once
-        self._begin(self._read_base)
+        self._begin()
 
-    def _begin(self, opened: Callable[[], StillCache], before: str = "user") -> None:
+    def _begin(self, opened: Callable[[], StillCache] | None = None, before: str = "user") -> None:
+        """A window behind what is opened when it is first read; behind S and U alone unless given."""
         self._opened, self._cache, self._read, self._queries = opened, None, 0, {}
         self._compacted = (0, 0)
         self._state, self._undo = _State(before=before), _State()
@@ -198,7 +199,7 @@ class LocalSession:
         """Begin a window afresh; S and U are read once for all windows."""
         if tuple(base) != self._base:
             self._base, self.base_ids, self._exact = tuple(base), self.chat.base(base), None
-        self._begin(self._read_base)
+        self._begin()
 
     def append(self, messages: Sequence[Message]) -> None:
         """Render messages behind what is there; nothing is read yet."""
@@ -330,9 +331,6 @@ class LocalSession:
         """The full-attention layers."""
         return full_attention_layers(self.policy.model.config)
 
-    def _read_base(self) -> StillCache:
-        return self.exact_base()
-
     def _read_on(self) -> None:
         """Make a chunk of what waits at the window's end."""
         state = self._state
@@ -365,7 +363,8 @@ class LocalSession:
     @torch.no_grad()
     def _catch_up(self) -> None:
         if self._cache is None:
-            self._cache, self._read, self._queries = self._opened(), 0, {}
+            opened = self.exact_base if self._opened is None else self._opened
+            self._cache, self._read, self._queries = opened(), 0, {}
         with self._watching():
             for chunk in self._state.chunks[self._read :]:
                 self._forward(chunk)

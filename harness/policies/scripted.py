@@ -66,7 +66,7 @@ class ScriptedSession(LocalSession):
         """
         self._read_on()
         tokens, before = self._state.tokens, self._state.before
-        self._begin(self._read_base, "user" if before == "assistant" else before)
+        self._begin(before="user" if before == "assistant" else before)
         self._compacted = (slots, slots * (self.policy.bytes_per_token or 0))
         return tokens
 

@@ -313,6 +313,5 @@ def test_sessions_that_begin_alike_read_their_beginning_once(monkeypatch):
             weight.mul_(1.5)
     assert begun("When does it end?")[0].base_ids == read[-1]
     assert len(read) == 3
-    del one, two, other
-    begun("Who signs?")
-    assert len(read) == 4
+    assert begun("When does it end?")[0].base_ids == read[-1]
+    assert len(read) == 4  # nobody kept it

@@ -21,7 +21,8 @@ from still.compactor import StillCompactor
 from still.config import fingerprint
 from still.eval.matters import generate_matter, question_set
 from still.eval.matters.lab_format import write_lab_tasks
-from still.harness.cells import CONTROLS, METHODS, WITHOUT_RATIO, Cell, CellStore, SweepConfig
+from still.harness import sweep as sweeps
+from still.harness.cells import CONTROLS, METHODS, WITHOUT_RATIO, Cell, CellStore, SweepConfig, cells_of
 from still.harness.commands import COMMANDS
 from still.harness.pocket.tokenizer import train_tokenizer
 from still.harness.rows import make_rows
@@ -329,15 +330,44 @@ def test_flags_change_a_preset_and_importing_the_commands_loads_no_torch():
 
 
 def test_cells_asked_at_once_are_of_one_method_and_hold_no_more_than_the_full_cache():
-    def named(*cells: tuple[str, float | None, int | None]) -> list[Cell]:
-        return [Cell("matters", "a", *each) for each in cells]
-
-    full, packed = named(("full", None, None)), named(("int8", None, None))
-    still = [named(*(("still", ratio, seed) for ratio in (2, 4, 8, 16))) for seed in (0, 1)]
-    dense = named(("snapkv", 1, None)), named(("snapkv", 1.5, None)), named(("snapkv", 2, None), ("snapkv", 2.5, None))
-    groups = [full, packed, *still, *dense]
-    assert list(asked_at_once([cell for group in groups for cell in group])) == groups
+    config = SweepConfig("pocket", ratios=(1, 1.5, 2, 4, 8, 16), methods=("snapkv", "still", "int8"))
+    cells = list(cells_of(config, "matters", "a", {"still": (0, 1)}))
+    groups = list(asked_at_once(cells))
+    assert sorted(map(str, cells)) == sorted(str(cell) for group in groups for cell in group)
+    found = [(group[0].method, group[0].seed, [cell.ratio for cell in group]) for group in groups]
+    sizes = [[1], [1.5], [2, 4, 8, 16]]
+    snapkv = [("snapkv", None, size) for size in sizes]
+    still = [("still", seed, size) for seed in (0, 1) for size in sizes]
+    assert found == [("full", None, [None]), ("none", None, [None]), *snapkv, *still, ("int8", None, [None])]
+    assert all({(cell.method, cell.seed) for cell in group} == {(group[0].method, group[0].seed)} for group in groups)
+    assert list(asked_at_once(cells, 0.0)) == [[cell] for group in groups for cell in group]
     assert list(asked_at_once([])) == []
+
+
+@pytest.mark.parametrize("patience", [20.0, 0.0])
+def test_what_was_made_before_a_ratio_that_fails_is_on_disk(folder, tmp_path, monkeypatch, patience):
+    """And what takes long is asked before the next one is made."""
+    asked, ask_each, compact = [], sweeps.ask_each, methods.METHODS["snapkv"].compact
+
+    def failing(self, model, reading, slots=None, ratio=None):
+        if ratio == 8:
+            raise RuntimeError("out of memory")
+        return compact(self, model, reading, slots=slots, ratio=ratio)
+
+    monkeypatch.setattr(methods.METHODS["snapkv"], "compact", failing)
+    monkeypatch.setattr(sweeps, "PATIENCE", patience)
+    monkeypatch.setattr(
+        sweeps, "ask_each", lambda model, caches, *rest, **options:
+        asked.append(len(caches)) or ask_each(model, caches, *rest, **options),
+    )  # fmt: skip
+    config = settings(folder, methods=("snapkv",), ratios=(2, 4, 8), count=1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sweep(config, tmp_path / "out")
+    kept = [result["cell"] for result in CellStore.open(tmp_path / "out").results()]
+    assert [cell["ratio"] for cell in kept if cell["method"] == "snapkv"] == [2, 4]
+    assert asked[-2:] == ([1, 1] if patience == 0 else [asked[-2], 2])
+    monkeypatch.setattr(methods.METHODS["snapkv"], "compact", compact)
+    assert len(sweep(config, tmp_path / "out").results()) == len(kept) + 1
 
 
 def test_a_cell_says_itself_what_lies_outside_the_training(folder, tmp_path):

@@ -65,17 +65,21 @@ def test_a_caller_that_stops_early_or_is_killed_leaves_no_process(tmp_path):
 
 @pytest.mark.skipif(not FORKS, reason="processes are spawned here")
 @pytest.mark.parametrize("ready", [True, False])
-def test_processes_have_what_was_made_ready_for_them(tmp_path, ready):
-    script = tmp_path / "caller.py"
+@pytest.mark.parametrize("server", [True, False])
+def test_processes_have_what_was_made_ready_for_them(tmp_path, ready, server):
+    """They are spawned, and have nothing, where no server can be: its socket's path is too long here."""
+    script, scratch = tmp_path / "caller.py", tmp_path / ("a" * 108)
+    scratch.mkdir()
     script.write_text(
         "import sys\nfrom worker_cases import knowing\nfrom still.harness.workers import make_ready, share_out\n"
         f"if __name__ == '__main__':\n    {ready} and make_ready(['wave', 'no.such.module'])\n"
         "    print(*share_out([1, 2], 2, knowing, 'wave'))\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
-                         text=True, check=True)  # fmt: skip
-    assert ran.stdout.split() == [str(ready)] * 2
+    elsewhere = {} if server else {"TMPDIR": str(scratch)}
+    ran = subprocess.run([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path, **elsewhere},
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    assert ran.stdout.split() == [str(ready and server)] * 2
 
 
 @pytest.mark.skipif(not FORKS, reason="processes are spawned here")
