@@ -276,7 +276,8 @@ def load_task_of(run: Path, root: Path) -> LabTask:
     """The task of a run: the one at `root`, or the one below it that the run's own files name.
 
     Raises:
-        ValueError: the run does not say which, or it is not there.
+        FileNotFoundError: `root` is not there.
+        ValueError: the run does not say which task it is of, or that one is not below `root`.
     """
     from .tasks import load_task
 
@@ -285,6 +286,8 @@ def load_task_of(run: Path, root: Path) -> LabTask:
     named = next((each for each in (_told_task(run / name) for name in _NAMES_TASK) if each), None)
     if named is None:
         raise ValueError(f"{run} does not say which task it is of (config.json: task); name the task's own folder")
+    if not root.exists():
+        raise FileNotFoundError(f"{root} is not there; name the task's folder, or one above it")
     for base in (root, root / "tasks"):
         if (base / named / "task.json").is_file():
             return load_task(base / named, base)

@@ -38,7 +38,8 @@ examples:
         parser.add_argument("--method", metavar="NAME", default="still", help="what compacts a head (default: still)")
         parser.add_argument(
             "--compactor", metavar="PATH",
-            help="folder or Hub id of a trained compactor; `untrained` for a fresh one (default: the model's own)",
+            help="folder or Hub id of a trained compactor, or the model that it comes with; `untrained` for a fresh "
+            "one (default: the model's own)",
         )  # fmt: skip
         parser.add_argument(
             "--store", action="store_true", help="write the split into the compactor's folder as well, as its own"

@@ -24,7 +24,8 @@ class PolicyConfig:
         policy: `pocket`, a folder or a Hub id, run here; or server:NAME, a model of an OpenAI-compatible server.
         device: cpu, cuda, cuda:1; a GPU if there is one, unless given.
         dtype: such as bfloat16; as the weights were saved, unless given.
-        compactor: for the method still: folder or Hub id; the one that comes with the model unless given.
+        compactor: for the method still: folder, Hub id, or the name of the model that it comes with; the policy's own
+            unless given.
         base_url: of the server; OpenAI's own unless given.
         tokenizer: of a served model, folder or Hub id: prompts then go as token ids, and ids come back.
         api_key_env: environment variable that holds the server's key.
@@ -58,7 +59,9 @@ class PolicyConfig:
         from .policies.local import LocalPolicy
 
         logging.disable_progress_bar()
-        method, attention = None, None
+        method, attention, known = None, None, sorted({*OURS, *methods.NAMES})
+        if config.backend in ("kv", "hybrid") and config.method not in known:
+            raise ValueError(f"there is no method {config.method!r}; choose from {', '.join(known)}")
         if config.backend in ("kv", "hybrid") and config.method not in OURS:
             method = methods.get(config.method, **options)
             attention = "still" if method.needs_still_attention else None

@@ -62,8 +62,8 @@ one. `pocket` comes with its own. The other methods need no training."""
         )  # fmt: skip
         parser.add_argument(
             "--compactor", metavar="PATH",
-            help="folder or Hub id of a trained compactor; `untrained` for a fresh one, which keeps every RATIO-th "
-            "token (default: the one that comes with the model)",
+            help="folder or Hub id of a trained compactor, or the model that it comes with; `untrained` for a fresh "
+            "one, which keeps every RATIO-th token (default: the one that comes with the model)",
         )  # fmt: skip
         parser.add_argument("--dtype", metavar="NAME", default="auto", help="such as bfloat16 (default: as saved)")
         _add_model_flags(parser)

@@ -560,7 +560,8 @@ class StillCompactor(nn.Module, ModelHubMixin):
         """Load a compactor from a folder or the Hub, and bind it to `model` when one is given.
 
         Args:
-            pretrained_model_name_or_path: a folder of `save_pretrained`, or a Hub id.
+            pretrained_model_name_or_path: a folder of `save_pretrained`, the name of a model that comes with compactors
+                (`pocket`), or a Hub id.
             model: the model that the compactor was trained for.
             **download: what `huggingface_hub.snapshot_download` takes, such as `revision`, `token`, `cache_dir`.
 

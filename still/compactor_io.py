@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import StillConfig
+from .models import find
 
 WEIGHTS, CONFIG = "compactor.safetensors", "compactor.json"
 
@@ -37,10 +38,10 @@ def write_compactor(
 
 
 def find_compactor(name: str | Path, **download) -> Path:
-    """The folder of a compactor: `name` itself, or what the Hub has under it.
+    """The folder of a compactor: `name` itself, the best one that comes with a model of that name, or the Hub's.
 
     Args:
-        name: folder or Hub id.
+        name: folder, name of a model that comes with compactors (`pocket`), or Hub id.
         **download: what `huggingface_hub.snapshot_download` takes.
 
     Raises:
@@ -48,12 +49,17 @@ def find_compactor(name: str | Path, **download) -> Path:
     """
     # Not the mixin's own: it looks for a config.json, and a base model's must not be mistaken for ours.
     folder = Path(name)
-    if not folder.is_dir():
+    named = None if folder.is_dir() else find(str(name))
+    if named and named.compactors:
+        folder = named.compactors[0]
+    elif not folder.is_dir():
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG], **download))
         except (OSError, ValueError) as problem:
             reason = str(problem).strip().splitlines()[0]
-            raise FileNotFoundError(f"no compactor {name}: not a folder, and the Hub says: {reason}") from problem
+            raise FileNotFoundError(
+                f"no compactor {name}: not a folder, not a name that comes with one, and the Hub says: {reason}"
+            ) from problem
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}; it is no folder of StillCompactor.save_pretrained")

@@ -6,6 +6,7 @@ name and returns a `NamedModel`. `still` only looks names up.
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -132,4 +133,6 @@ def _not_found(name: str, problem: OSError) -> str:
     if Path(name).is_dir():
         return f"the folder {name} holds no model that transformers can load: {str(problem).splitlines()[0]}"
     reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-    return f"no model {name!r}: not a name that comes with still ({known}), not a folder, and the Hub says: {reason}"
+    near = difflib.get_close_matches(name, names(), 1)
+    told = f"no model {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    return f"{told}: not a name that comes with still ({known}), not a folder, and the Hub says: {reason}"

@@ -204,7 +204,10 @@ def test_a_model_without_a_compactor_says_what_to_do(work, capsys):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("pockets", "no model 'pockets': not a name that comes with still ("), ("empty", "holds no model")],
+    [
+        ("pockets", "no model 'pockets' (did you mean 'pocket'?): not a name that comes with still ("),
+        ("empty", "holds no model"),
+    ],
 )
 def test_a_model_that_is_not_there(work, capsys, model, message):
     (work / "empty").mkdir()

@@ -46,6 +46,7 @@ class _Trainer:
         run, model = from_flags(args, RunConfig), from_flags(args, PolicyConfig)
         if model.policy.startswith(SERVED):
             raise ValueError(f"{model.policy} is served elsewhere; training needs a local model for --policy")
+        tasks, held_out = _tasks(args.tasks), _tasks(args.held_out)
         if run.backend not in ("kv", "hybrid") and {"kv", "hybrid"} & set(getattr(args, "evaluate_on", ())):
             policy, method = model.load(replace(run, backend="kv"), args.option)  # the hold-out is played on slots too
         else:
@@ -53,9 +54,6 @@ class _Trainer:
         from ...models import LoadedModel
 
         student = LoadedModel(policy.name, policy.model, policy.tokenizer)
-        tasks, held_out = _tasks(args.tasks), _tasks(args.held_out)
-        if not tasks:
-            raise ValueError(f"there is no task.json below {', '.join(map(str, args.tasks))}; name LAB task folders")
         if args.judge == args.report_judge != "exact":
             raise ValueError(f"--judge and --report-judge are both {args.judge}: what trains must not report")
         return tasks, held_out, run, student, method
@@ -132,7 +130,8 @@ mixed with all-pass; the advantage is taken once a trajectory and trains every t
 examples:
   still grpo lab-train/tasks --held-out lab-held-out/tasks --policy out/isft/round-3/student/policy --backend memo \\
       --budget 256t --steps 40 --tasks-per-step 8 --group 8 -o out/grpo
-  still grpo ... --backend kv --ratio 8 --train-policy frozen --compactor-mode joint -o out/grpo-compactor
+  still grpo ... --backend kv --ratio 8 --compactor pocket-agent --train-policy frozen --compactor-mode joint \\
+      -o out/grpo-compactor
   still grpo ... --rollouts server:policy --base-url http://localhost:8000/v1 --together 64 -o out/served
   still grpo ... --reward random -o out/grpo-control                        the control: must gain nothing
   accelerate launch --num_processes 2 -m still.cli grpo ... -o out/grpo"""
@@ -182,9 +181,17 @@ def _served(config: GrpoConfig, run: RunConfig, model: PolicyConfig, output: Pat
 
 
 def _tasks(folders: Sequence[Path]) -> list:
+    """The tasks below some folders.
+
+    Raises:
+        ValueError: there is none below one of them.
+    """
     from ...eval.tasks import find_tasks, load_task
 
-    return [load_task(folder) for path in folders for folder in find_tasks(path)]
+    found = [(path, find_tasks(path)) for path in folders]
+    if bare := [path for path, below in found if not below]:
+        raise ValueError(f"there is no task.json below {', '.join(map(str, bare))}; name LAB task folders")
+    return [load_task(folder) for _, below in found for folder in below]
 
 
 def _grade(judge: str, seed: int):

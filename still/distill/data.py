@@ -127,7 +127,13 @@ def _read_dataset(path: str | Path) -> Iterator[RawRow]:
     saved = (where / "dataset_info.json").exists() or (where / "dataset_dict.json").exists()
     if where.is_dir() and not saved and not any(where.rglob("*.parquet")):
         raise FileNotFoundError(f"the folder {path} holds neither .jsonl files nor a saved dataset")
-    loaded = datasets.load_from_disk(str(where)) if saved else datasets.load_dataset(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(where)) if saved else datasets.load_dataset(str(path))
+    except (OSError, ValueError) as problem:
+        if where.exists():
+            raise
+        reason = str(problem).strip().splitlines()[0]
+        raise FileNotFoundError(f"no data {path}: not a file or folder, and the Hub says: {reason}") from problem
     parts = loaded if isinstance(loaded, dict) else {"": loaded}
     for split, rows in parts.items():
         for number, values in enumerate(rows):

@@ -197,6 +197,8 @@ def test_the_command_trains_a_model_from_a_folder(tmp_path, capsys):
     made = json.loads((tmp_path / "out" / "grpo.json").read_text())
     assert made["settings"]["grpo"]["group"] == 2
     assert made["provenance"]["versions"]["torch"]
+    assert main([*command, "--held-out", str(tmp_path / "nope")]) == 2
+    assert f"there is no task.json below {tmp_path / 'nope'}" in capsys.readouterr().err
     assert main([*command, "--judge", "gpt-5", "--report-judge", "gpt-5"]) == 2
     assert "what trains must not report" in capsys.readouterr().err
     assert main(["grpo", str(tmp_path), "--policy", "server:x", "--tokenizer", str(tmp_path / "model"),

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from test_perceiver import OPTIONS
 from tiny_models import CONFIGS, left_padded, random_ids, tiny_model
 
-from still import StillCompactor, attention, read, slots_for
+from still import StillCompactor, attention, compactor_io, read, slots_for
 from still import compactor as compactor_module
+from still.models import NamedModel
 from still.rope import full_attention_layers
 
 
@@ -282,6 +283,16 @@ def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         StillCompactor.from_pretrained(folder)
+
+
+def test_a_compactor_is_found_by_the_name_of_the_model_that_it_comes_with(folder, tmp_path, monkeypatch):
+    named = NamedModel("brook-2", tmp_path, (folder, tmp_path / "another"))
+    monkeypatch.setattr(compactor_io, "find", {"brook": named, "bare": NamedModel("bare-1", tmp_path)}.get)
+    weights = StillCompactor.from_pretrained("brook").state_dict()
+    assert all(torch.equal(weights[name], x) for name, x in StillCompactor.from_pretrained(folder).state_dict().items())
+    for name in ("bare", "nobody/knows-it"):
+        with pytest.raises(FileNotFoundError, match=f"no compactor {name}: not a folder, not a name"):
+            StillCompactor.from_pretrained(name)
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 20_000, -1])

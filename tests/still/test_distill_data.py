@@ -111,6 +111,12 @@ def test_a_malformed_row_names_file_line_and_field(tmp_path, broken, names):
         load_rows(path, Renderer(tiny_tokenizer()))
 
 
+def test_data_that_is_nowhere_is_said_to_be(tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(FileNotFoundError, match=r"no data .*nowhere: not a file or folder, and the Hub says"):
+        load_rows(tmp_path / "nowhere", Renderer(tiny_tokenizer()))
+
+
 def test_contexts_may_be_documents_messages_or_ids(tmp_path):
     tokenizer = tiny_tokenizer()
     turns = ROW["turns"]
