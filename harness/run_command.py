@@ -59,15 +59,17 @@ class PolicyConfig:
         from .policies.local import LocalPolicy
 
         logging.disable_progress_bar()
-        method, attention, known = None, None, sorted({*OURS, *methods.NAMES})
-        if config.backend in ("kv", "hybrid") and config.method not in known:
+        method, attention = None, None
+        slots, ours = config.backend in ("kv", "hybrid"), config.method in OURS
+        known = sorted({*OURS, *methods.NAMES})
+        if slots and config.method not in known:
             raise ValueError(f"there is no method {config.method!r}; choose from {', '.join(known)}")
-        if config.backend in ("kv", "hybrid") and config.method not in OURS:
+        if slots and not ours:
             method = methods.get(config.method, **options)
             attention = "still" if method.needs_still_attention else None
         loaded = models.load(self.policy, self.device, self.dtype, attention)
         policy = LocalPolicy(loaded, config.window)
-        if config.backend in ("kv", "hybrid") and config.method in OURS:
+        if slots and ours:
             if options:
                 raise ValueError(f"the method {config.method} takes no --option.{sorted(options)[0]}")
             method = self._still(loaded, uneven=config.method.endswith(UNEVEN))
