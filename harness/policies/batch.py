@@ -6,16 +6,15 @@ are padded to the widest head there, and what they want beside keys and values i
 under way, and leaves as it ends (*continuous batching*: Orca, Yu et al., OSDI 2022), so that none waits for a longer
 one.
 
-A step reads several tokens of a row: the last one, and a draft of what may follow, copied from where the row has gone
-on from the same tokens before (*prompt lookup*, a draft model for which nothing is computed; speculative decoding:
-Leviathan et al., arXiv 2211.17192). Agents copy much. Each token is sampled from the model's logits as it would be
-without a draft, by the same random number, and the draft holds as long as it says the same: what is sampled does not
-change, only how many forwards it takes.
+A step reads several tokens of a row: the last one, and a draft of what may follow (`drafts`; speculative decoding:
+Leviathan et al., arXiv 2211.17192). Each token is sampled from the model's logits as it would be without a draft, by
+the same random number, and the draft holds as long as it says the same: what is sampled does not change, only how many
+forwards it takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,45 +30,14 @@ from ...cache_layer import CompactLayer
 from ...calling import passing
 from ..sampling import Answer, Request, tried
 from ..types import Session
+from .drafts import DRAFT, Drafts
 from .local import LocalSession, Turn
 
 NAME = "still_batch"
-DRAFT = 4
-"""Tokens of a draft at most: drafts of four hold half of what `pocket-agent` writes, longer ones little more."""
-ALIKE = 3
-"""Tokens that are looked for where they stood before; where they never did, fewer are."""
 SHRINK = 0.75
 """Share of places in use below which the others are given up, which copies the rest."""
 ROOM = 256
 """Columns that are free when places are laid out: as many tokens are decoded before all are copied again."""
-
-
-class Lookup:
-    """What followed the last few tokens of a text when they stood there before.
-
-    Args:
-        tokens: of the text so far.
-    """
-
-    def __init__(self, tokens: Iterable[int]):
-        self.tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}
-        for token in tokens:
-            self.add(token)
-
-    def add(self, token: int) -> None:
-        """One more token."""
-        for size in range(1, ALIKE + 1):
-            self._after[tuple(self.tokens[-size:])] = len(self.tokens)
-        self.tokens.append(token)
-
-    def draft(self, most: int) -> list[int]:
-        """At most so many tokens that may follow; none where the last one is new."""
-        for size in range(ALIKE, 0, -1):
-            start = self._after.get(tuple(self.tokens[-size:]))
-            if start is not None:
-                return self.tokens[start : start + max(0, most)]
-        return []
 
 
 class Columns(NamedTuple):
@@ -181,14 +149,14 @@ class Row:
         turn: so far.
         columns: physical columns of its cache and of what was decoded.
         position: logical position of its next token.
-        text: what it has read and sampled.
+        drafts: of what it goes on with.
     """
 
     request: Request
     turn: Turn
     columns: int
     position: int
-    text: Lookup = field(repr=False)
+    drafts: Drafts = field(repr=False)
 
     @property
     def session(self) -> LocalSession:
@@ -197,14 +165,14 @@ class Row:
 
     def next(self) -> list[int]:
         """The token to read, and a draft of those behind it."""
-        return [self.turn.output[-1], *self.text.draft(min(DRAFT, self.turn.most - len(self.turn.output) - 1))]
+        return [self.turn.output[-1], *self.drafts.draft(min(DRAFT, self.turn.most - len(self.turn.output) - 1))]
 
     def take(self, tokens: Sequence[int], logits: torch.Tensor) -> None:
         """Choose a token behind each that was read, `logits` `[tokens or more, vocabulary]`, while the draft holds."""
         for place in range(len(tokens)):
             self.session.choose(self.turn, logits[place].float().cpu())
             chosen = self.turn.output[-1]
-            self.text.add(chosen)
+            self.drafts.add(chosen)
             self.columns, self.position = self.columns + 1, self.position + 1
             if self.turn.done or [chosen] != tokens[place + 1 : place + 2]:
                 return
@@ -266,8 +234,10 @@ class Batch:
                 ended.append((request, problem))
                 continue
             cache = session._cache
-            text = Lookup([*session.window_ids(), *turn.append_ids, *turn.output])
-            joining.append(Row(request, turn, columns_of(cache), cache.logical_length, text))
+            drafts = Drafts([*session.window_ids(), *turn.append_ids], session.policy.written)
+            for token in turn.output:
+                drafts.add(token)
+            joining.append(Row(request, turn, columns_of(cache), cache.logical_length, drafts))
         if joining:
             self._join(joining)
         return ended

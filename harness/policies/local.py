@@ -26,6 +26,7 @@ from ..backends.slots import exact_cache
 from ..types import ContextSize, Limit, Message, NoRoom, Sampled
 from .calls import parser_of
 from .chat import ChatFormat
+from .drafts import Written
 
 COUNTS = 16
 """Texts whose tokens a session remembers."""
@@ -40,6 +41,7 @@ class LocalPolicy:
 
     Attributes:
         version: of the weights, set anew by whoever trains them; every sampled turn records it.
+        written: where drafts of later turns come from.
 
     Raises:
         ValueError: the window is larger than the model's, or its chat template has no tool calls.
@@ -63,6 +65,7 @@ class LocalPolicy:
         self.bytes_per_token = 2 * layers * config.num_key_value_heads * head_dim * self.model.dtype.itemsize
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self.written = Written()
         self._exact: WeakValueDictionary[tuple[int | None, tuple[int, ...]], StillCache] = WeakValueDictionary()
 
     def session(self, tools: list[dict[str, Any]], queries: bool = False) -> LocalSession:
