@@ -22,8 +22,9 @@ from .verdicts import CriterionVerdict
 
 @dataclass(frozen=True)
 class Pair:
-    """One criterion of one run, scored by both judges."""
+    """One criterion of one run, scored by both judges; `system` made the run, where one of their files says so."""
 
+    system: str
     task: str
     run_id: str
     kind: Kind
@@ -216,7 +217,8 @@ def compare_judges(reference: Sequence[ScoredRun], candidate: Sequence[ScoredRun
             missed[1] += other.passed is None
             if verdict.passed is not None and other.passed is not None:
                 kind = ours.kinds.get(verdict.id, "presence")
-                pairs.append(Pair(ours.task, ours.run_id, kind, "".join(hashes), verdict, other))
+                system = ours.system or theirs.system
+                pairs.append(Pair(system, ours.task, ours.run_id, kind, "".join(hashes), verdict, other))
     if differing:
         warnings.append(f"in {differing} of {len(shared)} runs the two read different texts of the deliverables")
     return JudgeComparison(

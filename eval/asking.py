@@ -217,6 +217,10 @@ class Asker:
             return reply
         except JudgeError as trouble:
             self._count_given_up(trouble)
+            if trouble.tokens is not None:  # a refusal is billed like an answer
+                self._spend(batch, trouble.tokens, len(criteria))
+                spent = trouble.tokens if trouble.tokens.input else estimate
+                cost = self._cost(spent) or 0.0
             raise
         finally:
             self.budget.settle(*held, spent, cost)

@@ -123,9 +123,11 @@ class OpenAIJudge:
         message = choices[0].message if choices else None
         if message is None:
             raise JudgeError("transient", "the server's answer held no message")
+        tokens = _tokens(completion.usage)
         if message.refusal or choices[0].finish_reason == "content_filter":
-            raise JudgeError("refused", self._scrub(message.refusal or "a content filter stopped the answer"))
-        return Reply(message.content or "", _tokens(completion.usage), choices[0].finish_reason or "stop")
+            said = self._scrub(message.refusal or "a content filter stopped the answer")
+            raise JudgeError("refused", said, tokens=tokens)
+        return Reply(message.content or "", tokens, choices[0].finish_reason or "stop")
 
     def _sorted(self, problem: openai.APIStatusError) -> JudgeError:
         status = problem.status_code

@@ -13,6 +13,7 @@ never narrower than what the errors seen in the sample, plus one of each kind th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -101,11 +102,17 @@ def label_pairs(judged: Sequence[ScoredRun], labels: Sequence[ScoredRun]) -> lis
     """The criteria that both score, matched by task and run id; labels left unscored are no labels.
 
     Raises:
-        ValueError: two labelled runs have the same task and run id.
+        ValueError: two labelled runs have the same task and run id, or two judged ones that labels are for.
     """
     known = {(run.task, run.run_id): run for run in labels}
     if len(known) < len(labels):
         raise ValueError("labels of several judges or systems share a task and run id; name one file for each run")
+    meant = Counter((run.task, run.run_id) for run in judged)
+    if twice := [key for key in known if meant[key] > 1]:
+        raise ValueError(
+            f"labels are for run {twice[0][1]!r} of {twice[0][0]}, and {meant[twice[0]]} judged runs are called so; "
+            f"name the files of one system"
+        )
     found = []
     for run in judged:
         truth = known.get((run.task, run.run_id))

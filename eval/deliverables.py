@@ -135,6 +135,12 @@ class Outputs:
         is_run = self._root == root and any((root / name).is_file() for name in ("config.json", "metrics.json"))
         self.names = () if is_run else find_outputs(self._root)  # a run that delivered nothing has no output/
 
+    def content(self) -> tuple[tuple[str, str], ...]:
+        """What tells these files from others: the name of each, and its text or a digest of its bytes."""
+        if self._texts is not None:
+            return tuple(sorted(self._texts.items()))
+        return tuple((name, hashlib.sha256((self._root / name).read_bytes()).hexdigest()) for name in self.names)
+
     def read(self, name: str, redlines: bool = False) -> Deliverable:
         """One file, read once; `redlines` counts for docx alone."""
         key = name, redlines and name.lower().endswith(".docx")

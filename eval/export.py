@@ -66,12 +66,12 @@ def export_rows(
     if not chosen:
         raise ValueError(f"{comparison.reference} and {comparison.candidate} disagree on nothing that was asked for")
     rng.shuffle(chosen)
-    folders = {(run.task, run.run_id): run.folder for run in runs if run.folder}
+    folders = {(run.system, run.task, run.run_id): run.folder for run in runs if run.folder}
     outputs: dict[Path, Outputs] = {}
     rows: list[dict[str, Any]] = []
     left_out: dict[str, int] = {}
     for pair in chosen:
-        folder, task = folders.get((pair.task, pair.run_id)), rubrics.find(pair.task)
+        folder, task = folders.get((pair.system, pair.task, pair.run_id)), rubrics.find(pair.task)
         why = "the task is not in the folders named" if task is None else ""
         if folder and folder not in outputs:
             outputs[folder] = Outputs(folder)

@@ -7,7 +7,7 @@ import asyncio
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,9 +118,9 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
         from .verdict_store import VerdictStore, default_store
 
         self.resume = "" if args.no_cache else Grade.resume
-        found = [run for path in args.runs for run in find_runs(path)]
-        jobs = [(load_task_of(run, args.task), run, target(run, args.output, args.runs)) for run in found]
-        places = {run: folder for _, run, folder in jobs}
+        found = {run: path for path in args.runs for run in find_runs(path)}
+        jobs = [(load_task_of(run, args.task), run) for run in found]
+        places = targets(found, args.output)
         table = load_judges(args.judges) if args.judges else {}
         judges = [find_judge(name, table) for name in args.judge]
         judge: Any = judges[0] if len(judges) == 1 else Ensemble(tuple(judges), args.rule)
@@ -144,9 +144,9 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
                 )
                 async with grader:
                     if args.dry_run:
-                        bar.write(plan(grader, [(task, run) for task, run, _ in jobs]))
+                        bar.write(plan(grader, jobs))
                         return
-                    await grader.grade_all(((task, run, run_id(run)) for task, run, _ in jobs), done)
+                    await grader.grade_all(((task, run, run_id(run)) for task, run in jobs), done)
 
         try:
             asyncio.run(whole())
@@ -306,16 +306,31 @@ def _told_task(file: Path) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def target(run: Path, output: Path | None, given: Sequence[Path]) -> Path:
-    """The folder that a run's scores go to.
+def targets(runs: Mapping[Path, Path], output: Path | None) -> dict[Path, Path]:
+    """The folder that each run's scores go to.
+
+    Args:
+        runs: each run, and the path that it was found at or below.
+        output: of all; None for the runs' own folders.
 
     Raises:
-        ValueError: it is a bare folder of outputs, where a scores file would be taken for one.
+        ValueError: scores of two runs would go to one place, or one is a bare folder of outputs, where a scores file
+            would be taken for one.
     """
+    several = len(set(runs.values())) > 1
+    found = {run: target(run, output, given, several) for run, given in runs.items()}
+    taken: dict[Path, Path] = {}
+    for run, folder in found.items():
+        if (other := taken.setdefault(folder.resolve(), run)) != run:
+            raise ValueError(f"scores of {other} and of {run} would both go to {folder}; grade them one by one")
+    return found
+
+
+def target(run: Path, output: Path | None, given: Path, several: bool) -> Path:
+    """The folder that a run's scores go to, which was found at or below `given`, one of `several` or the only one."""
     if output:
-        if len(given) == 1 and run.is_relative_to(given[0]):
-            return output / run.relative_to(given[0])
-        return output / run.resolve().name
+        below = run.relative_to(given)
+        return output / given.resolve().name / below if several else output / below
     if run.name == "output" and not (run / "output").is_dir():
         return run.parent
     if not (run / "output").is_dir() and not _is_run(run):

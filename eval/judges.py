@@ -32,11 +32,12 @@ class JudgeError(Exception):
             server does not take) concern this call alone; "fatal" (a wrong key, an unknown model, no credit left)
             concerns every call to this judge.
         retry_after: seconds that the server asks to wait; None where it does not say.
+        tokens: that it cost all the same.
     """
 
-    def __init__(self, trouble: Trouble, message: str, retry_after: float | None = None):
+    def __init__(self, trouble: Trouble, message: str, retry_after: float | None = None, tokens: Tokens | None = None):
         super().__init__(message)
-        self.trouble, self.retry_after = trouble, retry_after
+        self.trouble, self.retry_after, self.tokens = trouble, retry_after, tokens
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from .deliverables import Outputs
 from .ensemble import Panel
 from .grade import GradeConfig, Grader
 from .grading import Grading
@@ -62,9 +63,12 @@ class RubricReward:
         return [self.value(grading) for grading in self.grade(rollouts)]
 
     def grade(self, rollouts: Iterable[tuple[LabTask, Delivered]]) -> list[Grading]:
-        """The gradings behind the rewards, with every verdict and its reason; equal rollouts are graded once."""
+        """The gradings behind the rewards, with every verdict and its reason; equal rollouts are graded once.
+
+        Equal are those of one task that delivered the same files.
+        """
         runs = [(task, as_files(task, delivered)) for task, delivered in rollouts]
-        keys = [(id(task), files if isinstance(files, Path) else tuple(sorted(files.items()))) for task, files in runs]
+        keys = [(id(task), Outputs(files).content()) for task, files in runs]
         different = dict(zip(keys, runs, strict=True))
         work = self._grader.grade_all([(*run, None) for run in different.values()], at_once=self.at_once)
         found = dict(zip(different, asyncio.run_coroutine_threadsafe(work, self._loop).result(), strict=True))

@@ -125,8 +125,8 @@ def load_runs(
 ) -> list[ScoredRun]:
     """Every graded run in the files and below the folders.
 
-    A run graded again by the same judge counts once, with its latest file. Files of stopped gradings
-    (`scores.partial.json`) are left out.
+    A run graded again by the same judge counts once, with its latest file; runs in two folders are two. Files of
+    stopped gradings (`scores.partial.json`) are left out.
 
     Args:
         rubrics: tasks, for hashes and kinds of criteria.
@@ -137,7 +137,7 @@ def load_runs(
         ValueError: a file is no scores file.
     """
     rubrics, folders = rubrics or Rubrics(), folders or RunFolders()
-    latest: dict[tuple[str, str, str, str], ScoredRun] = {}
+    latest: dict[tuple[str | Path, ...], ScoredRun] = {}
     for path in map(Path, paths):
         files = [path] if path.is_file() else sorted(path.rglob("scores*.json"))
         files = [file for file in files if file == path or file.name != PARTIAL]
@@ -146,7 +146,7 @@ def load_runs(
         for file in files:
             for scores in read_any(file):
                 run = _run(scores, file, rubrics, folders)
-                key = (run.system, run.task, run.run_id, run.judge)
+                key = (run.folder.resolve() if run.folder else run.system, run.task, run.run_id, run.judge)
                 if key not in latest or _when(run) >= _when(latest[key]):
                     latest[key] = run
     return list(latest.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
 from typing import Any
@@ -100,6 +100,10 @@ def design_effect(values: Iterable[float], clusters: Iterable[Hashable]) -> floa
     return _cluster_variance(groups, n, rate) / naive if naive > 0 and len(groups) > 1 else math.nan
 
 
+FEW = 20
+"""Clusters below which a percentile bootstrap is too narrow."""
+
+
 def cluster_bootstrap(
     values: Iterable[float],
     clusters: Iterable[Hashable],
@@ -110,7 +114,8 @@ def cluster_bootstrap(
 ) -> Interval:
     """Percentile bootstrap of a rate: whole clusters are drawn with replacement.
 
-    A rate of exactly 0 or 1 in every cluster gives resamples without any spread, so it falls back to `clustered_rate`.
+    It falls back to `clustered_rate` where clusters are fewer than `FEW`, whose resamples spread too little, and where
+    all have the same rate, as 0 or 1, whose resamples do not spread at all.
 
     Args:
         macro: average the clusters' rates instead of all observations.
@@ -121,8 +126,11 @@ def cluster_bootstrap(
     values, groups = _grouped(values, clusters)
     sums = [(sum(group) / len(group), 1) if macro else (sum(group), len(group)) for group in groups]
     rate = sum(total for total, _ in sums) / sum(size for _, size in sums)
-    if len({total / size for total, size in sums}) == 1:
-        return clustered_rate(values, clusters, confidence)
+    if len(groups) < FEW or len({total / size for total, size in sums}) == 1:
+        if not macro:
+            return clustered_rate(values, clusters, confidence)
+        found = clustered_rate([total for total, _ in sums], range(len(sums)), confidence)
+        return replace(found, n=len(values), method=f"macro, {found.method}")
     rng = random.Random(f"cluster bootstrap:{seed}")
     rates = []
     for _ in range(draws):

@@ -131,6 +131,11 @@ class LabTask:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     @property
+    def digest(self) -> str:
+        """Of what it asks and how that is graded: tasks of two makers, or of two settings of one, may share an id."""
+        return hashlib.sha256(f"{self.instructions}\n{self.rubric_hash}".encode()).hexdigest()[:16]
+
+    @property
     def practice_area(self) -> str:
         """What results and splits are grouped by: the first part of the id, for contracts the first two."""
         parts = self.id.split("/")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -165,6 +166,9 @@ class Tuner:
                     f"no graded run whose deliverables are known is on the {name} side; give it tasks that the "
                     "reference judged, and name the folder of the runs"
                 )
+            if twice := [key for key, n in Counter((run.task, run.run_id) for run in runs).items() if n > 1]:
+                task, name = twice[0]
+                raise ValueError(f"two runs of {task} are called {name!r}; tune on the runs of one system")
         self.truth = {side: _labels(runs, tasks) for side, runs in self.sides.items()}
 
     async def tune(self) -> Tuned:

@@ -103,11 +103,6 @@ class Documents:
         """Length of a document's text; 0 where it gave none."""
         return 0 if name in self.errors else self.reading(name).characters
 
-    @property
-    def total_characters(self) -> int:
-        """Length of all texts together."""
-        return sum(map(self.characters, self.names))
-
     def record(self) -> list[dict]:
         """Name, reader, hashes and counts of each document, or its error; for a run's first event."""
         return [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -63,14 +65,21 @@ def open_episode(
     backend, view = backends.make(config, policy, method, oracle), task.agent_view()
     folder = claim(task, policy, config, root, method)
     workspace = Workspace(folder.workspace, Documents.load(view, cache), sandbox)
-    episode = Episode(workspace, policy, backend, config, folder, {"run_id": run_id(task, config)})
+    episode = Episode(workspace, policy, backend, config, folder, {"run_id": run_id(task, policy, config, method)})
     episode.watch = watch
     return episode
 
 
-def run_id(task: LabTask, config: RunConfig) -> str:
-    """What a run is called."""
-    return f"{task.id}/{config.backend}-seed{config.seed}"
+def settings_of(task: LabTask, policy: Policy, config: RunConfig, method: Any = None) -> dict[str, Any]:
+    """All that makes a run what it is."""
+    options = method.options() if method is not None else {}
+    return {**asdict(config), "policy": policy.name, "options": options, "content": task.digest}
+
+
+def run_id(task: LabTask, policy: Policy, config: RunConfig, method: Any = None) -> str:
+    """What a run is called, and no run of other settings: scores that lie elsewhere find it by this."""
+    settings = json.dumps(settings_of(task, policy, config, method), sort_keys=True)
+    return f"{task.id}/{config.backend}-{sha256(settings.encode()).hexdigest()[:8]}-seed{config.seed}"
 
 
 def claim(task: LabTask, policy: Policy, config: RunConfig, root: Path, method: Any = None) -> RunFolder:
@@ -80,10 +89,11 @@ def claim(task: LabTask, policy: Policy, config: RunConfig, root: Path, method: 
         ValueError: it holds a run with other settings.
     """
     folder = RunFolder(root)
-    same = {**asdict(config), "policy": policy.name, "options": method.options() if method is not None else {}}
+    same = settings_of(task, policy, config, method)
     folder.claim(same, lambda: {
-        "model": policy.name, "task": task.id, "run_id": run_id(task, config), "max_turns": config.max_turns,
-        "temperature": config.temperature, "skills": [], "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": policy.name, "task": task.id, "run_id": run_id(task, policy, config, method),
+        "max_turns": config.max_turns, "temperature": config.temperature, "skills": [],
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "still": {"run": same, "provenance": provenance(config, config.seed)},
     })  # fmt: skip
     return folder
@@ -111,9 +121,10 @@ def play_tasks(
             gets some: those of one task are about as long as each other.
 
     Raises:
-        ValueError: the backend and the policy do not go together.
+        ValueError: the backend and the policy do not go together, or two tasks have one id.
     """
     tasks = list(tasks)
+    check_ids(tasks)
     for task in tasks[:1]:
         backends.make(config, policy, method, task)  # refuses before anything is written
     outcomes: list[Outcome] = []
@@ -145,6 +156,18 @@ def play_tasks(
         except Exception as problem:
             ended(_failed(task, root, problem))
     return outcomes
+
+
+def check_ids(tasks: Iterable[LabTask]) -> None:
+    """Refuse tasks that would be played in one folder.
+
+    Raises:
+        ValueError: two have one id.
+    """
+    known: dict[str, LabTask] = {}
+    for task in tasks:
+        if (other := known.setdefault(task.id, task)) is not task:
+            raise ValueError(f"{other.folder} and {task.folder} are both called {task.id}; play one of them at a time")
 
 
 def _failed(task: str, root: Path, problem: Exception) -> Outcome:

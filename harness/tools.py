@@ -12,7 +12,7 @@ import errno
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -174,16 +174,6 @@ class Workspace:
         """The tools that are on, as OpenAI tool schemas."""
         return [tool for tool in TOOLS if tool["function"]["name"] != "bash" or self.sandbox is not None]
 
-    def run_turn(self, calls: Iterable[tuple[str, Mapping[str, Any] | str]]) -> list[ToolResult]:
-        """The calls of one turn in their order; a second document in the same turn is refused."""
-        results: list[ToolResult] = []
-        for name, arguments in calls:
-            result = None
-            if any(each.document for each in results):
-                result = self._second_read(name, arguments)
-            results.append(result or self.call(name, arguments))
-        return results
-
     def call(self, name: str, arguments: Mapping[str, Any] | str) -> ToolResult:
         """Run one tool.
 
@@ -211,26 +201,6 @@ class Workspace:
             mine = problem.errno in (errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.ENOTDIR, errno.EACCES)
             reason = f"{name} failed: {problem.strerror or problem}; nothing was changed"
             return failure("bad_arguments" if mine else "environment", reason)
-
-    def outputs(self) -> dict[str, int]:
-        """Files below `output/` with their sizes in bytes; links and hidden files are left out."""
-        found = {}
-        for path, size in self.files.files():
-            if path.startswith("output/"):
-                found[path.removeprefix("output/")] = size
-        return found
-
-    def own_files(self) -> dict[str, int]:
-        """The agent's files with their sizes in bytes, `output/` among them."""
-        return dict(self.files.files())
-
-    def _second_read(self, name: str, arguments: Mapping[str, Any] | str) -> ToolResult | None:
-        try:
-            if name == "read" and parse(check_arguments(name, arguments)["path"])[:1] == ("documents",):
-                return failure("second_read", "one document is read a turn; read this one in your next turn")
-        except (ToolError, OutsideError):
-            pass
-        return None
 
     def _read(self, path: str, offset: int = 0, limit: int | None = None) -> ToolResult:
         if offset < 0 or (limit is not None and limit < 1):

@@ -168,39 +168,6 @@ class Artifact:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class CompactionEvent:
-    """One boundary, as the event log keeps it.
-
-    Attributes:
-        window: the window that it closes.
-        trigger: "reads", "tokens", "agent" or "overflow".
-        forced: the harness took the memo from a turn of its own, or compacted because a read did not fit.
-        degraded: why the artifact is less than it should be (no memo could be had, budget used up); else empty.
-        attempts: memos that were rejected before this one.
-        artifact: what crosses.
-        before: size of the closed window.
-        after: size of the next one, its bridge included.
-        seconds: wall time of the backend's own work.
-        decoded_tokens: that a memo took, rejected attempts included.
-        prefill_tokens: read again after the boundary.
-        pending_ids: the closing window's last tokens, read but never answered (the result of its last call).
-    """
-
-    window: int
-    trigger: str
-    forced: bool
-    degraded: str
-    attempts: int
-    artifact: Artifact
-    before: ContextSize
-    after: ContextSize
-    seconds: float
-    decoded_tokens: int
-    prefill_tokens: int
-    pending_ids: tuple[int, ...] = ()
-
-
 class Session(Protocol):
     """One conversation on one engine. Inside a window every prompt extends the one before, token by token."""
 

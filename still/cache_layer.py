@@ -167,6 +167,11 @@ class CompactLayer(DynamicLayer):
         elif self.live is not None and self.physical:
             bias = prefix_bias(self.physical, self.slot_positions, self.beta, self.live)
             return attention.Prefix(self.physical, bias, self.ragged)
+        elif self.beta is not None and (self.slot_positions < 0).any():  # rows as wide as each other, of unequal slots
+            live = torch.ones(self.batch, self.physical, dtype=torch.bool, device=self.keys.device)
+            return attention.Prefix(
+                self.physical, prefix_bias(self.physical, self.slot_positions, self.beta, live), self.ragged
+            )
         elif self.beta is not None:
             return attention.Prefix(self.slots, self.beta)
         return None if self.ragged is None else attention.Prefix(0, None, self.ragged)
@@ -220,11 +225,16 @@ class CompactLayer(DynamicLayer):
         """Compact whole chunks beyond the newest `keep_last` raw tokens of each row, with `partial` the rest too."""
         if not self.physical:
             return
+        away = self.keys.device != self.device
+        if away:  # offloaded: what compacts it is where the model is
+            self.prefetch()
         if self.lengths is None and (self.ragged is None or self.ragged.even):
             rows, live = self.policy.run(self.index, self._packed(), keep_last, partial), None
         else:
             rows, live = pack([self.policy.run(self.index, row, keep_last, partial) for row in self.rows()])
         self.fill(rows, self.logical, self.lengths, live)
+        if away:
+            self.offload()
 
     def rows(self) -> list[Packed]:
         """The dense rows, without padding."""

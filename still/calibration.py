@@ -10,7 +10,7 @@ import torch
 
 from .budgets import Split, slots_for
 from .cache import StillCache
-from .calling import passing
+from .calling import logits_of, passing
 from .methods.base import Method, attention_scale
 from .reading import read
 from .rope import Rotary, full_attention_layers, rotate, unrotate
@@ -23,6 +23,7 @@ class CalibrationRow(Protocol):
     Attributes:
         context_ids: token ids.
         turns: token ids of questions and of their answers.
+        opening: of the questions where they come first; like `raw_ids` of `distill.data.Row` it may be left out.
     """
 
     context_ids: Sequence[int]
@@ -45,7 +46,7 @@ class Trial:
         forwards: forwards over questions and answers so far.
 
     Raises:
-        ValueError: there is no row.
+        ValueError: there is no row, or one without a question.
     """
 
     def __init__(self, model, rows: Sequence[CalibrationRow], method: Method, questions: int, seed: int):
@@ -57,9 +58,14 @@ class Trial:
         self.rotary = Rotary.for_model(model)
         self.rows, self.forwards, self._lone = [], 0, None
         for row in rows:
+            if not row.turns:
+                raise ValueError(f"calibration row {len(self.rows)} has no question with an answer")
             rng = random.Random(f"{seed}:{len(self.rows)}")
-            turns = rng.sample(list(row.turns), min(questions or len(row.turns), len(row.turns)))
-            self.rows.append((list(row.context_ids), [(list(asked), list(answer)) for asked, answer in turns]))
+            order = rng.sample(range(len(row.turns)), min(questions or len(row.turns), len(row.turns)))
+            turns = [(list(asked), list(answer)) for asked, answer in (row.turns[index] for index in order)]
+            first = list(row.opening[order[0]]) if getattr(row, "opening", ()) else turns[0][0]
+            turns[0] = [*getattr(row, "raw_ids", ()), *first], turns[0][1]
+            self.rows.append((list(row.context_ids), turns))
         self.answer_tokens = sum(len(answer) for _, turns in self.rows for _, answer in turns)
 
     def sittings(self) -> Iterator[Sitting]:
@@ -131,7 +137,7 @@ class Sitting:
         )
         inputs = cache.continuation(self.turn_ids)
         hidden = trial.model.get_decoder()(**inputs, **passing(trial.model, cache), use_cache=True).last_hidden_state
-        return trial.model.get_output_embeddings()(hidden[0, :-1][self.wanted]).float().log_softmax(-1)
+        return logits_of(trial.model, hidden[0, :-1][self.wanted]).float().log_softmax(-1)
 
     def _states(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         states = self.reading.cache.layers[layer]

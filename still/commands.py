@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -291,6 +292,7 @@ def _compact(
     loaded: LoadedModel, ids: Any, args: argparse.Namespace, ratio: float | None, split: Split | None
 ) -> StillCache:
     from . import methods
+    from .attention import attending
     from .compactor import StillCompactor
     from .reading import read
 
@@ -312,7 +314,9 @@ def _compact(
         compactor = StillCompactor.from_pretrained(where, model=loaded.model)
     if args.split is not None:
         compactor = compactor.with_split(split or "own")
-    return compactor.prefill(loaded.model, ids, **budget)
+    # Chunks after the first are read behind slots, which stock attention cannot bias.
+    with attending(loaded.model) if compactor.config.beta else nullcontext():
+        return compactor.prefill(loaded.model, ids, **budget)
 
 
 def _file_provenance(

@@ -397,7 +397,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
             model: the frozen model that the compactor is bound to.
             input_ids: `[batch, tokens]`.
             attention_mask: `[batch, tokens]` for left-padded rows.
-            slots: slots per KV head in all, or
+            slots: slots per KV head in all, of the longest row (beyond a chunk shorter ones get a share); or
             ratio: tokens per slot.
             chunk: tokens compacted in one pass; the trained chunk unless given. Where the last chunk would be shorter
                 than half of one, all are equal.

@@ -13,6 +13,7 @@ from tiny_models import qwen3_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from still import StillCache, StillCompactor, methods, models
+from still.attention import attending
 from still.cli import main
 from still.commands import METHODS
 from still.harness.pocket.tokenizer import train_tokenizer
@@ -133,6 +134,26 @@ def test_a_trained_compactor_is_taken_from_its_folder(work, capsys):
     expected = compactor.prefill(model, ids, slots=8)
     assert torch.equal(trained.layers[1].values, expected.layers[1].values)
     assert not torch.equal(trained.layers[1].values, fresh.layers[1].values)
+
+
+def test_a_compactor_with_a_bias_reads_a_document_of_several_chunks(work, capsys):
+    model = models.load("model").model
+    assert model.config._attn_implementation != "still"
+    compactor = StillCompactor.for_model(model, ratio=4, chunk=8, beta=True)
+    with torch.no_grad():
+        for layer in compactor.layers.values():
+            layer.beta_head.weight.normal_(std=0.3)
+    compactor.save_pretrained("compactor")
+    words = ["compact", "model", "lease.txt", "--ratio", "4", "--compactor", "compactor", "-o", "lease.safetensors"]
+    assert main(words) == 0
+    assert main(["ask", "lease.safetensors", QUESTION, "--max-new-tokens", "2"]) == 0
+    with attending(model):
+        made = StillCache.load("lease.safetensors", model)
+        expected = compactor.prefill(model, made.token_ids, ratio=4)
+    assert made.logical_length > 2 * 8
+    assert made.layers[1].beta.abs().max() > 0.01
+    torch.testing.assert_close(made.layers[1].beta, expected.layers[1].beta)
+    torch.testing.assert_close(made.layers[1].values, expected.layers[1].values)
 
 
 def test_a_document_from_stdin(work, monkeypatch, capsys):

@@ -31,6 +31,12 @@ class TokenServerPolicy:
         return TokenServerSession(self, ChatFormat(self.tokenizer, tools), queries)
 
 
+WHOLE = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+UNTOUCHED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Tokens are drawn from the model's own distribution, as the log-probabilities that come back are of it. What a request
+leaves out vLLM takes from the model's `generation_config.json`, which often cuts or penalises."""
+
+
 class TokenServerSession(LocalSession):
     """See `LocalSession`: the same ids, computed elsewhere. The server's prefix cache spares it the window so far."""
 
@@ -45,7 +51,10 @@ class TokenServerSession(LocalSession):
             temperature=turn.limit.temperature,
             seed=turn.limit.seed % (1 << 31),
             logprobs=2,
-            extra_body={"return_token_ids": True, "stop_token_ids": sorted(turn.ends), "skip_special_tokens": False},
+            **WHOLE,
+            extra_body={
+                "return_token_ids": True, "stop_token_ids": sorted(turn.ends), "skip_special_tokens": False, **UNTOUCHED
+            },
         )
         choice = reply.choices[0]
         output = getattr(choice, "token_ids", None)

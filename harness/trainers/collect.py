@@ -172,7 +172,7 @@ class Collector:
         workspace = Workspace(place.workspace, Documents.load(task.agent_view()))
         episode = Episode(
             workspace, policy, make_backend(run, policy), run, place,
-            {"run_id": run_id(task, run)},
+            {"run_id": run_id(task, policy, run)},
         )  # fmt: skip
         episode.watch = watcher()(task, folder)
         return Play(task, number, channel, source, episode)

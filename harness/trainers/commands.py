@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from ...flags import add_flags, add_pass_through, from_flags
@@ -12,11 +13,17 @@ from ..run_command import SERVED, PolicyConfig
 from ..run_config import RunConfig
 from .config import GrpoConfig, IsftConfig, TrainSettings
 
+PROMPTS = ("plain", "checklist")
+"""Of the first grading and of the second: the same request again would find the server's noise alone."""
+
 
 class _Trainer:
     """What the two commands share."""
 
-    resume = "whole turns, gradings and optimizer steps are kept; run the same command again to go on"
+    resume = (
+        "whole turns, gradings and the optimizer steps up to the last checkpoint are kept; run the same command again "
+        "to go on"
+    )
     config: type
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
@@ -103,15 +110,23 @@ examples:
         elif args.teacher:
             named = replace(from_flags(args, PolicyConfig), policy=args.teacher)
             first, _ = named.load(replace(run, backend="memo", ratio=None), {})
-        graders = [_grade(args.judge, seed) for seed in range(config.gradings)]
+        if args.judge != "exact" and config.gradings > len(PROMPTS):
+            raise ValueError(
+                f"gradings is {config.gradings}; of one judge {len(PROMPTS)} are independent, one by each prompt "
+                f"({', '.join(PROMPTS)}): take that or less"
+            )
+        graders = [
+            _grade(args.judge, args.output, f"grading-{number}", PROMPTS[number % len(PROMPTS)])
+            for number in range(config.gradings)
+        ]
 
         def teacher_of(number: int, _) -> object:
             return first if number <= config.teacher_rounds else None
 
         run_isft(
             tasks, held_out, student, run, config, from_flags(args, TrainSettings), args.output, graders,
-            _grade(args.report_judge, 0), teacher_of=teacher_of, method=method, together=args.together,
-            options=args.trainer, report=lambda line: print(line, flush=True),
+            _grade(args.report_judge, args.output, "report"), teacher_of=teacher_of, method=method,
+            together=args.together, options=args.trainer, report=lambda line: print(line, flush=True),
         )  # fmt: skip
         if world()[0] == 0:
             print(args.output / "report.html")
@@ -149,8 +164,9 @@ examples:
             policy_of = _served(config, run, from_flags(args, PolicyConfig), args.output)
         run_grpo(
             tasks, held_out, student, run, config, from_flags(args, TrainSettings), args.output,
-            _grade(args.judge, 0), _grade(args.report_judge, 0), method=method, together=args.together,
-            options=args.trainer, report=lambda line: print(line, flush=True), policy_of=policy_of,
+            _grade(args.judge, args.output, "reward"), _grade(args.report_judge, args.output, "report"),
+            method=method, together=args.together, options=args.trainer,
+            report=lambda line: print(line, flush=True), policy_of=policy_of,
         )  # fmt: skip
         if world()[0] == 0:
             print(args.output / "report.html")
@@ -184,22 +200,34 @@ def _tasks(folders: Sequence[Path]) -> list:
     """The tasks below some folders.
 
     Raises:
-        ValueError: there is none below one of them.
+        ValueError: there is none below one of them, or two have one id.
     """
     from ...eval.tasks import find_tasks, load_task
+    from ..play import check_ids
 
     found = [(path, find_tasks(path)) for path in folders]
     if bare := [path for path, below in found if not below]:
         raise ValueError(f"there is no task.json below {', '.join(map(str, bare))}; name LAB task folders")
-    return [load_task(folder) for _, below in found for folder in below]
+    tasks = [load_task(folder) for folder in dict.fromkeys(folder.resolve() for _, below in found for folder in below)]
+    check_ids(tasks)
+    return tasks
 
 
-def _grade(judge: str, seed: int):
+def _grade(judge: str, output: Path, role: str, prompt: str = PROMPTS[0]):
+    """A grader that keeps a model's verdicts in the run's folder as they come, apart from those of other roles."""
     from ...eval.grade import GradeConfig
     from ...eval.judges import find_judge
     from ...eval.reward import RubricReward
+    from ...eval.verdict_store import VerdictStore
 
-    return RubricReward(find_judge(judge), GradeConfig(seed=seed)).grade
+    found = find_judge(judge)
+
+    @cache
+    def reward() -> RubricReward:  # made when it is needed, and then the folder is known to be this run's
+        where = ":memory:" if judge == "exact" else output / "verdicts" / f"{role}.sqlite"
+        return RubricReward(found, GradeConfig(prompt=prompt), store=VerdictStore(where))
+
+    return lambda rollouts: reward().grade(rollouts)
 
 
 COMMANDS = {"isft": Isft(), "grpo": Grpo()}

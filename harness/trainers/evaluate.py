@@ -12,6 +12,7 @@ from ..play import play_tasks
 from ..policies.local import LocalPolicy
 from ..run_config import RunConfig
 from ..runs import read_run, write_atomically
+from ..types import NoRoom
 from .behaviour import mean_behaviour
 from .grading import Grade, grade_runs, rates
 from .ledgers import numbers, watcher
@@ -49,7 +50,11 @@ def evaluate(
         ask: put the criteria's questions to the policy behind each boundary, for the ledger.
 
     Returns:
-        For each backend `criteria` and `all_pass` with intervals, rollouts, unscored, failed, behaviour, ledger.
+        For each backend `criteria` and `all_pass` with intervals, rollouts, unscored, failed (the window had no room
+        for a turn), behaviour, ledger.
+
+    Raises:
+        ValueError: a run broke; it can be taken up again.
     """
     if agreed((output / DONE).is_file()):
         return json.loads((output / DONE).read_text(encoding="utf-8"))
@@ -67,6 +72,12 @@ def evaluate(
         if rank:
             continue
         outcomes = play_tasks(tasks, policy, config, output / backend, **play)
+        broken = [o for o in outcomes if o.status == "failed" and not o.reason.startswith(NoRoom.__name__)]
+        if broken:
+            raise ValueError(
+                f"{len(broken)} of {len(outcomes)} runs of the hold-out broke, first {broken[0].folder}: "
+                f"{broken[0].reason}; run the same command to take them up again"
+            )
         ended = {outcome.task: outcome.folder for outcome in outcomes if outcome.status != "failed"}
         graded = [(task, ended[task.id]) for task in tasks if task.id in ended]
         scored = grade_runs(grade, graded)

@@ -2,7 +2,7 @@
 
     OUT/rollouts/step-0007/TASK/seed-61     run folders, resumed like any run
     OUT/rollouts/step-0007/weights.json     digest of the weights that roll out, written first
-    OUT/rollouts/step-0007/rewards.json     rewards and verdicts, written when all are graded
+    OUT/rollouts/step-0007/rewards-0.json   rewards and verdicts, written when all are graded
     OUT/placement                           with --place: rollouts, and the compactor whose placement was fitted to them
     OUT/checkpoint-N                        of the trainer; OUT/evaluation/before and after
 """
@@ -38,10 +38,10 @@ from .evaluate import evaluate
 from .grading import Grade, grade_runs, random_rewards
 from .ledgers import check_credit, numbers, trajectory_of, watcher, window_advantages
 from .lines import anchors, line_advantages
-from .loop import RowTrainer, barrier, world
+from .loop import RowTrainer, agreed, barrier, world
 from .model import RowModel, Share
 from .placing import is_placed, place
-from .setup import claim_output, join_processes, keep_apart, make_module
+from .setup import claim_output, content_of, join_processes, keep_apart, make_module
 from .steps import shares_of
 from .weights import digest
 
@@ -132,7 +132,9 @@ class Rollouts:
         return shares
 
     def place(self) -> None:
-        """Fit the compactor's placement to rollouts of their own, one of each task, or take up one that was fitted.
+        """Fit the compactor's placement to rollouts of their own, or take up one that was fitted.
+
+        As many as were asked for, one of each task before there are two.
 
         Raises:
             ValueError: a rollout failed, or nothing of them can be learnt.
@@ -141,32 +143,46 @@ class Rollouts:
         if not is_placed(folder):
             self.module.eval()
             policy = self.policy_of(self.loaded, self.run.window)
-            seed = self.config.steps * self.config.group  # one that no step takes
-            tasks = self._order(0)[: self.settings.place]
-            for name, (_, root) in self._play(tasks, "placement", [seed], folder / "rollouts", policy).items():
-                rows += rows_of_run(root, self.loaded.tokenizer, train_on="all", trajectory_id=name)
+            seed, order = self.config.steps * self.config.group, self._pass(0)  # a seed that no step takes
+            for start in range(0, self.settings.place, len(order)):
+                tasks = order[: self.settings.place - start]
+                for name, (_, root) in self._play(tasks, "placement", [seed], folder / "rollouts", policy).items():
+                    rows += rows_of_run(root, self.loaded.tokenizer, train_on="all", trajectory_id=name)
+                seed += 1
         place(self.module, rows, folder, self.settings)
 
     def _claim(self, folder: Path, number: int) -> None:
-        """Rollouts on disk count only if these very weights made them."""
+        """Rollouts on disk count only if these very weights made them, as those of steps since a checkpoint do."""
         mark, now = folder / "weights.json", digest(self.module)
         if world()[0] == 0:
-            if mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["digest"] != now:
+            known = json.loads(mark.read_text(encoding="utf-8"))["digest"] if mark.is_file() else None
+            if known != now and folder.is_dir():  # without a mark it is what was left of removing it
                 shutil.rmtree(folder)
-            for later in self.output.glob("rollouts/step-*"):
-                if int(later.name.removeprefix("step-")) > number:
-                    shutil.rmtree(later)  # of a run that had gone further before it was taken back
             write_atomically(mark, json.dumps({"digest": now, "version": number}).encode())
         barrier()
 
     def _order(self, number: int) -> list[Any]:
-        """Tasks in this step's order: a pass over all before any comes again."""
-        per = max(1, len(self.tasks) // self.config.tasks_per_step)
-        epoch, place = divmod(number, per)
-        order = list(self.tasks)
-        random.Random(f"{self.settings.train_seed} {epoch}").shuffle(order)
-        start = place * self.config.tasks_per_step
-        return order[start:] + order[:start]
+        """All tasks in this step's order: a pass over all before any comes again."""
+        size = min(self.config.tasks_per_step, len(self.tasks))
+        epoch, start = divmod(number * size, len(self.tasks))
+        order = self._pass(epoch)
+        left = order[start:]
+        more = order[:start] if len(left) >= size else self._pass(epoch + 1)
+        taken = {task.id for task in left}
+        return left + [task for task in more if task.id not in taken]
+
+    def _pass(self, number: int) -> list[Any]:
+        """All tasks in an order of this pass; it begins with none that the step across its start has from the last."""
+        size, order = min(self.config.tasks_per_step, len(self.tasks)), []
+        for each in range(number + 1):
+            over = each * len(self.tasks) % size
+            last = {task.id for task in order[len(order) - over :]}
+            order = list(self.tasks)
+            random.Random(f"{self.settings.train_seed} {each}").shuffle(order)
+            first = [task for task in order if task.id not in last][: size - over]
+            begun = {task.id for task in first}
+            order = first + [task for task in order if task.id not in begun]
+        return order
 
     def _play(
         self, tasks: Sequence[Any], name: str, seeds: Sequence[int], folder: Path, policy: Any, watch: Any = None
@@ -179,7 +195,8 @@ class Rollouts:
         if world()[1] > 1:
             play_tasks(tasks, policy, run, folder, **play, share=world())
             barrier()
-        outcomes = play_tasks(tasks, policy, run, folder, **play)
+        # What failed there is tried again by one process: of two, both would write into its folder.
+        outcomes = agreed(play_tasks(tasks, policy, run, folder, **play) if world()[0] == 0 else None)
         failed = [outcome for outcome in outcomes if outcome.status == "failed"]
         if failed:
             raise ValueError(f"{len(failed)} of {len(outcomes)} rollouts of {name} failed, first "
@@ -322,6 +339,7 @@ def run_grpo(
     keep_apart(tasks, held_out)
     check_credit(config, tasks, run.backend)
     made_by = {"run": asdict(run), "grpo": asdict(config), "train": asdict(settings)}
+    made_by["tasks"] = {"train": content_of(tasks), "held_out": content_of(held_out)}
     claim_output(output, "grpo.json", made_by, loaded.name, provenance(config, settings.train_seed))
     clip = {"low": config.clip_low, "high": config.clip_high, "cap": config.ratio_cap, "kl": config.kl}
     join_processes(loaded.model.device.type == "cpu")

@@ -38,7 +38,7 @@ from .ledgers import numbers
 from .loop import RowTrainer, agreed, barrier, mine, world
 from .model import RowModel
 from .placing import place
-from .setup import claim_output, join_processes, keep_apart, make_module
+from .setup import claim_output, content_of, join_processes, keep_apart, make_module
 from .sharding import assign, gather
 from .steps import RowSource
 from .teacher import PrivateChannel
@@ -81,6 +81,7 @@ def run_isft(
     """
     keep_apart(tasks, held_out)
     made_by = {"run": asdict(run), "isft": asdict(config), "train": asdict(settings)}
+    made_by["tasks"] = {"train": content_of(tasks), "held_out": content_of(held_out)}
     claim_output(output, "isft.json", made_by, loaded.name, provenance(config, settings.train_seed))
     join_processes(loaded.model.device.type == "cpu")
     module, loaded = make_module(loaded, method, settings)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...calling import passing
+from ...calling import logits_of, passing
 from ...distill.objective import top_k_kl
 from ...methods.base import Method
 from ..backends.slots import check_attention
@@ -158,9 +158,9 @@ class RowModel(nn.Module):
             return []
         start = shared([opening_of(row) for row in rows]) if can_share(self.policy) else 0
         hidden = (self._hidden_packed if can_pack(self.policy, start) else self._hidden_padded)(rows, start)
-        head = self.policy.get_output_embeddings()
         places = [[place - start for place in _places(row)] for row in rows]
-        return [self._picked(head(own[where]), row) for own, where, row in zip(hidden, places, rows, strict=True)]
+        every = zip(hidden, places, rows, strict=True)
+        return [self._picked(logits_of(self.policy, own[where]), row) for own, where, row in every]
 
     def _hidden_padded(self, rows: Sequence[WindowRow], start: int) -> torch.Tensor:
         """Last hidden states `[rows, longest, width]` of what follows `start` tokens that all rows begin with."""
@@ -224,7 +224,7 @@ class RowModel(nn.Module):
             hidden = policy.get_decoder()(
                 input_ids=ids, position_ids=positions, **passing(policy, read_only(cache)), use_cache=True
             ).last_hidden_state
-        return policy.get_output_embeddings()(hidden[0, _places(row)])
+        return logits_of(policy, hidden[0, _places(row)])
 
     def _picked(self, logits: torch.Tensor, row: WindowRow) -> torch.Tensor:
         gold = torch.tensor([token for token in row.labels if token != IGNORE], device=logits.device)

@@ -25,6 +25,7 @@ from ..policies.local import LocalPolicy
 from ..policies.server import ServerConfig
 from ..policies.token_server import TokenServerPolicy
 from .loop import agreed, barrier, world
+from .sharding import gather, whole_state
 
 PROBE = "The parties agree as follows: the term begins on the first day of March and ends after three years."
 FAR = 0.1
@@ -62,10 +63,12 @@ class ServedRollouts:
         self.name = agreed(self.name)
         policy = TokenServerPolicy(replace(self.server, model=self.name, window=here.window), loaded.tokenizer)
         policy.name, policy.bytes_per_token, policy.ends = self.server.model, here.bytes_per_token, here.ends
+        state = whole_state(model)  # of shards, which every process has some of
+        gather(model)
         if world()[0] == 0:
             place = self.folder / self.name
             shutil.rmtree(place, ignore_errors=True)
-            model.save_pretrained(place)
+            model.save_pretrained(place, state_dict=state)
             self._load_adapter(place, before) if adapter else self._load_whole(place)
             self._check(policy, model)
             for old in self.folder.iterdir():  # an adapter stays for as long as it plays: vLLM may read it again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,6 +41,11 @@ def keep_apart(tasks: Sequence[Any], held_out: Sequence[Any]) -> None:
             raise ValueError(f"{task.id} is trained on and held out; keep the two apart")
 
 
+def content_of(tasks: Sequence[Any]) -> str:
+    """A digest of what tasks ask and how that is graded, in their order."""
+    return hashlib.sha256("\n".join(task.digest for task in tasks).encode()).hexdigest()[:16]
+
+
 def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) -> tuple[RowModel, Any]:
     """The module that trains, and the policy as it then is.
 
@@ -48,6 +54,9 @@ def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) 
         method: for backends with slots, or None.
         settings: what trains.
         more: arguments of `RowModel`.
+
+    Raises:
+        ValueError: what trains is no fp32.
     """
     model = loaded.model
     if settings.train_policy == "lora":
@@ -55,6 +64,13 @@ def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) 
         loaded = replace(loaded, model=model)
     else:
         model.requires_grad_(settings.train_policy == "full")
+    narrow = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad} - {"float32"}
+    if narrow:
+        raise ValueError(
+            f"weights of {loaded.name} would train in {', '.join(sorted(narrow))}, where steps of a usual learning "
+            f"rate round to nothing: take --dtype float32 (with --trainer.bf16 true it computes in bf16), or "
+            f"--train-policy lora"
+        )
     module = RowModel(
         model, method, compactor=settings.compactor_mode, memo_weight=settings.memo_weight,
         distill_weight=settings.distill_weight, **more,

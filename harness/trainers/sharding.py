@@ -36,7 +36,7 @@ class Nothing:
     weight: float = 1.0
 
 
-NOTHING = Share(Nothing(), 0.0, 0.0, torch.zeros(1))
+NOTHING = Share(Nothing(), 0.0, 0.0, torch.zeros(()))
 
 
 def parts(module: nn.Module) -> list[FSDPModule]:

@@ -104,7 +104,8 @@ def _convert(path: Path) -> str:
 def held_out_names(documents: Sequence[Document], share: float, seed: int) -> set[str]:
     """Names of the documents that are kept for validation: about a share of them, and at least one of several.
 
-    Which ones depends on each name and the seed, so that documents added later leave the others where they were.
+    Which ones depends on each name and the seed, so that documents added later leave the others where they were, unless
+    so few draw below the share that the lowest draw decides.
     """
 
     def draw(document: Document) -> float:

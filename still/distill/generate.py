@@ -115,7 +115,8 @@ def generate(
             dropped["request_failed"] += 1
             continue
         reply = replies[context.id]["reply"]
-        digest = hashlib.sha256(reply.encode()).hexdigest()[:16]
+        # Of the split too: where documents were added it may have changed, and what is scored is answered greedily.
+        digest = hashlib.sha256(f"{context.split} {reply}".encode()).hexdigest()[:16]
         if context.id not in answered or answered[context.id]["reply"] != digest:
             answered.add(context.id, reply=digest, **_answer(context, reply, answerer, renderer, config))
         record = answered[context.id]

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..budgets import Split
 from ..cache import StillCache
-from ..calling import passing
+from ..calling import logits_of, passing
 from ..compactor import StillCompactor
 from .crowd import crowded
 
@@ -143,7 +143,7 @@ class Distiller(nn.Module):
         with torch.no_grad():
             full, hidden = self._teach(context_ids, turn_ids, mask, positions, bool(match))
             taught = [states[:, :-1][wanted] for states in hidden]
-            teacher = self.model.get_output_embeddings()(taught[-1])
+            teacher = logits_of(self.model, taught[-1])
 
         compactor = self.compactor if split is None else self.compactor.with_split(split)
         # While it trains, every layer looks for itself, which is worse than a scout: slots that stand in worse places
@@ -152,10 +152,11 @@ class Distiller(nn.Module):
         if crowd:
             layers = crowded(compactor, layers, rows)
         small = StillCache.from_layers(
-            self.model.config, layers, tokens, source=full, token_ids=context_ids, attention_mask=context_mask
-        )
+            self.model.config, layers, tokens, source=full, token_ids=context_ids, attention_mask=context_mask,
+            floor=1 if split is None else split.floor,
+        )  # fmt: skip
         learnt = [x[:, :-1][wanted] for x in self._hidden(turn_ids, mask, positions[:, tokens:], small, bool(match))]
-        student = self.model.get_output_embeddings()(learnt[-1])
+        student = logits_of(self.model, learnt[-1])
 
         per_token = top_k_kl(teacher, student, gold, self.top_k)
         with torch.no_grad():

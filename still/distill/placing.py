@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..calling import passing
+from ..calling import logits_of, passing
 from ..compactor import StillCompactor
 from ..methods.base import attention_scale
 from ..placement import Placement, Scorer, SecondLook, listed
@@ -60,7 +60,9 @@ class Asked(NamedTuple):
     def of(cls, row: Row) -> Asked:
         """A training row with all its turns, each question after the answer before."""
         ids, asked = [*row.context_ids, *row.raw_ids], []
-        for question, answer in row.turns:
+        for place, (question, answer) in enumerate(row.turns):
+            if place == 0 and row.opening:
+                question = row.opening[0]
             first = len(ids) + len(question) - 1
             asked += range(first, first + len(answer))
             ids += [*question, *answer]
@@ -139,9 +141,9 @@ def informed(
         input_ids=ids[others], position_ids=others, attention_mask=mask, **passing(model, before),
         use_cache=before is not None,
     ).last_hidden_state[0]  # fmt: skip
-    head, added = model.get_output_embeddings(), []
+    added = []
     for one, other in zip(states[asked].split(block), alone[asked - (end - first) - skipped].split(block), strict=True):
-        known, guessed = head(one).float().log_softmax(-1), head(other).float().log_softmax(-1)
+        known, guessed = (logits_of(model, x).float().log_softmax(-1) for x in (one, other))
         added.append((known.exp() * (known - guessed)).sum(-1))
     return torch.cat(added)
 

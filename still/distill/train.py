@@ -104,7 +104,7 @@ def train(
     made_by = provenance(config, config.seed, base.model.device, model=base.name, run=record)
     if trainer.is_world_process_zero():
         write_atomically(output / "train.json", json.dumps(made_by, indent=2) + "\n")
-    with attending(base.model) if config.uneven or config.split else nullcontext():
+    with attending(base.model) if config.uneven or config.split or compactor.config.beta else nullcontext():
         scores = trainer.fit()
     trainer.describe_training()
     if trainer.is_world_process_zero():

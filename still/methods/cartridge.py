@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch.nn.functional import kl_div
 from transformers.cache_utils import Cache
 
 from ..calling import passing
+from ..config import fingerprint
 from ..rope import full_attention_layers
 from ..types import CompactKV, Reading
 from .base import Method
@@ -142,40 +144,42 @@ class Cartridge(Method):
 
     def first_state(self, model, reading: Reading, count: int) -> dict:
         """Slots copied from the context, or everything in the checkpoint."""
-        tokens = reading.input_ids.shape[-1]
+        tokens, of = reading.input_ids.shape[-1], made_of(model, reading)
         if self.checkpoint is not None and Path(self.checkpoint).is_file():
-            return self.load(count, tokens, reading.input_ids.device)
+            return self.load(count, reading, of)
         at = torch.arange(count) if self.start == "first" else torch.linspace(0, tokens - 1, count).round().long()
         at = at.to(reading.input_ids.device)
         layers = [reading.cache.layers[index] for index in full_attention_layers(model.config)]
         slots = [x[:, :, at].float().requires_grad_() for layer in layers for x in (layer.keys, layer.values)]
         zeros = [[torch.zeros_like(slot) for slot in slots] for _ in range(2)]
-        return {"slots": slots, "first": zeros[0], "second": zeros[1], "step": 0, "tokens": tokens}
+        return {"slots": slots, "first": zeros[0], "second": zeros[1], "step": 0, "of": of}
 
-    def load(self, count: int, tokens: int, device: torch.device) -> dict:
+    def load(self, count: int, reading: Reading, of: str) -> dict:
         """The state in the checkpoint.
 
         Raises:
-            ValueError: it is of another context or budget, or further on than `steps`.
+            ValueError: it is of another model, context or budget, or further on than `steps`.
         """
-        with safe_open(str(self.checkpoint), "pt", device=str(device)) as file:
+        with safe_open(str(self.checkpoint), "pt", device=str(reading.input_ids.device)) as file:
             meta = {name: json.loads(value) for name, value in file.metadata().items()}
-            if (meta["slots"], meta["tokens"]) != (count, tokens) or meta["step"] > self.steps:
+            if meta["slots"] != count or meta["step"] > self.steps:
                 raise ValueError(
-                    f"{self.checkpoint} holds {meta['slots']} slots of {meta['tokens']} tokens at step {meta['step']}; "
-                    f"asked were {count} of {tokens} up to step {self.steps}: use another file"
+                    f"{self.checkpoint} holds {meta['slots']} slots at step {meta['step']}; asked were {count} up to "
+                    f"step {self.steps}: use another file"
                 )
+            if meta.get("of") != of:
+                raise ValueError(f"{self.checkpoint} is of another context or model: use another file")
             state = {
                 part: [file.get_tensor(f"{part}.{index}") for index in range(len(file.keys()) // 3)]
                 for part in ("slots", "first", "second")
             }
         state["slots"] = [slot.requires_grad_() for slot in state["slots"]]
-        return {**state, "step": meta["step"], "tokens": tokens}
+        return {**state, "step": meta["step"], "of": of}
 
     def write(self, state: dict) -> None:
         """Write the checkpoint whole or not at all."""
         path = Path(self.checkpoint)
-        meta = {"step": state["step"], "tokens": state["tokens"], "slots": state["slots"][0].shape[2]}
+        meta = {"step": state["step"], "of": state["of"], "slots": state["slots"][0].shape[2]}
         tensors = {
             f"{part}.{index}": x.detach().contiguous().cpu()
             for part in ("slots", "first", "second")
@@ -184,3 +188,9 @@ class Cartridge(Method):
         partial = path.with_name(path.name + ".tmp")
         save_file(tensors, partial, metadata={name: json.dumps(value) for name, value in meta.items()})
         partial.replace(path)
+
+
+def made_of(model, reading: Reading) -> str:
+    """A digest of a context's tokens and of the model that read them, by its config."""
+    ids = reading.input_ids.cpu().numpy().tobytes()
+    return f"{fingerprint(model)} {hashlib.sha256(ids).hexdigest()[:16]}"

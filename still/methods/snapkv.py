@@ -34,6 +34,12 @@ class SnapKV(Eviction):
     name: ClassVar[str] = "snapkv"
     needs_queries: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"window is {self.window} and kernel_size {self.kernel_size}; they must be 1 or more, kernel_size odd"
+            )
+
     @property
     def query_aware(self) -> bool:
         """Whether the question is in the window."""

@@ -45,6 +45,8 @@ class Still(Method):
     def compact(self, model, reading: Reading, slots: int | None = None, ratio: float | None = None) -> Cache:
         """In one pass, however long the context, or with `chunks` in several; always at the slots of other methods.
 
+        But for shorter rows of a padded batch that is longer than a chunk: see `StillCompactor.prefill`.
+
         Warns where it goes outside the lengths and ratios that the compactor was trained on.
         """
         rows = row_lengths(reading)

@@ -139,6 +139,21 @@ def test_full_agreement_has_no_kappa_and_no_false_point_interval(tmp_path):
     assert found.rates.agreement.low < 0.6
 
 
+def test_pairs_say_which_system_made_the_run(tmp_path):
+    for system, labels in (("A", "pf"), ("B", "fp")):
+        for judge, given in (("strong", labels), ("cheap", "pp")):
+            write_run(tmp_path / judge / system, given, judge=judge, model=system, run_id="seed-0")
+    found = compare_judges(load_runs([tmp_path / "strong"]), load_runs([tmp_path / "cheap"]))
+    assert {(pair.system, pair.reference.id) for pair in found.disagreements} == {("A", "C-002"), ("B", "C-001")}
+
+
+def test_a_system_that_only_the_candidates_file_names_is_known(tmp_path):
+    write_run(tmp_path / "strong", "pf", judge="strong")
+    write_run(tmp_path / "cheap", "pp", judge="cheap", model="A")
+    found = compare_judges(load_runs([tmp_path / "strong"]), load_runs([tmp_path / "cheap"]))
+    assert {pair.system for pair in found.rates.pairs} == {"A"}
+
+
 def test_runs_without_a_common_id_are_matched_by_task_and_that_is_said(tmp_path):
     reference = runs_of(tmp_path, "a", {"tax/a": "pf", "tax/b": "pp"}, run_id="one")
     candidate = runs_of(tmp_path, "b", {"tax/a": "pp", "tax/b": "pp"}, run_id="two")

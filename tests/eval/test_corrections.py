@@ -118,6 +118,21 @@ def test_labels_are_matched_with_verdicts_and_unscored_ones_are_none(tmp_path):
     assert found == [Labelled("tax/a", True, True), Labelled("tax/a", True, False)]
 
 
+def test_labels_for_a_run_that_two_judged_ones_may_be_are_refused(tmp_path):
+    for system in ("A", "B"):
+        write_run(tmp_path / "judged" / system, "ppff", judge="cheap", model=system, run_id="seed-0")
+        write_run(tmp_path / "judged" / f"{system}-1", "pppp", judge="cheap", model=system, run_id="seed-1")
+    write_run(tmp_path / "judged" / "C", "pf", judge="cheap", model="C", run_id="alone")
+    judged = load_runs([tmp_path / "judged"])
+    write_run(tmp_path / "one", "pp", judge="people", run_id="alone")
+    assert len(label_pairs(judged, load_runs([tmp_path / "one"]))) == 2
+    write_run(tmp_path / "labels", "pfff", judge="people", run_id="seed-0")
+    labels = load_runs([tmp_path / "labels"])
+    with pytest.raises(ValueError, match=r"run 'seed-0' of tax/a, and 2 judged runs are called so"):
+        label_pairs(judged, labels)
+    assert len(label_pairs([run for run in judged if run.system == "A"], labels)) == 4
+
+
 def test_a_cascades_audit_is_a_sample_of_its_cheap_judge(tmp_path):
     scores = scores_of("ppff", "cascade(c, s)")
     cheap, strong = {"id": "x", "title": "x", "judge": "c", "role": "cheap"}, {"id": "x", "title": "x", "judge": "s"}

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from made_scores import scores_of, write_run
 
 from still.eval.agreement import compare_judges
 from still.eval.answers import parse_answer
@@ -12,7 +13,7 @@ from still.eval.grade import GradeConfig, Grader
 from still.eval.judges import ExactJudge, ScriptedJudge
 from still.eval.matters.lab_format import write_lab_tasks
 from still.eval.prompting import load_prompt
-from still.eval.scored import Rubrics, load_runs
+from still.eval.scored import Rubrics, graded_by, load_runs
 from still.eval.tasks import load_task
 
 
@@ -93,6 +94,45 @@ def test_what_cannot_be_rebuilt_is_counted_by_its_reason(judged):
     assert len(found.rows) + sum(found.left_out.values()) == len(comparison.disagreements)
     bare = export_rows(comparison, runs, Rubrics(), load_prompt("plain"))
     assert (bare.rows, list(bare.left_out)) == ((), ["the task is not in the folders named"])
+
+
+@pytest.fixture
+def two_systems(tmp_path):
+    """Runs of two systems with one task and run id, each with its own text and its own failed criterion."""
+    (folder,) = write_lab_tasks(tmp_path / "lab", "practice", [0], "tiny")
+    task = load_task(folder)
+    hashes = {each.id: each.rubric_hash for each in task.criteria}
+    for number, system in enumerate("AB"):
+        labels = "".join("f" if index == number else "p" for index in range(len(task.criteria)))
+        known = {"task": task.id, "run_id": "seed-0", "hashes": hashes}
+        run = write_run(tmp_path / "runs" / system, labels, judge="strong", model=system, **known)
+        (run / "scores_cheap.json").write_text(json.dumps(scores_of("p" * len(labels), judge="cheap", **known)))
+        (run / "output").mkdir()
+        for name in ("memo.md", "schedule.md"):
+            (run / "output" / name).write_text(f"Written by {system}.")
+    return tmp_path, task
+
+
+def test_each_disagreement_shows_what_its_own_system_delivered(two_systems):
+    root, task = two_systems
+    runs = load_runs([root / "runs"])
+    comparison = compare_judges(graded_by(runs, "strong"), graded_by(runs, "cheap"))
+    found = export_rows(comparison, runs, Rubrics([root / "lab"]), load_prompt("checklist"), agreements=1.0)
+    assert (len(found.rows), found.left_out) == (4, {})
+    wrong = {row["criterion"]: row["messages"][-2]["content"] for row in found.rows if row["label"] == "fail"}
+    for criterion, system, other in ((task.criteria[0].id, "A", "B"), (task.criteria[1].id, "B", "A")):
+        assert f"Written by {system}." in wrong[criterion]
+        assert f"Written by {other}." not in wrong[criterion]
+
+
+def test_a_reference_whose_files_lie_apart_takes_the_candidates_run(two_systems):
+    root, task = two_systems
+    (root / "labels").mkdir()
+    (root / "labels" / "scores.json").write_text((root / "runs" / "A" / "scores.json").read_text())
+    reference, candidate = load_runs([root / "labels"]), load_runs([root / "runs" / "A" / "scores_cheap.json"])
+    comparison = compare_judges(reference, candidate)
+    found = export_rows(comparison, [*reference, *candidate], Rubrics([root / "lab"]), load_prompt("checklist"))
+    assert ([row["criterion"] for row in found.rows], found.left_out) == ([task.criteria[0].id], {})
 
 
 def test_nothing_to_export_is_said(judged):

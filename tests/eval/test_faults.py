@@ -226,6 +226,39 @@ def test_a_server_that_counts_no_tokens_costs_something_unknown_and_still_ends_a
     assert {each.cost for each in grading.verdicts if each.state == "judged"} == {None}
 
 
+@pytest.mark.parametrize("name", UNANSWERABLE)
+def test_a_refusal_that_was_billed_is_in_the_tokens_and_the_cost(name):
+    prices = Prices({"m": Price(1000.0, 1000.0)})
+    with JudgeServer(lambda asked: FAULTS[name](asked) if asked.ids == ["C-00001"] else honest(asked)) as server:
+        config = GradeConfig(reasks=1, prime=False)
+        grading = asyncio.run(grade(make_task(4), MEMO, judge_at(server), config, prices=prices))
+        assert len(server.log) == 5
+    judged = grading.judging["judges"]["m"]
+    assert [judged["tokens"][key] for key in ("input", "output", "calls")] == [500, 50, 5]
+    assert grading.cost == pytest.approx(5 * 0.11)
+    assert {each.id: each.cost for each in grading.verdicts}["C-00001"] == 0.0
+
+
+@pytest.mark.parametrize("name", UNANSWERABLE)
+@pytest.mark.parametrize("limit", [{"max_cost": 2.0}, {"max_tokens": 2000}])
+def test_refusals_that_were_billed_end_a_budget(name, limit):
+    prices = Prices({"m": Price(1000.0, 1000.0)})
+    with JudgeServer(FAULTS[name]) as server:
+        config = GradeConfig(reasks=0, prime=False, **limit)
+        grading = asyncio.run(grade(make_task(50), MEMO, judge_at(server), config, prices=prices))
+        calls = len(server.log)
+    assert 0 < 110 * calls <= 2000
+    assert "the budget ended" in grading.stopped
+    assert Counter(each.state for each in grading.verdicts) == {"refused": calls, "stopped": 50 - calls}
+
+
+def test_a_refusal_whose_tokens_nobody_counted_leaves_the_cost_unknown():
+    prices = Prices({"m": Price(1.0, 1.0)})
+    with JudgeServer(lambda asked: Answer(None, refusal="No.", usage=None)) as server:
+        grading = asyncio.run(grade(make_task(2), MEMO, judge_at(server), GradeConfig(reasks=0), prices=prices))
+    assert grading.cost is None
+
+
 REFUSALS = {
     "temperature": "Unsupported value: 'temperature' does not support 0.0. Only the default is supported.",
     "max_tokens": "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead.",

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -206,6 +207,34 @@ def test_runs_are_found_wherever_they_lie(lab, capsys):
     assert main(argv) == 0
     scores = read_scores(lab / "kept" / "scores.json")
     assert (scores["n_passed"], scores["still"]["judging"]["states"]) == (0, {"missing": 10})
+
+
+def same_name(lab) -> list[str]:
+    """Folders of two systems, each with a run that is called seed-0."""
+    for system, run in (("a", "0"), ("b", "1")):
+        shutil.copytree(lab / "runs" / run, lab / system / "seed-0")
+    return [str(lab / "a"), str(lab / "b")]
+
+
+def test_scores_of_runs_with_one_name_in_two_folders_are_kept_apart(lab):
+    argv = ["grade", *same_name(lab), "--task", str(lab / "lab"), "--judge", "exact", "-o", str(lab / "kept")]
+    assert main(argv) == 0
+    kept = {str(file.parent.relative_to(lab / "kept")): read_scores(file) for file in lab.glob("kept/**/scores.json")}
+    assert {where: scores["run_id"] for where, scores in kept.items()} == {"a/seed-0": "run-0", "b/seed-0": "run-1"}
+    one = ["grade", str(lab / "a"), "--task", str(lab / "lab"), "--judge", "exact", "-o", str(lab / "one")]
+    assert main(one) == 0
+    assert read_scores(lab / "one" / "seed-0" / "scores.json")["run_id"] == "run-0"
+
+
+def test_two_runs_whose_scores_would_go_to_one_place_are_refused_before_any_call(lab, capsys):
+    runs = [f"{folder}/seed-0" for folder in same_name(lab)]
+    with JudgeServer() as server:
+        argv = ["grade", *runs, "--task", str(lab / "lab"), "--judge", f"m@{server.url}", "--no-cache"]
+        assert main([*argv, "-o", str(lab / "kept")]) == 2
+        assert server.requests == 0
+    said = capsys.readouterr().err
+    assert f"scores of {runs[0]} and of {runs[1]} would both go to {lab / 'kept' / 'seed-0'}" in said
+    assert not (lab / "kept").exists()
 
 
 def test_every_setting_has_its_flag(capsys):

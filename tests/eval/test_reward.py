@@ -47,6 +47,29 @@ def test_rewards_are_batched_cached_and_in_order():
             assert reward([(task, texts[8]), (task, texts[7])]) == [1.0, 0.0]
 
 
+def test_run_folders_with_the_same_files_are_judged_once_and_others_each(tmp_path):
+    tasks = make_task(2), make_task(2, prefix="C-9")
+    delivered = {
+        "a": ("memo.md", "<C-00000>"), "b": ("memo.md", "<C-00000>"), "c": ("memo.md", "<C-00000> <C-00001>"),
+        "d": ("list.md", "<C-00000>"),
+    }  # fmt: skip
+    for run, (name, text) in delivered.items():
+        (tmp_path / run / "output").mkdir(parents=True)
+        (tmp_path / run / "output" / name).write_text(text)
+        (tmp_path / run / "config.json").write_text(json.dumps({"run_id": run}))
+    with JudgeServer(by_content) as server:
+        with RubricReward(find_judge(f"m@{server.url}"), GradeConfig(criteria_per_call=0)) as reward:
+            same = reward.grade([(tasks[0], tmp_path / run) for run in "aba"])
+            assert len(server.log) == 1
+            assert [each.pass_rate for each in same] == [0.5, 0.5, 0.5]
+        server.log.clear()
+        with RubricReward(find_judge(f"m@{server.url}"), GradeConfig(criteria_per_call=0)) as reward:
+            found = reward([(tasks[0], tmp_path / "a"), *((tasks[0], tmp_path / run) for run in "cdb"),
+                            (tasks[1], tmp_path / "a")])  # fmt: skip
+            assert len(server.log) == 4
+            assert found == [0.5, 1.0, 0.5, 0.5, 0.0]
+
+
 def test_what_cannot_be_scored_is_none_and_never_zero():
     def rule(asked: Asked) -> Answer:
         return Answer("down", 500) if "<broken>" in asked.text else by_content(asked)

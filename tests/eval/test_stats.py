@@ -138,8 +138,44 @@ def test_macro_weighs_clusters_and_micro_weighs_items():
 
 
 def test_bootstrap_of_a_perfect_rate_is_not_a_point():
-    interval = stats.cluster_bootstrap(*spread([(30, 30)] * 10))
+    interval = stats.cluster_bootstrap(*spread([(30, 30)] * 30))
     assert interval.high - interval.low > 0.01
+
+
+@pytest.mark.parametrize("few", [2, 19])
+def test_fewer_than_twenty_clusters_get_the_interval_by_students_t(few):
+    data = spread([(30 - number % 2 * 15, 30) for number in range(few)])
+    assert stats.cluster_bootstrap(*data) == stats.clustered_rate(*data)
+    uneven = spread([(90, 100) if number % 2 else (0, 1 + number) for number in range(few)])
+    macro = stats.cluster_bootstrap(*uneven, macro=True)
+    means = stats.clustered_rate([0.9 if number % 2 else 0.0 for number in range(few)], range(few))
+    assert (macro.estimate, macro.low, macro.high) == (means.estimate, means.low, means.high)
+    assert (macro.n, macro.clusters, macro.method) == (len(uneven[0]), few, f"macro, {means.method}")
+
+
+@pytest.mark.parametrize("macro", [False, True])
+def test_two_clusters_that_are_apart_say_little(macro):
+    interval = stats.cluster_bootstrap(*spread([(29, 30), (15, 30)]), macro=macro)
+    assert interval.high - interval.low > 0.9
+
+
+@pytest.mark.parametrize("macro", [False, True])
+def test_twenty_clusters_are_still_resampled(macro):
+    data = spread([(10 + number, 30) for number in range(20)])
+    found = stats.cluster_bootstrap(*data, macro=macro, seed=1)
+    assert found.method == f"{'macro, ' if macro else ''}bootstrap over 20 clusters, 2000 draws, seed 1"
+    assert found != stats.cluster_bootstrap(*data, macro=macro, seed=2)
+
+
+@pytest.mark.parametrize("macro", [False, True])
+def test_coverage_of_the_interval_over_five_clusters(macro):
+    rng = random.Random("few")
+    hits = 0
+    for _ in range(300):
+        counts = [(sum(rng.random() < p for _ in range(30)), 30) for p in (rng.betavariate(4, 2) for _ in range(5))]
+        interval = stats.cluster_bootstrap(*spread(counts), macro=macro, draws=300)
+        hits += interval.low <= 4 / 6 <= interval.high
+    assert hits / 300 > 0.91
 
 
 def test_paired_difference_by_hand():

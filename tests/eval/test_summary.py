@@ -41,6 +41,17 @@ def test_rates_by_hand(tmp_path):
     assert {name: each.micro.estimate for name, each in areas.items()} == {"lease": 2 / 3, "tax": 5 / 6}
 
 
+def test_the_seed_decides_the_intervals_over_many_tasks(tmp_path):
+    runs = runs_of(tmp_path, {f"tax/{n:02d}": "pppf" if n % 3 else "pf" for n in range(24)})
+    found, values, tasks = summarise(runs, seed=3), [], []
+    for run in runs:
+        values += [verdict.passed for verdict in run.verdicts]
+        tasks += [run.task] * len(run.verdicts)
+    assert found.micro == cluster_bootstrap(values, tasks, seed=3)
+    assert found.macro == cluster_bootstrap(values, tasks, macro=True, seed=3)
+    assert found.micro != summarise(runs, seed=4).micro
+
+
 def test_what_was_judged_without_a_call_cost_nothing_and_other_files_do_not_say(tmp_path):
     (ours,) = runs_of(tmp_path / "a", {"tax/a": "pf"}, still={"judging": {"judges": {"exact": {"model": "exact"}}}})
     (theirs,) = runs_of(tmp_path / "b", {"tax/a": "pf"}, still={})
@@ -117,6 +128,18 @@ def test_loading_takes_the_latest_of_each_judge_and_no_stopped_ones(tmp_path):
     for nothing in (tmp_path / "empty", tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="still grade"):
             load_runs([nothing])
+
+
+def test_runs_in_two_folders_are_two_and_a_folder_graded_again_is_one(tmp_path):
+    for name in ("x", "y"):
+        write_run(tmp_path / name, "pf", model="m", run_id="seed-0")
+    for name, labels, when in (("x", "ff", "2025"), ("y", "pp", "2027")):
+        again = scores_of(labels, run_id="seed-0") | {"scored_at": f"{when}-01-01T00:00:00+00:00"}
+        (tmp_path / name / "scores_again.json").write_text(json.dumps(again))
+    runs = load_runs([tmp_path, tmp_path / "y" / ".." / "x"])
+    assert {run.path.parent.name: "".join(v.label[0] for v in run.verdicts) for run in runs} == {"x": "pf", "y": "pp"}
+    assert len(runs) == 2
+    assert summarise(runs).criteria == 4
 
 
 def test_runs_of_one_id_are_told_apart_by_their_task(tmp_path):

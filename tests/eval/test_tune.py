@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from judge_server import Answer, JudgeServer
@@ -226,6 +227,16 @@ def test_sides_that_overlap_or_hold_nothing_are_refused(graded, tmp_path):
             Tuner(ExactJudge(), ExactJudge(), runs, tasks, tuning, held_out, tmp_path)
     with pytest.raises(ValueError, match="rounds 0"):
         TuneConfig(rounds=0)
+
+
+@pytest.mark.parametrize("side", [0, 8])
+def test_two_runs_of_one_name_are_refused_on_either_side(graded, tmp_path, side):
+    tasks, runs, tuning, held_out = graded
+    first = next(run for run in runs if run.task == list(tasks)[side])
+    other = replace(first, system="another", folder=tmp_path)
+    with pytest.raises(ValueError, match=f"two runs of {first.task} are called '{first.run_id}'"):
+        Tuner(ExactJudge(), ExactJudge(), [*runs, other], tasks, tuning, held_out, tmp_path)
+    Tuner(ExactJudge(), ExactJudge(), [*runs, replace(other, run_id="another")], tasks, tuning, held_out, tmp_path)
 
 
 @pytest.mark.parametrize(

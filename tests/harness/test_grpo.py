@@ -13,15 +13,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from agent_cases import Reader, of, tiny_agent
-from trainer_cases import RUN, Honest, attentive, exact, log_of, matters, repeatable
+from trainer_cases import RUN, Honest, attentive, exact, log_of, matters, repeatable, written
 
 from still import methods
 from still.budgets import Split
 from still.cli import main
 from still.compactor import StillCompactor
+from still.harness.play import Outcome
 from still.harness.runs import read_run
 from still.harness.trainers import grpo as grpo_module
 from still.harness.trainers.behaviour import behaviour, was_cut
+from still.harness.trainers.commands import _tasks
 from still.harness.trainers.config import GrpoConfig, TrainSettings
 from still.harness.trainers.grpo import Rollouts, run_grpo
 from still.harness.trainers.ledgers import LEDGER, trajectory_of
@@ -68,7 +70,9 @@ def test_steps_roll_out_with_the_weights_that_they_train_and_resume_alike(tmp_pa
     shutil.rmtree(cut / "checkpoint-2")
     shutil.rmtree(cut / "trained")
     next(iter((cut / "rollouts" / "step-0001").rglob("metrics.json"))).unlink()
+    later = written(cut / "rollouts" / "step-0002")
     grpo(cut, tasks)
+    assert written(cut / "rollouts" / "step-0002") == later  # of the same weights: read, not played again
     assert repeatable(log_of(cut)) == repeatable(log)
     file = "trained/policy/model.safetensors"
     assert (cut / file).read_bytes() == (whole / file).read_bytes()
@@ -216,6 +220,80 @@ def test_steps_take_every_task_once_before_any_comes_again():
     passes = [[task.id for step in range(3) for task in source._order(3 * epoch + step)[:2]] for epoch in range(2)]
     assert [sorted(each) for each in passes] == [list(range(6))] * 2
     assert passes[0] != passes[1]  # each pass has an order of its own
+    uneven = source_for([SimpleNamespace(id=number) for number in range(7)], replace(CONFIG, tasks_per_step=3))
+    steps = [[task.id for task in uneven._order(step)] for step in range(7)]
+    assert all(sorted(each) == list(range(7)) for each in steps)
+    taken = [name for each in steps for name in each[:3]]
+    assert all(taken.count(number) == 3 for number in range(7))
+    assert [sorted(taken[7 * epoch : 7 * epoch + 7]) for epoch in range(3)] == [list(range(7))] * 3
+
+
+def test_rollouts_count_until_a_step_with_other_weights_comes_to_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo_module, "digest", lambda module: "ours")
+    source, steps = source_for((), CONFIG, tmp_path), [tmp_path / "rollouts" / f"step-{n:04d}" for n in range(4)]
+    for step, digest in zip(steps, (None, "ours", "ours", "of others"), strict=True):
+        step.mkdir(parents=True)
+        (step / "rewards-0.json").write_text("{}")
+        if digest:
+            (step / "weights.json").write_text(json.dumps({"digest": digest, "version": 0}))
+
+    def there():
+        return [(step / "rewards-0.json").exists() for step in steps]
+
+    source._claim(steps[0], 0)
+    assert there() == [False, True, True, True]  # what an interrupted removal left is no rollouts of these weights
+    source._claim(steps[1], 1)
+    source._claim(steps[2], 2)
+    assert there() == [False, True, True, True]
+    source._claim(steps[3], 3)
+    assert there() == [False, True, True, False]
+    assert {json.loads((step / "weights.json").read_text())["digest"] for step in steps} == {"ours"}
+
+
+def test_what_failed_in_a_share_is_tried_again_by_one_process(tmp_path, monkeypatch):
+    ended, calls = [Outcome("a", tmp_path / "a" / "seed-0", "done", "finished", {})], []
+
+    def play(tasks, policy, run, folder, share=(0, 1), **more):
+        calls.append(share)
+        return ended
+
+    monkeypatch.setattr(grpo_module, "play_tasks", play)
+    monkeypatch.setattr(grpo_module, "barrier", lambda: None)
+    monkeypatch.setattr(grpo_module, "agreed", lambda value: ended if value is None else value, raising=False)
+    source = source_for((), CONFIG, module=SimpleNamespace(method=None))
+    for rank, shares in enumerate(([(0, 2), (0, 1)], [(1, 2)])):
+        calls.clear()
+        monkeypatch.setattr(grpo_module, "world", lambda rank=rank: (rank, 2))
+        assert list(source._play([SimpleNamespace(id="a")], "step-0", [0], tmp_path, None)) == ["step-0/a/seed-0"]
+        assert calls == shares
+
+
+def test_a_placement_is_fitted_to_as_many_rollouts_as_were_asked_for(tmp_path, monkeypatch):
+    def play(tasks, policy, run, folder, *, seeds, **more):
+        runs = itertools.product(tasks, seeds)
+        return [Outcome(task.id, folder / task.id / f"seed-{seed}", "done", "", {}) for task, seed in runs]
+
+    fitted = []
+    monkeypatch.setattr(grpo_module, "play_tasks", play)
+    monkeypatch.setattr(grpo_module, "rows_of_run", lambda root, *rest, **more: [str(root.relative_to(tmp_path))])
+    monkeypatch.setattr(grpo_module, "place", lambda module, rows, folder, settings: fitted.extend(rows))
+    module = SimpleNamespace(method=None, eval=lambda: None)
+    tasks, settings = [SimpleNamespace(id=name) for name in "ab"], replace(SETTINGS, place=5, compactor_mode="distill")
+    policy, tokenizer = (lambda loaded, window: None), SimpleNamespace(tokenizer=None)
+    Rollouts(module, tokenizer, tasks, RUN, CONFIG, settings, tmp_path, None, policy_of=policy).place()
+    assert len(fitted) == len(set(fitted)) == 5
+    past = CONFIG.steps * CONFIG.group
+    played = {tuple(Path(root).parts[-2:]) for root in fitted}
+    assert {(name, f"seed-{past + n}") for name in "ab" for n in range(2)} < played
+    assert {seed for _, seed in played} == {f"seed-{past + n}" for n in range(3)}
+
+
+def test_folders_of_tasks_that_share_ids_are_refused_and_one_given_twice_counts_once(tmp_path):
+    (one,), (other,) = (matters(tmp_path / name, (1,)) for name in ("one", "other"))
+    both = f"{re.escape(str(one.folder))} and {re.escape(str(other.folder))} are both called"
+    with pytest.raises(ValueError, match=both):
+        _tasks([tmp_path / "one", tmp_path / "other"])
+    assert [task.folder for task in _tasks([tmp_path / "one", tmp_path / "one" / "tasks"])] == [one.folder]
 
 
 def test_the_share_of_all_pass_in_a_reward_is_the_configs(tmp_path):
@@ -248,9 +326,21 @@ def test_the_clip_bounds_of_the_config_reach_the_loss(tmp_path, monkeypatch):
     assert seen == {"low": 0.1, "high": 0.3, "cap": 5.0, "kl": 0.01}
 
 
+def test_a_run_does_not_go_on_with_another_hold_out(tmp_path, monkeypatch):
+    def claimed(*args, **more):
+        raise LookupError
+
+    monkeypatch.setattr(grpo_module, "make_module", claimed)
+    loaded = SimpleNamespace(name="tiny", model=SimpleNamespace(device=torch.device("cpu")))
+    tasks, one, other = (matters(tmp_path / str(seed), (seed,)) for seed in (1, 7, 8))
+    for _ in range(2):
+        with pytest.raises(LookupError):
+            run_grpo(tasks, one, loaded, RUN, CONFIG, SETTINGS, tmp_path / "run", None, None)
+    with pytest.raises(ValueError, match=r"another tasks\.held_out:"):
+        run_grpo(tasks, other, loaded, RUN, CONFIG, SETTINGS, tmp_path / "run", None, None)
+
+
 def test_a_gain_counts_up_to_its_full_size(tmp_path):
-
-
     task = SimpleNamespace(criteria=[SimpleNamespace(id=name, expect={"value": "x"}) for name in "abc"])
     record = {"written": [], "answered": ["a"], "gain": {"a": 1.0, "b": -3.0, "c": 9.0}}
     (tmp_path / LEDGER).write_text(f"{json.dumps(record)}\n")

@@ -9,16 +9,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from agent_cases import tiny_agent
+from agent_cases import Reader, tiny_agent
+from judge_server import JudgeServer, make_task
 from test_windows import run
-from trainer_cases import RUN, exact, matters, scripted_teacher
+from trainer_cases import RUN, exact, matters, scripted_teacher, written
 
+from still.cli import main
 from still.harness.policies.local import LocalPolicy
+from still.harness.policies.scripted import ScriptedPolicy
 from still.harness.row_files import read_rows
+from still.harness.trainers import evaluate as evaluation
+from still.harness.trainers import isft as isft_module
+from still.harness.trainers.commands import _grade
 from still.harness.trainers.config import IsftConfig, TrainSettings
 from still.harness.trainers.evaluate import backend_config
 from still.harness.trainers.isft import meter_of, prepare, run_isft, tasks_of
 from still.harness.trainers.teacher import PRIVATE, OracleTeacher
+from still.harness.types import NoRoom
 from still.harness.windows import rows_of_run
 
 LEAK = "The rubric wants another term."
@@ -123,6 +130,49 @@ def test_attempts_that_would_all_be_alike_are_refused():
         IsftConfig(temperature=0.0, private="none")
 
 
+def test_a_models_verdicts_are_kept_in_the_runs_folder_and_never_asked_for_again(tmp_path):
+    pytest.importorskip("openai")
+    rollouts, root = [(make_task(3), "A memo."), (make_task(3), "Another.")], tmp_path / "run"
+    with JudgeServer() as server:
+        judge = f"m@{server.url}"
+        first = _grade(judge, root, "grading-0")
+        assert not root.exists()
+        told = [[each.label for each in grading.verdicts] for grading in first(rollouts)]
+        assert server.requests == 6
+        again = _grade(judge, root, "grading-0")
+        assert [[each.label for each in grading.verdicts] for grading in again(rollouts)] == told
+        assert server.requests == 6
+        _grade(judge, root, "report")(rollouts)
+        assert server.requests == 12
+    assert {file.name for file in (root / "verdicts").glob("*.sqlite")} == {"grading-0.sqlite", "report.sqlite"}
+
+
+def test_the_exact_judge_keeps_no_file(tmp_path):
+    (task,) = matters(tmp_path / "lab", (1,))
+    (grading,) = _grade("exact", tmp_path / "run", "report")([(task, "A memo.")])
+    assert (grading.n_passed < len(task.criteria), grading.n_unscored) == (True, 0)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--judge m@http://127.0.0.1:9/v1 --gradings 3", "gradings is 3; of one judge 2 are independent"),
+        ("--judge m@http://127.0.0.1:9/v1 --gradings 2", "is trained on and held out"),
+        ("--judge exact --gradings 3", "is trained on and held out"),
+    ],
+)
+def test_more_gradings_than_a_model_judge_has_prompts_are_refused_before_anything_is_written(
+    tmp_path, capsys, flags, said
+):
+    pytest.importorskip("openai")
+    matters(tmp_path / "lab", (1,))
+    common = ["--policy", "pocket-agent", "--backend", "memo", "--budget", "64t", "-o", str(tmp_path / "run")]
+    assert main(["isft", str(tmp_path / "lab"), "--held-out", str(tmp_path / "lab"), *common, *flags.split()]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_task_is_never_trained_on_and_held_out_and_a_folder_holds_one_run(tmp_path):
     tasks = matters(tmp_path / "lab", (1,))
     with pytest.raises(ValueError, match="is trained on and held out"):
@@ -141,6 +191,55 @@ def test_the_hold_out_is_played_on_text_and_on_slots(tmp_path):
     assert set(found["evaluation"]) == {"memo", "none"}
     assert found["evaluation"]["memo"]["rollouts"] == 1
     assert "95 % intervals" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_does_not_go_on_with_another_hold_out(tmp_path, monkeypatch):
+    def claimed(*args, **more):
+        raise LookupError
+
+    monkeypatch.setattr(isft_module, "make_module", claimed)
+    tasks, one, other = (matters(tmp_path / str(seed), (seed,)) for seed in (1, 7, 8))
+    for _ in range(2):
+        with pytest.raises(LookupError):
+            isft(tmp_path / "run", tasks, held_out=one)
+    with pytest.raises(ValueError, match=r"another tasks\.held_out:"):
+        isft(tmp_path / "run", tasks, held_out=other)
+
+
+def held_out_by(players, monkeypatch, folder, tasks):
+    """Evaluate on what these scripts play, one a task that is not finished."""
+    made = iter(players)
+    monkeypatch.setattr(evaluation, "LocalPolicy", lambda loaded, window: ScriptedPolicy(
+        loaded.tokenizer, lambda: next(made), window, loaded))  # fmt: skip
+    module = SimpleNamespace(eval=lambda: None, method=None)
+    return evaluation.evaluate(module, tiny_agent(layers=1), tasks, RUN, ["memo"], exact()[0], folder, ask=False)
+
+
+def breaking(problem):
+    def play(seen, limit):
+        raise problem
+
+    return play
+
+
+def test_a_hold_out_run_that_breaks_stops_the_evaluation_and_is_taken_up_again(tmp_path, monkeypatch):
+    tasks, root = matters(tmp_path / "held"), tmp_path / "evaluation"
+    said = rf"1 of 2 runs of the hold-out broke, first {root / 'memo' / tasks[1].id}/seed-0: RuntimeError: no server;"
+    with pytest.raises(ValueError, match=said):
+        held_out_by([Reader(), breaking(RuntimeError("no server"))], monkeypatch, root, tasks)
+    assert not (root / evaluation.DONE).exists()
+    first = f"memo/{tasks[0].id}/seed-0/events.jsonl"
+    before = written(root)[first]
+    found = held_out_by([Reader()], monkeypatch, root, tasks)
+    assert (found["memo"]["rollouts"], found["memo"]["failed"]) == (2, 0)
+    assert written(root)[first] == before
+
+
+def test_a_hold_out_run_without_room_counts_as_failed(tmp_path, monkeypatch):
+    tasks, root = matters(tmp_path / "held"), tmp_path / "evaluation"
+    found = held_out_by([Reader(), breaking(NoRoom("no room for a turn"))], monkeypatch, root, tasks)
+    assert (found["memo"]["rollouts"], found["memo"]["failed"]) == (1, 1)
+    assert json.loads((root / evaluation.DONE).read_text()) == found
 
 
 def test_a_hold_out_is_played_greedily():

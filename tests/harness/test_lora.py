@@ -63,3 +63,11 @@ def test_rollouts_are_played_with_the_adapter_that_trains(tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["gap"] < 1e-4 for line in log] == [True, True]
     assert (tmp_path / "run" / "trained" / "policy" / "adapter_model.safetensors").is_file()
+
+
+def test_adapters_of_a_bf16_model_train_in_fp32():
+    loaded = tiny_agent(layers=1)
+    loaded.model.bfloat16()
+    module, _ = make_module(loaded, None, SETTINGS)
+    assert {p.dtype for p in module.policy.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in module.policy.parameters() if not p.requires_grad} == {torch.bfloat16}

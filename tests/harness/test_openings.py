@@ -152,6 +152,18 @@ def test_log_probabilities_are_those_of_rows_one_by_one():
             assert torch.allclose(found, module.logprobs(row), atol=1e-5)
 
 
+def test_log_probabilities_are_those_of_a_model_that_scales_its_logits(monkeypatch):
+    loaded = tiny_agent()
+    monkeypatch.setattr(loaded.model.config, "logits_scaling", 4.0, raising=False)  # as Granite's forward divides them
+    module, row = RowModel(loaded.model), rows(260)[0]
+    with torch.no_grad():
+        whole = (loaded.model(torch.tensor([row.input_ids])).logits[0] / 4).log_softmax(-1)
+        trained = [(place - 1, label) for place, label in enumerate(row.labels) if label >= 0]
+        expected = torch.stack([whole[place, label] for place, label in trained])
+        assert torch.allclose(module.logprobs(row), expected, atol=1e-5)
+        assert torch.allclose(module.logprobs_of_text([row])[0], expected, atol=1e-5)
+
+
 def test_an_opening_ends_before_what_is_trained_and_few_tokens_are_none():
     first = plain_row(list(range(100)), range(60, 70))
     assert opening_of(first) == list(range(59))  # token 59 predicts the first that is trained

@@ -231,6 +231,17 @@ def test_a_served_model_gives_the_local_greedy_ids(serve):
     assert turns[0][2].output_ids == turns[0][3].output_ids
 
 
+def test_a_server_is_told_to_draw_from_the_models_own_distribution(serve):
+    loaded = tiny_agent()
+    server = serve(loaded=loaded)
+    session = TokenServerPolicy(ServerConfig("tiny", server.url, window=4000), loaded.tokenizer).session([])
+    session.start([Message("system", "S"), Message("user", "Read it all.")])
+    session.sample(Limit(4))
+    (body,) = server.requests
+    own = {"top_p": 1, "top_k": -1, "min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
+    assert {name: body.get(name) for name in own} == own
+
+
 @pytest.mark.parametrize("backend", ["memo", "trim", "none", "full", "plain"])
 def test_text_backends_run_on_chat_completions_with_retries_and_cost(tmp_path, serve, backend):
     server = serve(player=Reader(), failures=2)

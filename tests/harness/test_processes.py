@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from agent_cases import tiny_agent
-from trainer_cases import RUN, exact, matters, scripted_teacher
+from trainer_cases import RUN, exact, matters, scripted_teacher, written
 
 from still.harness.policies.local import LocalPolicy
 from still.harness.trainers import evaluate as evaluation
@@ -38,11 +37,6 @@ def process(monkeypatch, rank: int, room) -> None:
             raise Waits
 
     monkeypatch.setattr(room, "barrier", barrier)
-
-
-def written(root: Path) -> dict[str, int]:
-    """When the log of each run folder was written last."""
-    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("events.jsonl")}
 
 
 def test_a_share_is_every_so_manieth(monkeypatch):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from agent_cases import Reader
@@ -11,10 +14,10 @@ from transformers import AutoTokenizer
 from still.cli import main
 from still.eval.matters.lab_format import write_lab_tasks
 from still.eval.tasks import load_task
-from still.harness.play import play_tasks
+from still.harness.play import claim, play_tasks, run_id
 from still.harness.policies.scripted import ScriptedPolicy
 from still.harness.run_config import RunConfig
-from still.harness.runs import read_run
+from still.harness.runs import RunError, read_run
 from still.models import find
 
 
@@ -98,3 +101,41 @@ def test_one_task_that_breaks_leaves_the_others_alone(tmp_path, lab):
     assert outcomes[0].reason == "RuntimeError: no script"
     events = read_run(outcomes[0].folder)
     assert [event["event"] for event in events] == ["run", "error"]
+
+
+def graded_otherwise(task):
+    first, *others = task.criteria
+    return replace(task, criteria=(replace(first, match_criteria="PASS if it says so."), *others))
+
+
+def test_two_tasks_of_one_id_are_refused_before_anything_is_played(tmp_path, lab):
+    other = write_lab_tasks(tmp_path / "other", "practice", [0], "tiny")
+    tasks = [load_task(folder) for folder in (*lab, *other)]
+    policy = ScriptedPolicy(AutoTokenizer.from_pretrained(find("pocket").path), Reader, 3000)
+    both = f"{re.escape(str(lab[0]))} and {re.escape(str(other[0]))} are both called"
+    with pytest.raises(ValueError, match=both):
+        play_tasks(tasks, policy, RunConfig(backend="full", tools=("read", "write")), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_of_other_settings_have_other_names(lab):
+    task, one = load_task(lab[0]), SimpleNamespace(name="one")
+    config = RunConfig(backend="kv", ratio=8.0)
+    method = SimpleNamespace(options=lambda: {"chunk": 64})
+    runs = [
+        (task, one, config), (task, one, replace(config, ratio=4.0)), (task, one, replace(config, seed=1)),
+        (task, one, replace(config, ratio=None, budget="100t")), (task, one, replace(config, ratio=None, budget="9t")),
+        (task, SimpleNamespace(name="another"), config), (graded_otherwise(task), one, config),
+        (task, one, config, method),
+    ]  # fmt: skip
+    names = [run_id(*run) for run in runs]
+    assert len(set(names)) == len(runs)
+    assert names[0] == run_id(load_task(lab[0]), SimpleNamespace(name="one"), RunConfig(backend="kv", ratio=8.0))
+
+
+def test_a_folder_of_a_task_that_was_graded_otherwise_is_refused(tmp_path, lab):
+    task, policy, config = load_task(lab[0]), SimpleNamespace(name="one"), RunConfig(backend="full")
+    claim(task, policy, config, tmp_path / "run")
+    claim(load_task(lab[0]), policy, config, tmp_path / "run")
+    with pytest.raises(RunError, match="holds a run with content"):
+        claim(graded_otherwise(task), policy, config, tmp_path / "run")

@@ -9,9 +9,12 @@ import torch
 from agent_cases import tiny_agent
 from trainer_cases import log_of, plain_row, repeatable
 
+from still import methods
+from still.compactor import StillCompactor
 from still.harness.trainers.config import TrainSettings
 from still.harness.trainers.loop import RowTrainer
 from still.harness.trainers.model import RowModel, Share
+from still.harness.trainers.setup import make_module
 from still.harness.trainers.steps import RowSource, own_batches, shares_of
 from still.harness.trainers.weights import digest, load_weights
 
@@ -116,3 +119,14 @@ def test_every_epoch_has_all_trajectories_in_an_order_of_its_own():
     assert [sorted(each) for each in epochs] == [sorted(row.trajectory_id for row in rows)] * 2
     assert epochs[0] != epochs[1]
     assert source.step(1) == RowSource(rows, 2, TrainSettings(), seed=0).step(1)
+
+
+def test_weights_narrower_than_fp32_do_not_train_but_may_be_frozen():
+    loaded = tiny_agent(layers=1)
+    loaded.model.bfloat16()
+    with pytest.raises(ValueError, match=r"would train in bfloat16.* --dtype float32 .*--train-policy lora"):
+        make_module(loaded, None, TrainSettings(train_policy="full"))
+    method = methods.get("still", compactor=StillCompactor.for_model(loaded.model, ratio=4, chunk=2048))
+    module, _ = make_module(loaded, method, TrainSettings(train_policy="frozen", compactor_mode="rl"))
+    assert not any(p.requires_grad for p in module.policy.parameters())
+    assert make_module(tiny_agent(layers=1), None, TrainSettings(train_policy="full"))

@@ -138,6 +138,11 @@ def matters(root, seeds=(1, 2), difficulty=TINY):
     return [load_task(place) for place in write_lab_tasks(root, "practice", list(seeds), difficulty, "train")]
 
 
+def written(root) -> dict[str, int]:
+    """When the log of each run folder was written last."""
+    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("events.jsonl")}
+
+
 def exact() -> list:
     """Two graders that share nothing."""
     return [RubricReward(find_judge("exact")).grade for _ in range(2)]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from test_distill_train import QUICK, random_rows
+from test_objective import scaled_model
 from tiny_models import qwen3_config, random_ids, tiny_model
 from tiny_text import tiny_base
 
 from still import methods
 from still.allocation import allocate, learn_split, measure_split
+from still.attention import attending
 from still.budgets import Split
+from still.calibration import Trial
 from still.compactor import StillCompactor, fingerprint
 from still.distill.config import TrainConfig
-from still.distill.data import Row
+from still.distill.data import Row, collate
+from still.distill.objective import IGNORE
 from still.distill.train import train
 
 ONLY = (1, 1)
@@ -88,3 +94,20 @@ def test_training_with_splits_reaches_every_head(tmp_path):
     assert all(layer.bank.abs().amax((1, 2)).min() > 0 for layer in trained.layers.values())
     plain = train(base, random_rows(6, tokens=40), tmp_path / "plain", TrainConfig(**QUICK), progress=False)
     assert not plain or not any(name.startswith("uneven") for name in plain)
+
+
+@pytest.mark.parametrize("questions", [0, 2])
+def test_calibration_asks_as_training_does(questions):
+    """The question's first form right after the context, and what stays raw before it."""
+    model, ids = scaled_model("granite"), [random_ids(n, seed=n).tolist() for n in range(1, 10)]
+    turns = [(ids[2], ids[3]), (ids[4], ids[1]), (ids[0], ids[5])]
+    row = Row("r", random_ids(20).tolist(), turns, opening=[ids[6], ids[7], ids[8]], raw_ids=random_ids(4).tolist())
+    batch = collate([row], random.Random("5:0"), questions)
+    with attending(model):
+        (sitting,) = Trial(model, [row], methods.get("truncation"), questions, seed=5).sittings()
+    assert sitting.turn_ids.tolist() == batch["turn_ids"].tolist()
+    wanted = batch["labels"][0, 1:] != IGNORE
+    assert sitting.wanted.tolist() == wanted.tolist()
+    whole = torch.cat((batch["context_ids"], batch["turn_ids"]), dim=1)
+    expected = model(whole).logits[0, row.tokens : -1][wanted].log_softmax(-1)
+    torch.testing.assert_close(sitting.teacher, expected, atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ import torch
 from cache_cases import StridedCompactor, compact, masked_logits, read, strided
 from tiny_models import random_ids, tiny_model
 
-from still.cache import StillCache
+from still.cache import CompactLayer, StillCache
 from still.types import CompactKV
 
 CHUNK, KEEP = 16, 4
@@ -282,3 +282,26 @@ def test_bad_settings_are_refused_by_name(model):
 
     with pytest.raises(ValueError, match="Generous kept 5 slots of layer 0; the budget of 16 columns is 4"):
         feed(model, StillCache(Generous(CHUNK), 4, keep_last=0, config=model.config), random_ids(1, CHUNK))
+
+
+def test_columns_that_are_away_come_back_to_be_compacted_and_leave_again(model, monkeypatch):
+    """Layer 1 is away: where its columns are is not where it computes."""
+    events = []
+
+    class Watching(StridedCompactor):
+        def compact_layer(self, layer, *args):
+            events.append(("compact", layer))
+            return super().compact_layer(layer, *args)
+
+    def prefetch(layer):
+        events.append(("prefetch", layer.index))
+        layer.device = layer.keys.device
+
+    monkeypatch.setattr(CompactLayer, "prefetch", prefetch)
+    monkeypatch.setattr(CompactLayer, "offload", lambda layer: events.append(("offload", layer.index)))
+    cache = StillCache(Watching(CHUNK), 4, keep_last=CHUNK, config=model.config)
+    model(random_ids(1, CHUNK), past_key_values=cache)
+    cache.layers[1].device = torch.device("meta")
+    cache.compact(keep_last=0)
+    assert events == [("compact", 0), ("prefetch", 1), ("compact", 1), ("offload", 1)]
+    assert (cache.slots, cache.physical_length) == (4, 4)

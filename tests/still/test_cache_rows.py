@@ -11,6 +11,7 @@ from tiny_models import CONFIGS, left_padded, random_ids, tiny_model
 
 import still.attention
 from still.cache import StillCache
+from still.compactor import StillCompactor
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 CHUNK = 16
@@ -179,3 +180,30 @@ def test_padding_that_the_cache_was_not_told_of_is_refused():
         model.generate(ids, attention_mask=mask, past_key_values=grow(model), **GREEDY)
     with pytest.raises(ValueError, match="attention_mask=attention_mask"):
         model.generate(ids.clamp(min=3), past_key_values=grow(model, mask), **GREEDY)
+
+
+def test_rows_that_are_as_wide_with_unequal_slots_keep_the_bias_of_each_slot():
+    model = tiny_model(attention="still")
+    compactor = StillCompactor.for_model(model, slots=4, chunk=CHUNK, beta=True)
+    for layer in compactor.layers.values():
+        layer.beta_head.weight.normal_(std=0.5)
+
+    def answers(ids, question, mask=None):
+        cache = StillCache(compactor, slots=4, keep_last=0, attention_mask=mask)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read(model, ids, mask, cache)
+        slots, width = cache.row_slots(), cache.physical_length
+        parts = [
+            model(**cache.continuation(part), past_key_values=cache).logits[:, -1] for part in question.split(2, dim=1)
+        ]
+        return slots, width, torch.stack(parts, dim=1)
+
+    texts, ids, mask = batch_of((36, 24))
+    question = random_ids(2, 4, seed=1)
+    slots, width, together = answers(ids, question, mask)
+    assert (slots, width) == ([8, 4], 12)
+    for row, text in enumerate(texts):
+        own, width, alone = answers(text[None], question[row : row + 1])
+        assert (own, width) == ([slots[row]], 12)
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=0)

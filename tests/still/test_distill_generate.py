@@ -20,7 +20,7 @@ from still.distill.answers import Answerer
 from still.distill.config import DataConfig
 from still.distill.data import load_rows
 from still.distill.dedup import Deduplicator
-from still.distill.documents import Context, Document, cut, read_documents
+from still.distill.documents import Context, Document, cut, held_out_names, read_documents
 from still.distill.generate import generate
 from still.distill.journal import Journal
 from still.distill.questions import parse
@@ -144,6 +144,35 @@ def test_documents_become_rows_that_load(tmp_path, folder):
         renderer.context(context), [turn["question"] for turn in line["turns"]], config.temperature
     )
     assert [answer.text for answer in again] == [turn["answer"] for turn in line["turns"]]  # the base's own answers
+
+
+def test_a_context_that_changes_its_split_is_answered_anew_for_it(tmp_path, folder):
+    base, settings = talkative_base(), SETTINGS | {"held_out": 1e-6, "concurrency": 1}
+    renderer, rows = Renderer(base.tokenizer), tmp_path / "rows"
+    (folder / "sub" / "copy.md").unlink()
+    (late,) = held_out_names(read_documents(folder)[0], settings["held_out"], 0)
+    text = (folder / late).read_text()
+    (folder / late).unlink()
+    (moved,) = held_out_names(read_documents(folder)[0], settings["held_out"], 0)
+
+    def made():
+        with Server(three_questions) as server:
+            generate(folder, rows, base, DataConfig(**settings, endpoint=server.url), progress=False)
+        lines = [json.loads(line) for path in rows.glob("*.jsonl") for line in path.read_text().splitlines()]
+        return {line["source"]: line for line in lines}, len(server.prompts)
+
+    before, asked = made()
+    assert (before[moved]["split"], asked) == ("validation", 5)
+    (folder / late).write_text(text)
+    after, asked = made()
+    assert (after[moved]["split"], after[late]["split"], asked) == ("train", "validation", 1)
+    assert {name: row for name, row in after.items() if name not in (moved, late)} == {
+        name: row for name, row in before.items() if name != moved
+    }
+    questions = [turn["question"] for turn in after[moved]["turns"]]
+    context = renderer.context([(part["name"], part["text"]) for part in after[moved]["context"]])
+    drawn = Answerer(base.model, renderer, 32).with_context(context, questions, DataConfig().temperature)
+    assert [answer.text for answer in drawn] == [turn["answer"] for turn in after[moved]["turns"]]
 
 
 def test_edits_change_the_context_and_guessable_questions_are_dropped(tmp_path):

@@ -330,6 +330,26 @@ def test_the_command_trains_from_a_file(tmp_path, capsys):
     assert "--compactor.block: a compactor has no such field" in capsys.readouterr().err
 
 
+def test_the_command_trains_a_bias_on_a_model_of_stock_attention(tmp_path):
+    base = tiny_base()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    turn = {"question": "What is due?", "answer": "7 pounds"}
+    rows = [{"id": str(i), "context": f"Clause {i}. The sum of {i} pounds is due.", "turns": [turn]} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = main(
+        [
+            "train", str(tmp_path / "base"), "--data", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / "out"),
+            "--device", "cpu", "--ratios", "4", "--steps", "1", "--warmup", "0", "--batch", "2", "--held-out", "0.3",
+            "--compactor.beta", "true",
+        ]
+    )  # fmt: skip
+    assert code == 0
+    trained = StillCompactor.from_pretrained(tmp_path / "out", model=base.model)
+    assert trained.config.beta
+    assert all(layer.beta_head.weight.abs().max() > 0 for layer in trained.layers.values())
+
+
 TWO_PROCESSES = """
 import sys, torch
 sys.path.insert(0, {tests!r})

@@ -6,6 +6,8 @@ import hashlib
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, VOCAB, left_padded, random_ids, tiny_model
 from transformers import DynamicCache
 
@@ -177,9 +179,27 @@ def test_a_cartridge_learns_its_context_and_resumes(kind, tmp_path):
         assert torch.equal(ours.values, theirs.values)
     text = texts[0][None]
     assert divergence(model, trained, reading, text) < 0.7 * divergence(model, start, reading, text)
-    with pytest.raises(ValueError, match=r"holds 8 slots of 48 tokens at step 12; asked were 9 of 48 up to step 12"):
+    with pytest.raises(ValueError, match=r"holds 8 slots at step 12; asked were 9 up to step 12"):
         methods.get("cartridge", steps=12, checkpoint=path, **options).compact(model, reading, slots=9)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_cartridge_of_another_context_or_model_is_not_gone_on_with(tmp_path):
+    path, model = tmp_path / "cartridge.safetensors", tiny_model("qwen3")
+    cartridge = methods.get("cartridge", steps=1, texts=[random_ids(6)], batch=1, checkpoint=path)
+    contexts = [random_ids(1, 30, seed=seed) for seed in (0, 1)]
+    first = cartridge.compact(model, read(model, contexts[0]), slots=4)
+    for other, ids in ((model, contexts[1]), (tiny_model("qwen3", vocab_size=VOCAB + 1), contexts[0])):
+        with pytest.raises(ValueError, match=r"cartridge\.safetensors is of another context or model"):
+            cartridge.compact(other, read(other, ids), slots=4)
+    again = cartridge.compact(model, read(model, contexts[0]), slots=4)
+    assert torch.equal(again.layers[1].values, first.layers[1].values)
+    with safe_open(str(path), "pt") as file:
+        meta = file.metadata()
+    del meta["of"]
+    save_file(load_file(path), path, metadata={**meta, "tokens": "30"})
+    with pytest.raises(ValueError, match="of another context or model"):
+        cartridge.compact(model, read(model, contexts[0]), slots=4)
 
 
 def test_a_cartridge_makes_its_own_texts_and_refuses_batches():

@@ -379,3 +379,9 @@ def test_attention_matching_asks_from_right_behind_the_context():
         expected = rotate(content, *view.rotary.cos_sin(view.layer, where)).unflatten(1, (2, 2)).flatten(2, 3)
         found = methods.get("attention_matching", future=5, references=10**6).reference_queries(view)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "kernel_size"), [(0, 5), (32, 4), (32, 0)])
+def test_snapkv_refuses_no_window_and_even_averages(window, kernel_size):
+    with pytest.raises(ValueError, match=rf"window is {window} and kernel_size {kernel_size}; .* kernel_size odd"):
+        methods.get("snapkv", window=window, kernel_size=kernel_size)

@@ -6,11 +6,29 @@ import pytest
 import torch
 from test_compactor import answer, checksum, model_for, stirred
 from test_perceiver import OPTIONS
-from tiny_models import CONFIGS, VOCAB, left_padded, random_ids, tiny_model
+from tiny_models import COMMON, CONFIGS, VOCAB, left_padded, random_ids, tiny_model
+from transformers import CONFIG_MAPPING
 
-from still import StillCompactor, read
+from still import StillCompactor, calling, read
+from still.budgets import Split
 from still.distill import objective
 from still.distill.objective import IGNORE, Distiller, top_k_kl
+
+SCALED = {
+    "granite": {"logits_scaling": 0.5, "attention_multiplier": 0.125},
+    "hyperclovax": {"logits_scaling": 2.0, "attention_multiplier": 0.125},
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "qwen3": {},
+}
+"""Models whose forward scales or caps the logits, and one whose forward does not."""
+
+
+def scaled_model(kind):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
+    config = CONFIG_MAPPING[kind](**COMMON, num_hidden_layers=2, **SCALED[kind])
+    return tiny_model(config, attention="eager" if kind == "gemma2" else "sdpa")
 
 
 def by_hand(teacher, student, gold, k):
@@ -267,3 +285,32 @@ def test_layers_look_for_themselves_while_they_train():
     served, not_served = scouted.eval()(**batch, slots=6), alone.eval()(**batch, slots=6)
     torch.testing.assert_close(not_served.loss, by_itself.loss)
     assert (served.loss - by_itself.loss).abs() > 1e-3
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_logits_of_hidden_states_are_those_of_the_models_own_forward(kind):
+    model, ids = scaled_model(kind), random_ids(2, 12)
+    states = model.get_decoder()(ids).last_hidden_state
+    logits, wanted = calling.logits_of(model, states), model(ids).logits
+    torch.testing.assert_close(logits, wanted)
+    changed = (model.get_output_embeddings()(states) - wanted).abs().max()
+    assert (changed == 0) if kind == "qwen3" else (changed > 0.1)
+
+
+@pytest.mark.parametrize("kind", ["granite", "hyperclovax"])
+def test_a_model_that_scales_its_logits_is_distilled_at_that_scale(kind):
+    distiller, batch = distiller_for(model=scaled_model(kind)), batch_of((20, 20), (7, 7))
+    check_against_a_loop(distiller, batch)
+    ids = torch.cat((batch["context_ids"], batch["turn_ids"]), dim=1)
+    logits = distiller.model(ids).logits[:, 20:-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
+    torch.testing.assert_close(distiller(**batch, slots=6).teacher_cross_entropy, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_split_may_leave_a_head_without_slots():
+    distiller, split = distiller_for(model=model_for({"beta": True})).train(), Split({0: (0, 1), 1: (1, 1)}, floor=0)
+    out = distiller(**batch_of(), slots=6, split=split)
+    out.loss.backward()
+    assert out.kl.isfinite()
+    reached = [layer.bank.grad.abs().amax((1, 2)) > 0 for layer in distiller.compactor.layers.values()]
+    assert [heads.tolist() for heads in reached] == [[False, True], [True, True]]

@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_distill_train import QUICK, assert_same, random_rows, weights
+from test_objective import scaled_model
 from tiny_models import random_ids, tiny_model
 from tiny_text import tiny_base
 from transformers import DynamicCache
 
 from still import StillCompactor
 from still.distill.config import TrainConfig
-from still.distill.data import Row
+from still.distill.data import Row, collate
+from still.distill.objective import IGNORE
 from still.distill.placing import ENOUGH, REACH, Asked, Look, fit_placement, informed, wanted
 from still.distill.train import train
 from still.placement import choose, inclusion
@@ -40,9 +42,10 @@ def test_what_is_wanted_is_the_attention_that_some_answer_gives():
     assert found.tokens[0].shape == (model.config.num_key_value_heads, 17, 2 * model.config.head_dim)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "granite"])
 @pytest.mark.parametrize("context", [(0, 20), (3, 20)])
-def test_what_a_context_adds_is_the_divergence_from_the_prediction_without_it(context):
-    model = tiny_model("qwen3")
+def test_what_a_context_adds_is_the_divergence_from_the_prediction_without_it(context, kind):
+    model = scaled_model(kind)
     ids, asked = random_ids(1, 30), [24, 25, 28]
     places = torch.tensor([place for place in range(30) if not context[0] <= place < context[1]])
     mask = torch.ones(1, len(places), dtype=torch.long)
@@ -89,6 +92,13 @@ def test_contexts_of_one_text_share_its_reading(kind):
     assert look.cache.get_seq_length() == 60
 
 
+class NoShuffle:
+    """Draws in order."""
+
+    def sample(self, population, k):
+        return list(population)[:k]
+
+
 def entropy(share):
     return -(share.xlogy(share) + (1 - share).xlogy(1 - share))
 
@@ -99,6 +109,15 @@ def test_a_row_asks_for_every_token_of_its_answers():
     assert text.ids == [9, 8, 7, 0, 1, 2, 3, 4, 5, 6]
     assert text.context == (0, 3)
     assert [text.ids[place + 1] for place in text.asked] == [3, 4, 6]
+
+
+def test_a_row_asks_its_first_question_as_it_opens_after_the_context():
+    row = Row("r", [9, 8, 7], [([1, 2], [3, 4]), ([5], [6])], opening=[[1], [5, 5]], raw_ids=[0])
+    text, batch = Asked.of(row), collate([row], NoShuffle())
+    assert text.ids == [9, 8, 7, 0, 1, 3, 4, 5, 6] == [*row.context_ids, *batch["turn_ids"][0].tolist()]
+    assert [text.ids[place + 1] for place in text.asked] == [3, 4, 6]
+    asked = [place - row.tokens for place in text.asked]
+    assert asked == [place - 1 for place, label in enumerate(batch["labels"][0].tolist()) if label != IGNORE]
 
 
 def test_a_fitted_placement_keeps_what_answers_look_at():
