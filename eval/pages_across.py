@@ -62,7 +62,7 @@ def runs_page(
     body.append(_items_table(item_statistics(runs)))
     body.append(
         '<p class="faint">A task passes only if every criterion is met. Intervals are 95 %: criterion rates by a '
-        "bootstrap over tasks, since the criteria of a task stand or fall together; "
+        "bootstrap over tasks (below 20 by Student's t), since the criteria of a task stand or fall together; "
         "all-pass by Wilson's method, or robust to tasks where a task has several runs. Criteria without a verdict are "
         "in no rate.</p>"
     )

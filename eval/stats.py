@@ -64,6 +64,7 @@ def clustered_rate(
     clusters: Iterable[Hashable],
     confidence: float = 0.95,
     assumed_design_effect: float = LAB_DESIGN_EFFECT,
+    observations: int | None = None,
 ) -> Interval:
     """A rate over all observations (micro), with an interval that is robust to clusters.
 
@@ -78,11 +79,12 @@ def clustered_rate(
     Args:
         values: verdicts as 0 or 1 (or shares in between).
         clusters: the task or matter of each value, in the same order.
+        observations: behind the values, where these are means; as many as there are values unless given.
     """
     values, groups = _grouped(values, clusters)
     n, m = len(values), len(groups)
     rate = sum(values) / n
-    variance = _cluster_variance(groups, n, rate)
+    variance, n = _cluster_variance(groups, n, rate), observations or n
     if variance > 1e-18 and 0 < rate < 1:
         effective, method = min(n, rate * (1 - rate) / variance), f"Wilson, robust to {m} clusters, t({m - 1})"
     else:
@@ -129,8 +131,8 @@ def cluster_bootstrap(
     if len(groups) < FEW or len({total / size for total, size in sums}) == 1:
         if not macro:
             return clustered_rate(values, clusters, confidence)
-        found = clustered_rate([total for total, _ in sums], range(len(sums)), confidence)
-        return replace(found, n=len(values), method=f"macro, {found.method}")
+        found = clustered_rate([total for total, _ in sums], range(len(sums)), confidence, observations=len(values))
+        return replace(found, method=f"macro, {found.method}")
     rng = random.Random(f"cluster bootstrap:{seed}")
     rates = []
     for _ in range(draws):

@@ -30,7 +30,7 @@ class Summary:
         tasks: how many different ones.
         criteria: verdicts, unscored ones included.
         unscored: of these, neither pass nor fail.
-        micro: share of all scored criteria that pass, clustered by task (bootstrap); None where none was scored.
+        micro: share of all scored criteria that pass, by `stats.cluster_bootstrap`; None where none was scored.
         macro: mean over tasks of that share.
         all_pass: share of the runs in which every criterion passes: Wilson, and clustered by task where a task has
             several runs; None where it is unknown for every run.

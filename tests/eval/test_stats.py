@@ -148,9 +148,17 @@ def test_fewer_than_twenty_clusters_get_the_interval_by_students_t(few):
     assert stats.cluster_bootstrap(*data) == stats.clustered_rate(*data)
     uneven = spread([(90, 100) if number % 2 else (0, 1 + number) for number in range(few)])
     macro = stats.cluster_bootstrap(*uneven, macro=True)
-    means = stats.clustered_rate([0.9 if number % 2 else 0.0 for number in range(few)], range(few))
+    rates = [0.9 if number % 2 else 0.0 for number in range(few)]
+    means = stats.clustered_rate(rates, range(few), observations=len(uneven[0]))
     assert (macro.estimate, macro.low, macro.high) == (means.estimate, means.low, means.high)
     assert (macro.n, macro.clusters, macro.method) == (len(uneven[0]), few, f"macro, {means.method}")
+
+
+def test_few_clusters_of_one_size_and_nearly_one_rate_are_no_coin_flips():
+    data = spread([(78 + number % 5, 100) for number in range(10)])
+    micro, macro = (stats.cluster_bootstrap(*data, macro=kind) for kind in (False, True))
+    assert (macro.low, macro.high) == (pytest.approx(micro.low), pytest.approx(micro.high))
+    assert macro.high - macro.low < 0.06
 
 
 @pytest.mark.parametrize("macro", [False, True])
