@@ -283,7 +283,8 @@ def test_killed_at_random_moments_nothing_is_asked_twice_but_what_was_in_flight(
             asked = {each.ids[0] for each in server.log[start:]}
             assert not asked & known, "what was committed was asked again"
             known = committed(store)
-            assert len(asked - known) <= server.most_connections
+            # A connection may take the next call before the verdict of its last one is committed.
+            assert len(asked - known) <= 2 * server.most_connections
             open_calls += len(asked - known)
         assert not (run / "scores.json").exists()
         assert subprocess.run(argv, stdout=subprocess.DEVNULL, timeout=300).returncode == 0
