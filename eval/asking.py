@@ -211,16 +211,12 @@ class Asker:
         try:
             reply = await self.lane.run(attempt, estimate.total, self.retry)
             self._given_up = None
-            self._spend(batch, reply.tokens, len(criteria))
-            spent = reply.tokens if reply.tokens.input else estimate  # a server that counts nothing costs something
-            cost = self._cost(spent) or 0.0
+            spent, cost = self._spend(batch, reply.tokens, len(criteria), estimate)
             return reply
         except JudgeError as trouble:
             self._count_given_up(trouble)
             if trouble.tokens is not None:  # a refusal is billed like an answer
-                self._spend(batch, trouble.tokens, len(criteria))
-                spent = trouble.tokens if trouble.tokens.input else estimate
-                cost = self._cost(spent) or 0.0
+                spent, cost = self._spend(batch, trouble.tokens, len(criteria), estimate)
             raise
         finally:
             self.budget.settle(*held, spent, cost)
@@ -234,11 +230,14 @@ class Asker:
             self.stopped = f"{self._given_up} calls were given up and none was answered; the last one: {trouble}"
             self._stopped_until = time.monotonic() + _RECONSIDER
 
-    def _spend(self, batch: Batch, tokens: Tokens, criteria: int) -> None:
+    def _spend(self, batch: Batch, tokens: Tokens, criteria: int, estimate: Tokens) -> tuple[Tokens, float]:
+        """Count an answer, and say what the budget bears; a server that counts nothing costs what was estimated."""
         cost, known = self._cost(tokens), batch.ledger.dollars
         batch.ledger.fresh += tokens
         batch.ledger.dollars = None if cost is None or known is None else known + cost
         self._output = max(self._output, tokens.output // criteria)
+        spent = tokens if tokens.input else estimate
+        return spent, self._cost(spent) or 0.0
 
     def _cost(self, tokens: Tokens) -> float | None:
         """US dollars; None where the price is unknown, or the server did not count."""

@@ -167,7 +167,8 @@ class CompactLayer(DynamicLayer):
         elif self.live is not None and self.physical:
             bias = prefix_bias(self.physical, self.slot_positions, self.beta, self.live)
             return attention.Prefix(self.physical, bias, self.ragged)
-        elif self.beta is not None and (self.slot_positions < 0).any():  # rows as wide as each other, of unequal slots
+        elif self.beta is not None and self.lengths is not None and (self.slot_positions < 0).any():
+            # Padded rows that are as wide as each other, of unequal slots.
             live = torch.ones(self.batch, self.physical, dtype=torch.bool, device=self.keys.device)
             return attention.Prefix(
                 self.physical, prefix_bias(self.physical, self.slot_positions, self.beta, live), self.ragged

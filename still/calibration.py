@@ -30,6 +30,14 @@ class CalibrationRow(Protocol):
     turns: Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
+def as_asked(row: CalibrationRow, order: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of questions and of their answers, asked in this order; the first goes on where the context ends."""
+    turns = [(list(asked), list(answer)) for asked, answer in (row.turns[index] for index in order)]
+    first = row.opening[order[0]] if getattr(row, "opening", ()) else turns[0][0]
+    turns[0] = [*getattr(row, "raw_ids", ()), *first], turns[0][1]
+    return turns
+
+
 class Trial:
     """The calibration rows, the model, and the method that compacts.
 
@@ -62,10 +70,7 @@ class Trial:
                 raise ValueError(f"calibration row {len(self.rows)} has no question with an answer")
             rng = random.Random(f"{seed}:{len(self.rows)}")
             order = rng.sample(range(len(row.turns)), min(questions or len(row.turns), len(row.turns)))
-            turns = [(list(asked), list(answer)) for asked, answer in (row.turns[index] for index in order)]
-            first = list(row.opening[order[0]]) if getattr(row, "opening", ()) else turns[0][0]
-            turns[0] = [*getattr(row, "raw_ids", ()), *first], turns[0][1]
-            self.rows.append((list(row.context_ids), turns))
+            self.rows.append((list(row.context_ids), as_asked(row, order)))
         self.answer_tokens = sum(len(answer) for _, turns in self.rows for _, answer in turns)
 
     def sittings(self) -> Iterator[Sitting]:

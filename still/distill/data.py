@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from ..calibration import as_asked
 from .objective import IGNORE
 from .rendering import Renderer
 
@@ -256,13 +257,10 @@ def collate(rows: Sequence[Row], rng: random.Random, questions: int = 0, pad_id:
     turns = []
     for row in rows:
         order = rng.sample(range(len(row.turns)), min(questions or len(row.turns), len(row.turns)))
-        ids, labels = list(row.raw_ids), [IGNORE] * len(row.raw_ids)
-        for place, index in enumerate(order):
-            question, answer = row.turns[index]
-            if place == 0 and row.opening:
-                question = row.opening[index]
+        ids, labels = [], []
+        for question, answer in as_asked(row, order):
             ids += [*question, *answer]
-            labels += [IGNORE] * len(question) + list(answer)
+            labels += [IGNORE] * len(question) + answer
         turns.append((ids, labels))
     width, length = max(row.tokens for row in rows), max(len(ids) for ids, _ in turns)
     shape, after = (len(rows), width), (len(rows), length)

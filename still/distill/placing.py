@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ..calibration import as_asked
 from ..calling import logits_of, passing
 from ..compactor import StillCompactor
 from ..methods.base import attention_scale
@@ -59,10 +60,8 @@ class Asked(NamedTuple):
     @classmethod
     def of(cls, row: Row) -> Asked:
         """A training row with all its turns, each question after the answer before."""
-        ids, asked = [*row.context_ids, *row.raw_ids], []
-        for place, (question, answer) in enumerate(row.turns):
-            if place == 0 and row.opening:
-                question = row.opening[0]
+        ids, asked = list(row.context_ids), []
+        for question, answer in as_asked(row, range(len(row.turns))):
             first = len(ids) + len(question) - 1
             asked += range(first, first + len(answer))
             ids += [*question, *answer]

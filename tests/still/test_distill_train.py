@@ -303,17 +303,24 @@ def test_a_few_contexts_are_learnt_with_all_their_questions(tmp_path):
     assert f"| 4x | {scores['kl_4x']:.3f} | {scores['accuracy_4x']:.1%} |" in card
 
 
-def test_the_command_trains_from_a_file(tmp_path, capsys):
+def command_on(folder, contexts):
+    """A base in a folder, and the beginning of a command that trains on a file of as many contexts beside it."""
     base = tiny_base()
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
+    base.model.save_pretrained(folder / "base")
+    base.tokenizer.save_pretrained(folder / "base")
     turn = {"question": "What is due?", "answer": "7 pounds"}
-    rows = [{"id": str(i), "context": f"Clause {i}. The sum of {i} pounds is due.", "turns": [turn]} for i in range(5)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [f"Clause {i}. The sum of {i} pounds is due." for i in range(contexts)]
+    rows = [{"id": str(i), "context": text, "turns": [turn]} for i, text in enumerate(texts)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, output = str(folder / "rows.jsonl"), str(folder / "out")
+    return base, ["train", str(folder / "base"), "--data", data, "-o", output, "--device", "cpu"]
+
+
+def test_the_command_trains_from_a_file(tmp_path, capsys):
+    base, argv = command_on(tmp_path, contexts=5)
     code = main(
         [
-            "train", str(tmp_path / "base"), "--data", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / "out"),
-            "--device", "cpu", "--ratios", "2,4", "--steps", "2", "--batch", "2", "--held-out", "0.2",
+            *argv, "--ratios", "2,4", "--steps", "2", "--batch", "2", "--held-out", "0.2",
             "--compactor.blocks", "1", "--trainer.adam_epsilon", "1e-7",
         ]
     )  # fmt: skip
@@ -331,16 +338,10 @@ def test_the_command_trains_from_a_file(tmp_path, capsys):
 
 
 def test_the_command_trains_a_bias_on_a_model_of_stock_attention(tmp_path):
-    base = tiny_base()
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
-    turn = {"question": "What is due?", "answer": "7 pounds"}
-    rows = [{"id": str(i), "context": f"Clause {i}. The sum of {i} pounds is due.", "turns": [turn]} for i in range(3)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base, argv = command_on(tmp_path, contexts=3)
     code = main(
         [
-            "train", str(tmp_path / "base"), "--data", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / "out"),
-            "--device", "cpu", "--ratios", "4", "--steps", "1", "--warmup", "0", "--batch", "2", "--held-out", "0.3",
+            *argv, "--ratios", "4", "--steps", "1", "--warmup", "0", "--batch", "2", "--held-out", "0.3",
             "--compactor.beta", "true",
         ]
     )  # fmt: skip
