@@ -114,7 +114,7 @@ def append_rows(name: str, rows: Iterable[dict], config: dict, folder: Path = RO
     """Append measurements to `rows/<name>.csv`; conditions are added to each, `on` is the device."""
     device, git = describe_device(on), git_state() or {}
     known, named = versions(), ("still-kv", "torch", "transformers", *(("triton",) if on != "cpu" else ()))
-    threads = f", {os.cpu_count()} cores, {device.get('threads', '?')} threads"
+    threads = f", {os.cpu_count()} cores" + (f", {device['threads']} threads" if "threads" in device else "")
     common = {
         "config": json.dumps(config, sort_keys=True),
         "device": device["name"] + (threads if on == "cpu" else ""),

@@ -27,7 +27,7 @@ class TrainSettings:
             counts the same) or constant (Dr. GRPO); a mean per row is no choice.
         constant: tokens of a trajectory, for the constant normaliser.
         memo_weight: of memo tokens.
-        micro_tokens: tokens that one forward may hold, prefixes left out; a longer row goes alone.
+        micro_tokens: tokens that one forward may compute, slots' prefixes left out; a longer row goes alone.
         max_tokens: of a row with its prefix; more is an error, nothing is ever cut.
         checkpointing: gradient checkpointing of a policy that trains; a frozen one stays in evaluation mode.
         save_every: optimizer steps between two checkpoints.

@@ -16,11 +16,11 @@ from transformers import Trainer, TrainingArguments
 from ...distill.checkpoints import MARKER, is_complete, mark_complete, step_of, take_up
 from ...distill.progress import MetricsFile
 from ...distill.trainer import check_options
-from .attention import attending_rows
+from .attention import attending_rows, can_pack
 from .clock import Clock
 from .config import TrainSettings
 from .model import Outcome, RowModel, Share
-from .openings import can_share
+from .openings import LEAST, can_share
 from .sharding import check_deepspeed, check_fsdp, gather, prepare, reducing_once, whole_state
 from .steps import StepSource, StepStream
 from .weights import load_weights, save_weights
@@ -117,9 +117,12 @@ class RowTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Steps from the first one on; none is fetched ahead, since it may need the weights that the last one left."""
+        policy = self.module.policy
+        with attending_rows(policy):
+            packing = can_pack(policy, LEAST if can_share(policy) else 0)
         stream = StepStream(
             self.source, self.first_step, self.args.max_steps, self.args.process_index, self.args.world_size,
-            self.settings.micro_tokens, can_share(self.module.policy), self._ready,
+            self.settings.micro_tokens, can_share(policy), packing, self._ready,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(self.settings.train_seed)
         return DataLoader(stream, batch_size=None, generator=generator)

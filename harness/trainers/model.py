@@ -16,7 +16,7 @@ from ..backends.slots import check_attention
 from ..windows import IGNORE, KINDS, WindowRow
 from .attention import Packed, can_pack, packs_itself
 from .losses import policy_loss, sft_loss, token_weights
-from .openings import can_share, opening_of, read_opening, shared
+from .openings import can_share, read_opening, shared
 from .prefix import check_method, let_checkpoint_read, read_only, rebuild, to_slots_alone
 
 COMPACTOR_MODES = ("frozen", "distill", "rl", "joint")
@@ -156,28 +156,35 @@ class RowModel(nn.Module):
         """The same of several text rows: what all begin with once, and what follows in one forward."""
         if not rows:
             return []
-        start = shared([opening_of(row) for row in rows]) if can_share(self.policy) else 0
-        hidden = (self._hidden_packed if can_pack(self.policy, start) else self._hidden_padded)(rows, start)
-        places = [[place - start for place in _places(row)] for row in rows]
-        every = zip(hidden, places, rows, strict=True)
-        return [self._picked(logits_of(self.policy, own[where]), row) for own, where, row in every]
+        start = shared([row.input_ids for row in rows]) if can_share(self.policy) else 0
+        opening, every = (self._hidden_packed if can_pack(self.policy, start) else self._hidden_padded)(rows, start)
+        found = []
+        for own, row in zip(every, rows, strict=True):
+            places = _places(row)
+            inside = [place for place in places if place < start]
+            hidden = own[[place - start for place in places[len(inside) :]]]
+            hidden = torch.cat((opening[inside], hidden)) if inside else hidden
+            found.append(self._picked(logits_of(self.policy, hidden), row))
+        return found
 
-    def _hidden_padded(self, rows: Sequence[WindowRow], start: int) -> torch.Tensor:
-        """Last hidden states `[rows, longest, width]` of what follows `start` tokens that all rows begin with."""
+    def _hidden_padded(self, rows: Sequence[WindowRow], start: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Last hidden states of the `start` tokens that all rows begin with `[start, width]` (None where there are
+        none), and of what follows `[rows, longest, width]`."""
         device = self.policy.get_input_embeddings().weight.device
         ids = torch.zeros(len(rows), max(len(row.input_ids) for row in rows) - start, dtype=torch.long)
         for place, row in enumerate(rows):
             ids[place, : len(row.input_ids) - start] = torch.tensor(row.input_ids[start:])
         # No mask: what fills a row up stands behind it, where no token of a causal model looks.
-        inputs = {"input_ids": ids.to(device), "use_cache": False}
+        inputs, opening = {"input_ids": ids.to(device), "use_cache": False}, None
         if start:
-            opening = torch.tensor([rows[0].input_ids[:start]], device=device)
-            inputs |= passing(self.policy, read_opening(self.policy, opening, len(rows))) | {"use_cache": True}
+            first = torch.tensor([rows[0].input_ids[:start]], device=device)
+            opening, cache = read_opening(self.policy, first, len(rows))
+            inputs |= passing(self.policy, cache) | {"use_cache": True}
             inputs["position_ids"] = torch.arange(start, start + ids.shape[1], device=device)[None]
-        return self.policy.get_decoder()(**inputs).last_hidden_state
+        return opening, self.policy.get_decoder()(**inputs).last_hidden_state
 
-    def _hidden_packed(self, rows: Sequence[WindowRow], start: int) -> Sequence[torch.Tensor]:
-        """Last hidden states `[tokens, width]` of the same, where all stand one behind the other without padding."""
+    def _hidden_packed(self, rows: Sequence[WindowRow], start: int) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """The same, each row's `[tokens, width]`, where all stand one behind the other without padding."""
         device = self.policy.get_input_embeddings().weight.device
         packed = Packed(start, [len(row.input_ids) - start for row in rows])
         ids = rows[0].input_ids[:start] + [token for row in rows for token in row.input_ids[start:]]
@@ -186,7 +193,8 @@ class RowModel(nn.Module):
         inputs = {"input_ids": torch.tensor([ids], device=device), "position_ids": positions[None], "use_cache": False}
         if packs_itself(self.policy):
             inputs["attention_mask"] = packed.mask(device)
-        return self.policy.get_decoder()(**inputs).last_hidden_state[0, start:].split(packed.lengths)
+        hidden = self.policy.get_decoder()(**inputs).last_hidden_state[0]
+        return hidden[:start], hidden[start:].split(packed.lengths)
 
     def _behind_slots(self, out: Outcome, share: Share, known: dict) -> None:
         row = share.row

@@ -1,9 +1,9 @@
 """What several rows begin with, computed once for all of them.
 
-All windows of a matter begin with the same system prompt and assignment, and all rollouts of a group do. A causal model
-makes the same keys and values of them in every row, so one forward over the opening serves all rows of a micro-batch,
-which go on behind it; gradients of all rows meet in it. Shared prompts are known from serving (Hydragen, arXiv
-2402.05099) and from GRPO with one prompt a group (Prefix Grouper, arXiv 2506.05433).
+All windows of a matter begin with the same system prompt and assignment, and all rollouts of a group do; often these
+read the same document next. A causal model makes the same states of them in every row, so one forward over the opening
+serves all rows of a micro-batch, which go on behind it; gradients of all rows meet in it. Shared prompts are known from
+serving (Hydragen, arXiv 2402.05099) and from GRPO with one prompt a group (Prefix Grouper, arXiv 2506.05433).
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ from transformers.cache_utils import DynamicLayer
 
 from ...calling import passing
 from ...rope import layer_kinds
-from ..windows import IGNORE, WindowRow
 
 LEAST = 32
-"""Tokens of an opening that are worth a forward of their own."""
+"""Tokens that are worth a forward of their own."""
 
 
-def opening_of(row: WindowRow) -> list[int]:
-    """The tokens of a row before the first one whose prediction is trained."""
-    first = next((place for place, label in enumerate(row.labels) if label != IGNORE), len(row.labels))
-    return row.input_ids[: max(0, first - 1)]
+def in_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike, all but the last of either: something must go on behind them."""
+    most = min(len(first), len(second)) - 1
+    return next((place for place in range(most) if first[place] != second[place]), most)
 
 
-def shared(openings: Sequence[Sequence[int]]) -> int:
-    """How many tokens are computed once: those that all begin with; none of a few, or of one row alone."""
-    if len(openings) < 2:
+def shared(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens are computed once: those that all rows begin with; none of a few, or of one row alone."""
+    if len(rows) < 2:
         return 0
-    first, last = min(openings), max(openings)  # what these two begin with, all between them do
-    common = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    common = in_common(min(rows), max(rows))  # what these two begin with, all between them do
     return common if common >= LEAST else 0
 
 
@@ -42,8 +40,8 @@ def can_share(model) -> bool:
     return set(layer_kinds(model.config)) == {"full_attention"}
 
 
-def read_opening(model, ids: torch.Tensor, rows: int) -> Cache:
-    """A cache for one forward over what follows the opening in each row.
+def read_opening(model, ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, Cache]:
+    """Last hidden states of an opening `[tokens, width]`, and a cache for one forward over what follows in each row.
 
     Args:
         model: the policy.
@@ -51,8 +49,8 @@ def read_opening(model, ids: torch.Tensor, rows: int) -> Cache:
         rows: that go on behind it.
     """
     layers = [_Opening() for _ in layer_kinds(model.config)]
-    model.get_decoder()(input_ids=ids, **passing(model, Cache(layers=layers)), use_cache=True)
-    return Cache(layers=[_Behind(layer, rows) for layer in layers])
+    read = model.get_decoder()(input_ids=ids, **passing(model, Cache(layers=layers)), use_cache=True)
+    return read.last_hidden_state[0], Cache(layers=[_Behind(layer, rows) for layer in layers])
 
 
 class _Opening(DynamicLayer):

@@ -9,9 +9,9 @@ from typing import Protocol
 from torch.utils.data import IterableDataset
 
 from ..windows import IGNORE, KINDS, WindowRow, by_trajectory
+from .cuts import Cuts
 from .losses import Counted, row_scales
 from .model import Share
-from .openings import opening_of, shared
 
 
 class StepSource(Protocol):
@@ -73,52 +73,51 @@ class RowSource:
 
 
 def own_batches(
-    shares: Sequence[Share], rank: int, world: int, micro_tokens: int, sharing: bool = False
+    shares: Sequence[Share], rank: int, world: int, micro_tokens: int, sharing: bool = False, packing: bool = True
 ) -> list[list[Share]]:
-    """The micro-batches of one process: whole trajectories, the longest first to whoever has least.
+    """The micro-batches of one process, each process with as much to compute as the others.
 
-    Text rows stand by length, since a batch is padded to its longest. A process without a trajectory gets one row that
-    counts nothing, so that all take part in the step.
+    Text rows that begin alike stand together, or (nothing shared) those of one length, cut where least is computed in
+    all. Rows behind slots stay with those of their trajectory, whose prefixes they share: the longest trajectory first
+    to whoever has least. A process without rows gets one that counts nothing, so that all take part in the step.
 
     Args:
         shares: of the step.
         rank: of the process.
         world: processes.
         micro_tokens: that a batch computes; a row of more is a batch of its own.
-        sharing: what text rows of a batch begin with is computed once; those that begin alike stand together.
+        sharing: what text rows of a batch begin with is computed once.
+        packing: text rows stand one behind the other; else they are padded to the longest of their batch.
     """
-    groups: dict[str, list[Share]] = {}
+    text = [share for share in shares if not share.row.prefix_plan]
+    text.sort(key=(lambda share: share.row.input_ids) if sharing else (lambda share: -len(share.row.input_ids)))
+    cuts = Cuts([share.row.input_ids for share in text], micro_tokens, sharing, packing)
+    mine = [text[at] for at in cuts.batches(*cuts.divided(world)[rank])]
+    trajectories: dict[str, list[Share]] = {}
     for share in shares:
-        groups.setdefault(share.row.trajectory_id, []).append(share)
-    loads, mine = [0] * world, []
-    sizes = {name: sum(_tokens(share.row) for share in group) for name, group in groups.items()}
-    for name in sorted(groups, key=lambda name: (-sizes[name], name)):
+        if share.row.prefix_plan:
+            trajectories.setdefault(share.row.trajectory_id, []).append(share)
+    loads, sizes = [0] * world, {name: sum(map(_tokens, each)) for name, each in trajectories.items()}
+    for name in sorted(trajectories, key=lambda name: (-sizes[name], name)):
         lightest = loads.index(min(loads))
         loads[lightest] += sizes[name]
         if lightest == rank:
-            mine += groups[name]
-    if not mine:
-        return [[Share(shares[0].row, 0.0, shares[0].advantage, shares[0].reference)]]
-    # Rows behind slots stay beside those of their trajectory, with which they share a prefix.
-    placed = [(opening_of(share.row) if sharing and not share.row.prefix_plan else [], share) for share in mine]
-    placed.sort(key=lambda each: (each[0], 0 if each[1].row.prefix_plan else -_tokens(each[1].row)))
-    batches: list[list[tuple[list[int], Share]]] = []
-    for each in placed:
-        if batches and _computed([*batches[-1], each]) <= micro_tokens:
-            batches[-1].append(each)
+            mine += _filled(trajectories[name], micro_tokens)
+    return mine or [[Share(shares[0].row, 0.0, shares[0].advantage, shares[0].reference)]]
+
+
+def _filled(shares: Sequence[Share], micro_tokens: int) -> list[list[Share]]:
+    batches: list[list[Share]] = []
+    for share in shares:
+        if batches and sum(map(_tokens, batches[-1])) + _tokens(share) <= micro_tokens:
+            batches[-1].append(share)
         else:
-            batches.append([each])
-    return [[share for _, share in batch] for batch in batches]
+            batches.append([share])
+    return batches
 
 
-def _computed(placed: Sequence[tuple[list[int], Share]]) -> int:
-    """Tokens that a batch of shares with their openings goes through, without padding."""
-    once = shared([opening for opening, _ in placed])
-    return once + sum(_tokens(share.row) - once for _, share in placed)
-
-
-def _tokens(row: WindowRow) -> int:
-    return len(row.input_ids)
+def _tokens(share: Share) -> int:
+    return len(share.row.input_ids)
 
 
 class StepStream(IterableDataset):
@@ -132,15 +131,18 @@ class StepStream(IterableDataset):
         world: processes.
         micro_tokens: see `own_batches`.
         sharing: likewise.
+        packing: likewise.
         ready: called before each step is made.
     """
 
     def __init__(
         self, source: StepSource, start: int, stop: int, rank: int, world: int, micro_tokens: int,
-        sharing: bool = False, ready: Callable[[], None] = lambda: None,
+        sharing: bool = False, packing: bool = True, ready: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.source, self.start, self.stop = source, start, stop
-        self.share = {"rank": rank, "world": world, "micro_tokens": micro_tokens, "sharing": sharing}
+        self.share = {
+            "rank": rank, "world": world, "micro_tokens": micro_tokens, "sharing": sharing, "packing": packing,
+        }  # fmt: skip
         self.ready = ready
 
     def __iter__(self) -> Iterator[list[list[Share]]]:

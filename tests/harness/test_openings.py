@@ -11,7 +11,7 @@ from trainer_cases import assert_close, gradients, plain_row, rollout
 from still.harness.trainers import model
 from still.harness.trainers.attention import NAME, Packed, attending_rows, can_pack, row_attention
 from still.harness.trainers.model import RowModel, Share
-from still.harness.trainers.openings import LEAST, opening_of, shared
+from still.harness.trainers.openings import LEAST, shared
 from still.harness.trainers.steps import own_batches, shares_of
 
 OPENING = 90
@@ -72,9 +72,9 @@ def test_gradients_are_those_of_rows_one_by_one(kind, checkpointing, attention):
         assert_close(reference, backward(module, batches))
     counting.tokens = 0
     backward(module, [numbered[:4]])
-    padded = 4 * (OPENING + 70) if kind == "gemma3" else OPENING - 1 + 4 * 71
+    padded = 4 * (OPENING + 70) if kind == "gemma3" else OPENING + 4 * 70
     packed = kind != "gemma3" and attention == "sdpa"
-    assert counting.tokens == (OPENING - 1 + 41 + 26 + 71 + 2 if packed else padded)
+    assert counting.tokens == (OPENING + 40 + 25 + 70 + 1 if packed else padded)
     counting.tokens = 0
     backward(module, [numbered[:1]])
     assert counting.tokens == OPENING + 40
@@ -164,30 +164,49 @@ def test_log_probabilities_are_those_of_a_model_that_scales_its_logits(monkeypat
         assert torch.allclose(module.logprobs_of_text([row])[0], expected, atol=1e-5)
 
 
-def test_an_opening_ends_before_what_is_trained_and_few_tokens_are_none():
-    first = plain_row(list(range(100)), range(60, 70))
-    assert opening_of(first) == list(range(59))  # token 59 predicts the first that is trained
-    other = plain_row([*range(50), *range(200, 250)], range(70, 90))
-    assert shared([opening_of(first), opening_of(other)]) == 50
-    assert shared([opening_of(first)] * 2) == 59
-    assert shared([opening_of(first)]) == 0
-    assert shared([opening_of(first), opening_of(other)[: LEAST - 1]]) == 0
-    assert shared([opening_of(first), opening_of(first)[:LEAST]]) == LEAST
-    assert shared([opening_of(first), opening_of(plain_row([7, *range(99)], [50]))]) == 0
-    assert opening_of(plain_row(list(range(10)), [1])) == []
+def test_an_opening_ends_before_the_last_token_and_few_tokens_are_none():
+    first = list(range(100))
+    other = [*range(50), *range(200, 250)]
+    assert shared([first, other]) == shared([first, other, first]) == 50
+    assert shared([first]) == 0
+    assert shared([first] * 2) == 99  # something goes on behind it
+    assert shared([first, first[: LEAST + 1]]) == LEAST
+    assert shared([first, first[:LEAST]]) == 0
+    assert shared([first, [7, *first]]) == 0
 
 
 def test_micro_batches_hold_rows_that_begin_alike_and_as_many_tokens_as_are_computed():
     every = rows(260)
     shares = shares_of([every[0], every[4], every[2], every[1], every[3]], "token", 0, 1.0)
-    batches = own_batches(shares, 0, 1, OPENING - 1 + 41 + 26 + 71 + 2, sharing=True)
-    assert sorted(len(batch) for batch in batches) == [1, 4]
-    assert [len(b) for b in own_batches(shares, 0, 1, OPENING - 1 + 41 + 26 + 71 + 1, sharing=True)] != [1, 4]
-    assert {len(b) for b in own_batches(shares, 0, 1, OPENING - 1 + 41 + 26 + 71 + 2)} == {1, 2}
+    computed = OPENING + 40 + 25 + 70 + 1
+    assert sorted(len(batch) for batch in own_batches(shares, 0, 1, computed, sharing=True)) == [1, 4]
+    assert max(len(batch) for batch in own_batches(shares, 0, 1, computed - 1, sharing=True)) < 4
+    assert {len(b) for b in own_batches(shares, 0, 1, computed)} == {1, 2}
+    padded = OPENING + 4 * 70
+    assert sorted(len(b) for b in own_batches(shares, 0, 1, padded, sharing=True, packing=False)) == [1, 4]
+    assert max(len(b) for b in own_batches(shares, 0, 1, padded - 1, sharing=True, packing=False)) < 4
+
+
+def test_a_trained_token_may_stand_in_what_rows_begin_with():
+    begin = list(range(40, 140))
+    every = [
+        plain_row([*begin, 7, 8, 9, 10], [50, 51, 99, 100, 103], "a"),
+        plain_row([*begin, 11, 12], [50, 101], "b"),
+        plain_row([*begin, 7, 8, 9, 10], [50, 51, 99, 100, 103], "c"),  # what "a" did
+        plain_row(begin, [1, 60, 99], "d"),
+    ]
+    for attention in ("sdpa", "eager"):
+        loaded = tiny_agent()
+        loaded.model.set_attn_implementation(attention)
+        module = RowModel(loaded.model.requires_grad_(True)).train()
+        numbered = list(enumerate(every))
+        reference = backward(module, [[each] for each in numbered])
+        counting = Counting(loaded.model)
+        assert_close(reference, backward(module, [numbered]))
+        assert counting.tokens == 99 + (5 + 3 + 5 + 1 if attention == "sdpa" else 4 * 5)
 
 
 def test_windows_of_a_rollout_share_its_system_prompt_and_assignment(tmp_path):
     played = rollout(tmp_path, backend="memo", budget="400t", reads=1, reads_force=2)
-    openings = [opening_of(row) for row in played]
     assert len(played) > 2
-    assert shared(openings) > 200
+    assert shared([row.input_ids for row in played]) > 200

@@ -77,6 +77,7 @@ def test_every_row_is_in_exactly_one_micro_batch_of_one_process():
     lengths = [len(row.input_ids) for row in order[:-2]]
     assert lengths == sorted(lengths, reverse=True)  # little padding
     assert order[-2:] == behind  # a prefix is shared
+    assert behind in [[share.row for share in batch] for rank in (0, 1) for batch in own_batches(shares, rank, 2, 60)]
     source = RowSource(rows(), 2, settings, 0)
     epoch = [share.row.trajectory_id for step in range(3) for share in source.step(step)]
     assert sorted(epoch) == sorted(row.trajectory_id for row in rows())
