@@ -65,14 +65,18 @@ def mode() -> str:
 
 
 def runs_triton(
-    operation: str, tensors: Sequence[torch.Tensor], obstacle: str = "", dtypes: Sequence[torch.dtype] = FLOATS
+    operation: str,
+    tensors: Sequence[torch.Tensor],
+    obstacle: Callable[[], str] = str,
+    dtypes: Sequence[torch.dtype] = FLOATS,
 ) -> bool:
     """Whether the Triton kernel of `operation` runs on these tensors, or its reference.
 
     Args:
         operation: the public function's name.
         tensors: its inputs; the first one's device decides, all share one.
-        obstacle: why the kernel does not take these shapes or strides; empty where it does.
+        obstacle: says why the kernel does not take these shapes or strides, or nothing where it does; asked only where
+            the machine could run it.
         dtypes: what the first tensor may hold.
 
     Raises:
@@ -82,7 +86,7 @@ def runs_triton(
     if wanted == "reference":
         return False
     first = tensors[0]
-    reason = _missing(first.device, _ahead.get() is not None, wanted == "triton") or obstacle
+    reason = _missing(first.device, _ahead.get() is not None, wanted == "triton") or obstacle()
     if not reason and first.dtype not in dtypes:
         reason = f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {first.dtype}"
     if not reason:

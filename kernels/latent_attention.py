@@ -111,10 +111,13 @@ def takes(keys: torch.Tensor, values: torch.Tensor, width: int) -> bool:
     Raises:
         ValueError: the mode is `"triton"` and the kernels cannot run here.
     """
-    arch = 10 * dispatch.capability(keys.device)[0]
-    obstacle = unsupported(keys.shape[-1], width, 8 * keys.element_size(), arch)
-    if keys.shape[0] * keys.shape[1] > 65535:
-        obstacle = f"it takes up to 65535 rows and heads together, not {keys.shape[0]} x {keys.shape[1]}"
+
+    def obstacle() -> str:
+        if keys.shape[0] * keys.shape[1] > 65535:
+            return f"it takes up to 65535 rows and heads together, not {keys.shape[0]} x {keys.shape[1]}"
+        arch = 10 * dispatch.capability(keys.device)[0]
+        return unsupported(keys.shape[-1], width, 8 * keys.element_size(), arch)
+
     return dispatch.runs_triton("latent_attention", (keys, values), obstacle)
 
 

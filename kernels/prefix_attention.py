@@ -115,7 +115,7 @@ def attend_reference(query, keys, values, bias, scale, offsets, causal, mask) ->
 def _attend(query, keys, values, bias, scale, offsets, causal, mask) -> tuple[torch.Tensor, torch.Tensor]:
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = [x for x in (query, keys, values, bias, mask) if x is not None]
-    if not dispatch.runs_triton("prefix_attention", tensors, _obstacle(query, keys, values, bias, mask)):
+    if not dispatch.runs_triton("prefix_attention", tensors, lambda: _obstacle(query, keys, values, bias, mask)):
         if _flash_takes(query, keys, values, bias, offsets, causal, mask):
             return _flash(query, keys, values, bias, scale, offsets)
         return attend_reference(query, keys, values, bias, scale, offsets, causal, mask)

@@ -106,7 +106,7 @@ def _turn(operation, keys, cos, sin, positions, frequencies, scaling, out) -> to
     _check(operation, keys, cos, sin, positions, frequencies, out)
     strip = operation == "strip_rope"
     tables = (cos, sin) if positions is None else (positions, frequencies)
-    if dispatch.runs_triton(operation, [keys, *tables], _obstacle(keys, tables, out)):
+    if dispatch.runs_triton(operation, [keys, *tables], lambda: _obstacle(keys, tables, out)):
         from .rope_triton import Turn
 
         turned = Turn.apply(keys, *(x.detach() for x in tables), scaling, positions is not None, strip, strip, out)
@@ -154,7 +154,7 @@ def _check(operation, keys, cos, sin, positions, frequencies, out) -> None:
     rotary_dim = cos.shape[-1] if cos is not None else 2 * len(frequencies)
     if not 0 < rotary_dim <= head_dim:
         refuse(f"{rotary_dim} rotated dims do not fit into a head dim of {head_dim}")
-    if len({str(x.device) for x in given.values()}) > 1:
+    if any(x.device != keys.device for x in given.values()):
         refuse(f"all must be on one device, not {', '.join(sorted({str(x.device) for x in given.values()}))}")
     if positions is not None and positions.device.type == "cpu" and positions.numel():
         farthest = positions.abs().max().item()

@@ -29,7 +29,7 @@ def test_the_override_forces_and_refuses():
     with dispatch.use("triton"):
         assert dispatch.runs_triton("forced", [X])
         with pytest.raises(ValueError, match=r"forced cannot run on shapes \[2, 3\]: head dim 7"):
-            dispatch.runs_triton("forced", [X], obstacle="head dim 7")
+            dispatch.runs_triton("forced", [X], obstacle=lambda: "head dim 7")
         with pytest.raises(ValueError, match=r"not torch\.float64"):
             dispatch.runs_triton("forced", [X.double()])
         with dispatch.use("reference"):
