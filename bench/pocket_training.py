@@ -51,9 +51,10 @@ GAME = (
 )
 GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 5e-5 --warmup 8 --no-ask"
 GRPO_FALLING = GRPO.replace("--lr 5e-5 --warmup 8", "--lr 1e-4 --schedule linear --warmup 4")
-GRPO_LEDGER = f"{GRPO_FALLING} --credit ledger --credit-share 0.7 --potential written"
 GRPO_LINES = f"{GRPO_FALLING} --credit lines --credit-share 1 --potential written"
-GRPO_12_LINES = GRPO_LINES.replace("--tasks-per-step 4", "--tasks-per-step 3")
+GRPO_12 = GRPO_FALLING.replace("--tasks-per-step 4", "--tasks-per-step 3")
+GRPO_12_LINES = f"{GRPO_12} --credit lines --credit-share 1 --potential written"
+GRPO_12_LEDGER = f"{GRPO_12} --credit ledger --credit-share 0.7 --potential written"
 GRPO_KV = (
     "grpo --backend kv --ratio 32 --compactor-mode rl --steps 40 --tasks-per-step 4 --group 8 --lr 1e-4 "
     "--schedule linear --warmup 4 --no-ask --credit lines --credit-share 1"
@@ -146,11 +147,11 @@ class Run:
 RUNS = (
     *(Run("grpo", GRPO, 8, seed) for seed in range(3)),
     Run("grpo-random", f"{GRPO} --reward random", 8),
-    Run("grpo-plain", GRPO_FALLING, 10, matters="10-many"),
-    *(Run("grpo-ledger", GRPO_LEDGER, 10, seed, matters="10-many") for seed in range(3)),
     *(Run("grpo-lines", GRPO_LINES, 10, seed, matters="10-many") for seed in range(3)),
     Run("grpo-lines-random", f"{GRPO_LINES} --reward random", 10, matters="10-many"),
     *(Run("grpo-12-lines", GRPO_12_LINES, 10, seed, matters="10-many") for seed in range(3)),
+    *(Run("grpo-12-ledger", GRPO_12_LEDGER, 10, seed, matters="10-many") for seed in range(3)),
+    *(Run("grpo-12-plain", GRPO_12, 10, seed, matters="10-many") for seed in range(3)),
     *(Run("grpo-kv-32", GRPO_KV, 10, seed, matters="10-many") for seed in range(3)),
     Run("grpo-kv-32-random", f"{GRPO_KV} --reward random", 10, matters="10-many"),
     Run("isft-memo", f"{ISFT_ONCE} {MEMO} --budget 192t", 14),
