@@ -121,7 +121,7 @@ class RowModel(nn.Module):
         """Loss of a micro-batch: its text rows in one batch, its KV rows one by one.
 
         Args:
-            shares: rows of the step, those of one trajectory behind slots beside one another.
+            shares: rows of the step; slots that several stand behind are made once.
         """
         device = self.policy.get_input_embeddings().weight.device
         out = Outcome(torch.zeros((), device=device))

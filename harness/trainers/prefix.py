@@ -55,7 +55,8 @@ def rebuild(
         prefix_ids: all tokens before the window.
         plan: see `WindowRow.prefix_plan`.
         gradients: let them flow to the method's compactor.
-        known: caches of shorter prefixes of the same trajectory, filled as they are made; for windows in order.
+        known: caches of prefixes that were made with these weights, filled as they are made; rollouts of a group have
+            many in common.
 
     Raises:
         ValueError: the plan does not fit the ids.

@@ -78,46 +78,29 @@ def own_batches(
     """The micro-batches of one process, each process with as much to compute as the others.
 
     Text rows that begin alike stand together, or (nothing shared) those of one length, cut where least is computed in
-    all. Rows behind slots stay with those of their trajectory, whose prefixes they share: the longest trajectory first
-    to whoever has least. A process without rows gets one that counts nothing, so that all take part in the step.
+    all. Rows behind slots stand beside those behind the same: what a batch's prefixes have in common, as those of a
+    group's rollouts do, is made once. A process without rows gets one that counts nothing, so that all take part in the
+    step.
 
     Args:
         shares: of the step.
         rank: of the process.
         world: processes.
-        micro_tokens: that a batch computes; a row of more is a batch of its own.
+        micro_tokens: that a batch computes, prefixes left out; a row of more is a batch of its own.
         sharing: what text rows of a batch begin with is computed once.
         packing: text rows stand one behind the other; else they are padded to the longest of their batch.
     """
+
+    def cut(order: Sequence[Share], *how: bool) -> list[list[Share]]:
+        cuts = Cuts([share.row.input_ids for share in order], micro_tokens, *how)
+        return [list(order[at]) for at in cuts.batches(*cuts.divided(world)[rank])]
+
     text = [share for share in shares if not share.row.prefix_plan]
+    behind = [share for share in shares if share.row.prefix_plan]
     text.sort(key=(lambda share: share.row.input_ids) if sharing else (lambda share: -len(share.row.input_ids)))
-    cuts = Cuts([share.row.input_ids for share in text], micro_tokens, sharing, packing)
-    mine = [text[at] for at in cuts.batches(*cuts.divided(world)[rank])]
-    trajectories: dict[str, list[Share]] = {}
-    for share in shares:
-        if share.row.prefix_plan:
-            trajectories.setdefault(share.row.trajectory_id, []).append(share)
-    loads, sizes = [0] * world, {name: sum(map(_tokens, each)) for name, each in trajectories.items()}
-    for name in sorted(trajectories, key=lambda name: (-sizes[name], name)):
-        lightest = loads.index(min(loads))
-        loads[lightest] += sizes[name]
-        if lightest == rank:
-            mine += _filled(trajectories[name], micro_tokens)
+    behind.sort(key=lambda share: (share.row.prefix_ids, str(share.row.prefix_plan)))
+    mine = cut(text, sharing, packing) + cut(behind, False, True)
     return mine or [[Share(shares[0].row, 0.0, shares[0].advantage, shares[0].reference)]]
-
-
-def _filled(shares: Sequence[Share], micro_tokens: int) -> list[list[Share]]:
-    batches: list[list[Share]] = []
-    for share in shares:
-        if batches and sum(map(_tokens, batches[-1])) + _tokens(share) <= micro_tokens:
-            batches[-1].append(share)
-        else:
-            batches.append([share])
-    return batches
-
-
-def _tokens(share: Share) -> int:
-    return len(share.row.input_ids)
 
 
 class StepStream(IterableDataset):

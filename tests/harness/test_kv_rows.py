@@ -15,10 +15,12 @@ from still import methods
 from still.budgets import Split
 from still.compactor import StillCompactor
 from still.harness.backends.slots import fingerprint
+from still.harness.trainers import prefix
 from still.harness.trainers.attention import NAME, attending_rows, row_attention
 from still.harness.trainers.losses import Counted, row_scales
 from still.harness.trainers.model import RowModel, Share
 from still.harness.trainers.prefix import let_checkpoint_read, rebuild
+from still.harness.trainers.steps import own_batches, shares_of
 from still.harness.windows import IGNORE, check_rows
 
 
@@ -108,6 +110,26 @@ def test_gradients_are_the_same_with_checkpointing_and_however_the_step_is_cut(t
     assert_close(reference, step(other, rows), 2e-5)
     assert other.policy.training  # otherwise nothing is checkpointed
     assert max(float((other.logprobs(row) - sampled_of(row)).detach().abs().max()) for row in rows) < 1e-4
+
+
+def test_slots_that_rollouts_of_a_group_have_in_common_are_made_once(tmp_path, monkeypatch):
+    loaded, made, rows = setting(tmp_path, documents=6)
+    loaded.model.requires_grad_(True)
+    module = RowModel(loaded.model, made, compactor="rl")
+    twins = [*rows, *(replace(row, trajectory_id="its twin") for row in rows)]
+    reference = step(module, twins, together=False)
+    crossed, cross = [], prefix._cross
+    monkeypatch.setattr(prefix, "_cross", lambda *args: crossed.append(args) or cross(*args))
+    module.zero_grad()
+    for rank in (0, 1):
+        batches = own_batches(shares_of(twins, "token", 0, 1.0), rank, 2, 100_000, sharing=True)
+        for batch in batches:
+            module(batch).loss.backward()
+        assert {share.row.trajectory_id for batch in batches for share in batch} == {row.trajectory_id for row in twins}
+    assert_close(reference, gradients(module), 2e-5)
+    # Each process makes what its rows stand behind: a prefix of one window, and one of two.
+    assert [len(row.prefix_plan) for row in rows] == [0, 2, 3]
+    assert len(crossed) == 3
 
 
 @pytest.mark.parametrize("method", ["still", "still-uneven"])

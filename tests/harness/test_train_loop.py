@@ -70,14 +70,19 @@ def test_every_row_is_in_exactly_one_micro_batch_of_one_process():
         assert sorted(map(id, real)) == sorted(map(id, shares))
         assert all(len(batch) == 1 or sum(len(s.row.input_ids) for s in batch) <= 60 for batch in found)
         assert all(own_batches(shares, rank, world, 60) for rank in range(world))
-    slots = {"prefix_ids": [1], "prefix_plan": [{"kind": "exact"}]}
-    behind = [plain_row(list(range(20 + window)), [19], "slots", window, **slots) for window in (1, 2)]
+    plan = [{"kind": "exact"}]
+    behind = [
+        plain_row(list(range(20 + n)), [19], name, n, prefix_ids=[ids], prefix_plan=plan)
+        for n, name, ids in ((1, "x", 1), (2, "x", 2), (3, "y", 1), (4, "y", 2))
+    ]
     shares = shares_of([*behind, *rows()], "token", 0, 1.0)
     order = [share.row for batch in own_batches(shares, 0, 1, 60) for share in batch]
-    lengths = [len(row.input_ids) for row in order[:-2]]
+    lengths = [len(row.input_ids) for row in order[:-4]]
     assert lengths == sorted(lengths, reverse=True)  # little padding
-    assert order[-2:] == behind  # a prefix is shared
-    assert behind in [[share.row for share in batch] for rank in (0, 1) for batch in own_batches(shares, rank, 2, 60)]
+    alike = [behind[0], behind[2]], [behind[1], behind[3]]
+    assert order[-4:] == [*alike[0], *alike[1]]  # a prefix is made once
+    for rank in (0, 1):
+        assert [share.row for share in own_batches(shares[:4], rank, 2, 60)[0]] == alike[rank]
     source = RowSource(rows(), 2, settings, 0)
     epoch = [share.row.trajectory_id for step in range(3) for share in source.step(step)]
     assert sorted(epoch) == sorted(row.trajectory_id for row in rows())
