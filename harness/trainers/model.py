@@ -131,10 +131,12 @@ class RowModel(nn.Module):
         text = [share for share in shares if not share.row.prefix_plan]
         for share, logprobs in zip(text, self.logprobs_of_text([share.row for share in text]), strict=True):
             self._count(out, share, logprobs)
+        behind = [share for share in shares if share.row.prefix_plan]
+        distils = self.mode in ("distill", "joint")
+        taught = self._taught([share.row for share in behind]) if distils else [None] * len(behind)
         known: dict = {}
-        for share in shares:
-            if share.row.prefix_plan:
-                self._behind_slots(out, share, known)
+        for share, states in zip(behind, taught, strict=True):
+            self._behind_slots(out, share, known, states)
         return out
 
     def method_of(self, row: WindowRow) -> Method | None:
@@ -196,7 +198,7 @@ class RowModel(nn.Module):
         hidden = self.policy.get_decoder()(**inputs).last_hidden_state[0]
         return hidden[:start], hidden[start:].split(packed.lengths)
 
-    def _behind_slots(self, out: Outcome, share: Share, known: dict) -> None:
+    def _behind_slots(self, out: Outcome, share: Share, known: dict, taught: torch.Tensor | None) -> None:
         row = share.row
         check_method(row, self.method_of(row))
         flows = self.mode in ("rl", "joint")
@@ -207,8 +209,8 @@ class RowModel(nn.Module):
             with torch.no_grad():
                 logprobs = self._picked(self._logits(row, self.policy, self._prefix(row, known, False)), row)
             self._count(out, share, logprobs)
-        if self.mode in ("distill", "joint"):
-            divergence = self._distill(row, self._prefix(row, known, True))
+        if taught is not None:
+            divergence = self._distill(row, self._prefix(row, known, True), taught)
             out.loss = out.loss + self.distill_weight * abs(share.scale) * divergence
             out.add(distill=float(divergence.detach()) if share.scale else 0.0)
 
@@ -256,24 +258,32 @@ class RowModel(nn.Module):
         if losses.requires_grad:
             out.loss = out.loss + share.scale * (weights * losses).sum()
 
-    def _distill(self, row: WindowRow, cache) -> torch.Tensor:
+    @torch.no_grad()
+    def _taught(self, rows: Sequence[WindowRow]) -> list[torch.Tensor]:
+        """Last hidden states before the trained tokens of each row `[trained, width]`, behind its whole prefix.
+
+        What one window read is the beginning of what the next one's row is: it is read once, with the longest.
+        """
+        training, device = self.policy.training, self.policy.get_input_embeddings().weight.device
+        self.policy.eval()
+        found: dict[int, torch.Tensor] = {}
+        texts = sorted((row.prefix_ids + row.input_ids, place) for place, row in enumerate(rows))
+        longest: list[int] = []
+        for text, place in reversed(texts):  # those that go on from a text stand right behind it
+            if longest[: len(text)] != text:
+                ids = torch.tensor([text], device=device)
+                hidden, longest = self.policy.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0], text
+            before = len(rows[place].prefix_ids)
+            found[place] = hidden[[before + at for at in _places(rows[place])]]
+        self.policy.train(training)
+        return [found[place] for place in range(len(rows))]
+
+    def _distill(self, row: WindowRow, cache, taught: torch.Tensor) -> torch.Tensor:
         """KL from the full cache to the slots, summed over trained tokens; the policy gets no gradient of it."""
         with torch.no_grad():
-            training = self.policy.training
-            self.policy.eval()
-            full = WholeRow(row.prefix_ids + row.input_ids, [IGNORE] * len(row.prefix_ids) + row.labels)
-            taught = self._logits(full, self.policy, None)
-            self.policy.train(training)
-        gold = torch.tensor([token for token in row.labels if token != IGNORE], device=taught.device)
-        return to_slots_alone(cache, lambda cut: top_k_kl(taught, self._logits(row, self.policy, cut), gold).sum())
-
-
-@dataclass
-class WholeRow:
-    """A row with its prefix in full."""
-
-    input_ids: list[int]
-    labels: list[int]
+            full = logits_of(self.policy, taught)
+        gold = torch.tensor([token for token in row.labels if token != IGNORE], device=full.device)
+        return to_slots_alone(cache, lambda cut: top_k_kl(full, self._logits(row, self.policy, cut), gold).sum())
 
 
 def _places(row: Any) -> list[int]:

@@ -132,6 +132,24 @@ def test_slots_that_rollouts_of_a_group_have_in_common_are_made_once(tmp_path, m
     assert len(crossed) == 3
 
 
+def test_a_teacher_reads_once_what_one_window_goes_on_from_another(tmp_path):
+    loaded, made, rows = setting(tmp_path, documents=6)
+    module = RowModel(loaded.model, made, compactor="distill")
+    behind = rows[1:]
+    shorter = replace(rows[2], input_ids=[*rows[2].input_ids[:-3], 9], labels=[*rows[2].labels[:-3], 9])
+    given, read = [*behind, shorter, replace(behind[0], trajectory_id="its twin")], []
+    hook = loaded.model.get_input_embeddings().register_forward_hook(lambda _, ids, out: read.append(out.shape[1]))
+    taught = module._taught(given)
+    hook.remove()
+    assert sorted(read) == sorted(len(row.prefix_ids + row.input_ids) for row in (rows[2], shorter))
+    for row, states in zip(given, taught, strict=True):
+        text = row.prefix_ids + row.input_ids
+        with torch.no_grad():
+            alone = loaded.model.model(torch.tensor([text])).last_hidden_state[0]
+        trained = [len(row.prefix_ids) + place - 1 for place, label in enumerate(row.labels) if label != IGNORE]
+        assert torch.allclose(states, alone[trained], atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["still", "still-uneven"])
 @pytest.mark.parametrize("mode", ["distill", "rl", "joint"])
 def test_with_a_frozen_base_the_compactor_alone_receives_gradient(tmp_path, mode, method):
