@@ -61,6 +61,18 @@ def test_it_learns_and_a_cut_run_ends_with_the_same_weights(tmp_path):
     assert digest(other) == digest(whole.module)
 
 
+@pytest.mark.parametrize(
+    ("kind", "attention", "sharing", "packing"),
+    [("qwen3", "sdpa", True, True), ("qwen3", "eager", True, False), ("gemma3", "sdpa", False, False)],
+)
+def test_micro_batches_are_cut_as_the_model_computes_them(tmp_path, kind, attention, sharing, packing):
+    loaded = tiny_agent(kind)
+    loaded.model.set_attn_implementation(attention)
+    stream = trainer(tmp_path, module=RowModel(loaded.model.requires_grad_(True))).get_train_dataloader().dataset
+    assert (stream.share["sharing"], stream.share["packing"]) == (sharing, packing)
+    assert loaded.model.config._attn_implementation == attention
+
+
 def test_every_row_is_in_exactly_one_micro_batch_of_one_process():
     settings = TrainSettings()
     shares = shares_of(rows(), "token", 0, 1.0)
