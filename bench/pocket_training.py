@@ -51,9 +51,9 @@ GAME = (
 )
 GRPO = "grpo --backend memo --budget 128t --steps 40 --tasks-per-step 4 --group 4 --lr 5e-5 --warmup 8 --no-ask"
 GRPO_FALLING = GRPO.replace("--lr 5e-5 --warmup 8", "--lr 1e-4 --schedule linear --warmup 4")
-GRPO_LINES = f"{GRPO_FALLING} --credit lines --credit-share 1 --potential written"
 GRPO_12 = GRPO_FALLING.replace("--tasks-per-step 4", "--tasks-per-step 3")
-GRPO_12_LINES = f"{GRPO_12} --credit lines --credit-share 1 --potential written"
+LINES = "--credit lines --credit-share 1 --potential written"
+GRPO_LINES, GRPO_12_LINES = f"{GRPO_FALLING} {LINES}", f"{GRPO_12} {LINES}"
 GRPO_12_LEDGER = f"{GRPO_12} --credit ledger --credit-share 0.7 --potential written"
 GRPO_KV = (
     "grpo --backend kv --ratio 32 --compactor-mode rl --steps 40 --tasks-per-step 4 --group 8 --lr 1e-4 "

@@ -67,7 +67,7 @@ def mode() -> str:
 def runs_triton(
     operation: str,
     tensors: Sequence[torch.Tensor],
-    obstacle: Callable[[], str] = str,
+    obstacle: Callable[[], str] = lambda: "",
     dtypes: Sequence[torch.dtype] = FLOATS,
 ) -> bool:
     """Whether the Triton kernel of `operation` runs on these tensors, or its reference.

@@ -1,4 +1,4 @@
-"""Where a step's text rows are cut into micro-batches, and which of them each process computes.
+"""Where a step's rows are cut into micro-batches, and which of them each process computes.
 
 Rows in an order in which those that begin alike stand side by side are cut where the tokens that are computed are
 fewest: every row's own, and once for each batch what all of its rows begin with. Any batch is a run of neighbours, so
@@ -39,13 +39,14 @@ class Cuts:
                 rows, length = stop - first, self.lengths[first]
                 total, longest = total + length, max(longest, length)
                 common = min(common, self.common[first]) if rows > 1 else length
-                once = common if rows > 1 and common >= LEAST else 0
+                once = common if common >= LEAST else 0
                 tokens = total - (rows - 1) * once if self.packing else once + rows * (longest - once)
                 if rows > 1 and tokens > self.most:
                     break
                 found.append((best[first - start] + tokens + LEAST, first))
-            best.append(min(found)[0])
-            yield min(found)
+            least = min(found)
+            best.append(least[0])
+            yield least
 
     def batches(self, start: int, stop: int) -> list[slice]:
         """The best cut of rows `start` to `stop`."""
@@ -59,11 +60,15 @@ class Cuts:
     def divided(self, world: int) -> list[tuple[int, int]]:
         """Start and stop of each process's rows; where there are too few, the last ones get none."""
         every = len(self.lengths)
-        low, high = 0, sum(self.lengths) + LEAST * every
+        high = max((cost for cost, _ in self._best(0)), default=0)  # of all rows
+        low, parts = -(-high // world), [(0, every)] if every else []
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._within(middle, world) is not None else (middle + 1, high)
-        parts = self._within(high, world) or []
+            found = self._within(middle, world)
+            if found is None:
+                low = middle + 1
+            else:
+                high, parts = middle, found
         return parts + [(every, every)] * (world - len(parts))
 
     def _within(self, most: int, world: int) -> list[tuple[int, int]] | None:

@@ -118,11 +118,12 @@ class RowTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Steps from the first one on; none is fetched ahead, since it may need the weights that the last one left."""
         policy = self.module.policy
+        sharing = can_share(policy)
         with attending_rows(policy):
-            packing = can_pack(policy, LEAST if can_share(policy) else 0)
+            packing = can_pack(policy, LEAST if sharing else 0)
         stream = StepStream(
             self.source, self.first_step, self.args.max_steps, self.args.process_index, self.args.world_size,
-            self.settings.micro_tokens, can_share(policy), packing, self._ready,
+            self.settings.micro_tokens, sharing, packing, self._ready,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(self.settings.train_seed)
         return DataLoader(stream, batch_size=None, generator=generator)

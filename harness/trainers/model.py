@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,10 +216,16 @@ class RowModel(nn.Module):
             out.add(distill=float(divergence.detach()) if share.scale else 0.0)
 
     def _prefix(self, row: WindowRow, known: dict, gradients: bool):
+        with self._policy_at_rest():
+            return rebuild(self.policy, self.method_of(row), row.prefix_ids, row.prefix_plan, gradients, known)
+
+    @contextmanager
+    def _policy_at_rest(self) -> Iterator[None]:
+        """The policy in evaluation mode, as it is where it makes slots and teaches."""
         training = self.policy.training
         self.policy.eval()
         try:
-            return rebuild(self.policy, self.method_of(row), row.prefix_ids, row.prefix_plan, gradients, known)
+            yield
         finally:
             self.policy.train(training)
 
@@ -264,18 +271,16 @@ class RowModel(nn.Module):
 
         What one window read is the beginning of what the next one's row is: it is read once, with the longest.
         """
-        training, device = self.policy.training, self.policy.get_input_embeddings().weight.device
-        self.policy.eval()
-        found: dict[int, torch.Tensor] = {}
+        device, found = self.policy.get_input_embeddings().weight.device, {}
         texts = sorted((row.prefix_ids + row.input_ids, place) for place, row in enumerate(rows))
         longest: list[int] = []
-        for text, place in reversed(texts):  # those that go on from a text stand right behind it
-            if longest[: len(text)] != text:
-                ids = torch.tensor([text], device=device)
-                hidden, longest = self.policy.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0], text
-            before = len(rows[place].prefix_ids)
-            found[place] = hidden[[before + at for at in _places(rows[place])]]
-        self.policy.train(training)
+        with self._policy_at_rest():
+            for text, place in reversed(texts):  # those that go on from a text stand right behind it
+                if longest[: len(text)] != text:
+                    ids, longest = torch.tensor([text], device=device), text
+                    hidden = self.policy.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+                before = len(rows[place].prefix_ids)
+                found[place] = hidden[[before + at for at in _places(rows[place])]]
         return [found[place] for place in range(len(rows))]
 
     def _distill(self, row: WindowRow, cache, taught: torch.Tensor) -> torch.Tensor:
