@@ -5,7 +5,7 @@ S and U are always exact. What a boundary keeps stands where it stood: positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,11 +49,14 @@ class KvBackend:
             raise ValueError(f"{path} is missing or damaged; start the run in another folder")
         session.hold(StillCache.load(path, self.policy.model))
 
-    def close(self, session: LocalSession, cache: StillCache, memo: str, boundary: Boundary, **details) -> Artifact:
-        """Save the cache and go on behind it."""
+    def close(
+        self, session: LocalSession, cache: StillCache, memo: str, boundary: Boundary, behind: Hashable = None,
+        **details,
+    ) -> Artifact:  # fmt: skip
+        """Save the cache and go on behind it; `behind` says what made it, see `LocalSession.hold`."""
         path = boundary.folder / f"window-{boundary.window:03d}.safetensors"
         cache.save(path)
-        session.hold(cache)
+        session.hold(cache, behind)
         size = session.size()
         return Artifact(
             self.name, memo, f"{boundary.folder.name}/{path.name}", sha256_of(path), size.compacted,
@@ -105,20 +108,19 @@ class Kv(KvBackend):
 
     def compact(self, session: LocalSession, base: Sequence[Message], memo: str, boundary: Boundary) -> Artifact:
         """Compact the window behind what is held, or both together."""
-        window = session.close_window()
-        held = window.cache.slots - window.base
-        count = self.share(window, held, boundary)
+        window, trail = session.close_window(), session.trail()
+        held, count = window.held, self.share(window, window.held, boundary)
         exhausted = count < 1
         again = held > 0 and (self.config.mode == "recompact" or exhausted)
         if exhausted and not again:
             raise ValueError(f"a budget of {self.slots} slots is too small for {boundary.ahead} windows; raise it")
         if again:
             count = min(max(held, 1) if exhausted else count, held + window.tokens)
-            cache = self._recompact(session, window, count)
-        else:
-            cache = self._append(window, count)
+        # The method by its identity, which no other can have while an episode that made slots with it is open.
+        slots = trail, id(self.method), self._fingerprint(), count, again
+        cache = session.policy.once(slots, lambda: self._made(session, window, count, again))
         return self.close(
-            session, cache, memo, boundary, method=called(self.method), mode=self.config.mode, slots=count,
+            session, cache, memo, boundary, slots, method=called(self.method), mode=self.config.mode, slots=count,
             compactor=self._fingerprint(), window_tokens=window.tokens, exhausted=exhausted,
         )  # fmt: skip
 
@@ -139,13 +141,12 @@ class Kv(KvBackend):
         return min((self.slots - held) // boundary.ahead, window.tokens)
 
     @torch.no_grad()
-    def _append(self, window: Window, count: int) -> StillCache:
-        layers, where = self.maker.append(_raw(window), window.positions, count, window.queries)
-        window.cache.append_compact(layers, window.tokens, positions=where)
-        return window.cache
-
-    @torch.no_grad()
-    def _recompact(self, session: LocalSession, window: Window, count: int) -> StillCache:
+    def _made(self, session: LocalSession, window: Window, count: int, again: bool) -> StillCache:
+        """The window's slots behind what is held, or `again` those of both together."""
+        if not again:
+            layers, where = self.maker.append(_raw(window), window.positions, count, window.queries)
+            window.cache.append_compact(layers, window.tokens, positions=where)
+            return window.cache
         layers, where = self.maker.recompact(window.cache, window.base, _raw(window), window.positions, count)
         cache = session.exact_base()
         tokens = window.cache.logical_length - window.base

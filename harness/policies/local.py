@@ -3,14 +3,20 @@
 What a session reads, it reads in the chunks in which it was first read: a prompt's new tokens in one forward, sampled
 tokens one by one. A run that is taken up again repeats the open window's chunks, so its numbers are the same, bit for
 bit, and nothing is computed for windows that are closed.
+
+Sessions that are open side by side and have read the same tokens, as rollouts of a group do until they say different
+things, share what that made (*prefix caching*: vLLM, SGLang's RadixAttention, Zheng et al., arXiv 2312.07104): a prompt
+is read once and copied, and a window's slots are made once. Tokens that were decoded in one batch or another differ by
+rounding, and so does what is taken from another session.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -42,6 +48,7 @@ class LocalPolicy:
     Attributes:
         version: of the weights, set anew by whoever trains them; every sampled turn records it.
         written: where drafts of later turns come from.
+        reads: prompts that open sessions have read, by version and `LocalSession.trail`.
 
     Raises:
         ValueError: the window is larger than the model's, or its chat template has no tool calls.
@@ -66,43 +73,91 @@ class LocalPolicy:
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         self.ends = {ends} if isinstance(ends, int) else set(ends or ())
         self.written = Written()
-        self._exact: WeakValueDictionary[tuple[int | None, tuple[int, ...]], StillCache] = WeakValueDictionary()
+        self.reads: WeakValueDictionary[Hashable, Read] = WeakValueDictionary()
+        self._made: WeakValueDictionary[Hashable, StillCache] = WeakValueDictionary()
 
     def session(self, tools: list[dict[str, Any]], queries: bool = False) -> LocalSession:
         """A new conversation; with `queries` the window's queries are kept for methods that look at them."""
         return LocalSession(self, ChatFormat(self.tokenizer, tools), queries)
 
-    def exact_base(self, base_ids: Sequence[int]) -> StillCache:
-        """A cache of S and U alone, which nobody may change: one for all sessions of this `version` that begin so.
+    def once(self, key: Hashable, make: Callable[[], StillCache]) -> StillCache:
+        """A cache that nobody may change, made once for all sessions of this `version` that ask for the same.
 
-        Rollouts of a group do. It lives as long as one of them keeps it.
+        It lives as long as one of them keeps it.
+
+        Args:
+            key: all that it hangs on, but for the model's weights.
+            make: makes it.
         """
-        begins = self.version, tuple(base_ids)
-        cache = self._exact.get(begins)
+        key = self.version, key
+        cache = self._made.get(key)
         if cache is None:
-            cache = self._exact[begins] = exact_cache(self.model, base_ids)
+            cache = self._made[key] = make()
+        return cache
+
+
+@dataclass(eq=False)
+class Read:
+    """A prompt that an open session has read, for others that ask for the same.
+
+    Attributes:
+        cache: the session's, which has grown since or will.
+        length: logical length of the prompt.
+        logits: `[vocabulary]` after its last token.
+    """
+
+    cache: StillCache
+    length: int
+    logits: torch.Tensor
+
+    def copy(self) -> StillCache | None:
+        """A cache of the prompt; None where layers that keep a state cannot go back to it."""
+        further = self.cache.logical_length - self.length
+        if further and len(self.cache.compact_layers) < len(self.cache.layers):
+            return None
+        cache = self.cache.clone()
+        if further:
+            cache.crop(-further)
         return cache
 
 
 @dataclass
 class Window:
-    """What the model kept of a closed window.
+    """A closed window. What the model keeps of it is read when it is asked for.
 
     Attributes:
-        cache: S and U, what crossed before, and the window's tokens, raw.
+        session: whose window it is.
         base: entries of S and U.
+        held: slots that crossed into it.
         tokens: raw tokens of the window.
-        positions: their logical positions `[tokens]`.
-        queries: rotated queries `[1, query_heads, tokens, head_dim]` for each full-attention layer, if they were kept.
         last_turn: columns of the window that the last assistant's turn takes, as `(first, behind the last)`.
     """
 
-    cache: StillCache
+    session: LocalSession
     base: int
+    held: int
     tokens: int
-    positions: torch.Tensor
-    queries: dict[int, torch.Tensor]
     last_turn: tuple[int, int]
+
+    @cached_property
+    def _read(self) -> tuple[StillCache, dict[int, torch.Tensor]]:
+        return self.session.read_window()
+
+    @property
+    def cache(self) -> StillCache:
+        """S and U, what crossed before, and the window's tokens, raw."""
+        return self._read[0]
+
+    @property
+    def queries(self) -> dict[int, torch.Tensor]:
+        """Rotated queries `[1, query_heads, tokens, head_dim]` of each full-attention layer, if they were kept."""
+        return self._read[1]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Logical positions of the raw tokens `[tokens]`."""
+        end = self.cache.logical_length
+        return torch.arange(end - self.tokens, end, device=self.session.policy.model.device)
 
 
 @dataclass
@@ -192,9 +247,18 @@ class LocalSession:
         self._exact: StillCache | None = None  # S and U, read once
         self._begin()
 
-    def _begin(self, opened: Callable[[], StillCache] | None = None, before: str = "user") -> None:
-        """A window behind what is opened when it is first read; behind S and U alone unless given."""
+    def _begin(
+        self, opened: Callable[[], StillCache] | None = None, before: str = "user", behind: Hashable = None
+    ) -> None:
+        """A window behind what is opened when it is first read; behind S and U alone unless given.
+
+        Args:
+            opened: makes the cache.
+            before: who spoke last.
+            behind: what is opened, as other sessions know it.
+        """
         self._opened, self._cache, self._read, self._queries = opened, None, 0, {}
+        self._behind, self._latest = tuple(self.base_ids) if opened is None else behind, None
         self._compacted = (0, 0)
         self._state, self._undo = _State(before=before), _State()
 
@@ -234,9 +298,18 @@ class LocalSession:
         return turn
 
     def _read_prompt(self, turn: Turn, chunk: list[int]) -> None:
-        self._catch_up()
-        with self._watching():
-            self.choose(turn, self._forward(chunk))
+        """Read a prompt, or copy what another session has read alike."""
+        reads, key = self.policy.reads, (self.policy.version, self.trail(turn.append_ids))
+        known = None if self.keep_queries else reads.get(key)
+        copied = known and known.copy()
+        if copied is None:
+            self._catch_up()
+            with self._watching():
+                logits = self._forward(chunk)
+        else:
+            self._cache, self._read, logits = copied, len(self._state.chunks), known.logits
+        self._latest = reads[key] = Read(self._cache, self._cache.logical_length, logits)
+        self.choose(turn, logits)
 
     def choose(self, turn: Turn, logits: torch.Tensor) -> None:
         """Choose the turn's next token from logits `[vocabulary]`."""
@@ -299,21 +372,31 @@ class LocalSession:
         """The window as it is now."""
         return ContextSize(len(self.base_ids), self._compacted[0], self._state.tokens, self._compacted[1])
 
-    @torch.no_grad()
-    def close_window(self) -> Window:
-        """Read what waits, and hand out the window's keys and values; `hold` must follow."""
-        self._read_on()
-        state = self._state
-        self._catch_up()
-        cache, tokens = self._cache, state.tokens
-        positions = torch.arange(cache.logical_length - tokens, cache.logical_length, device=self.policy.model.device)
-        queries = {layer: torch.cat(parts, dim=2) for layer, parts in self._queries.items()}
-        return Window(cache, len(self.base_ids), tokens, positions, queries, state.last_turn)
+    def trail(self, more: Sequence[int] = ()) -> Hashable:
+        """What the window stands behind, its tokens but for those that wait to be read, and `more`."""
+        return self._behind, (*self.window_ids()[len(self.base_ids) :], *more)
 
-    def hold(self, cache: StillCache) -> None:
-        """Go on behind a cache that holds S and U exactly and what crosses; nothing in it is raw."""
+    def close_window(self) -> Window:
+        """End the window with what waits to be read; `hold` must follow."""
+        self._read_on()
+        return Window(self, len(self.base_ids), self._compacted[0], self._state.tokens, self._state.last_turn)
+
+    @torch.no_grad()
+    def read_window(self) -> tuple[StillCache, dict[int, torch.Tensor]]:
+        """Keys and values of the window that was closed, and its queries if they were kept; both may be changed."""
+        self._latest = None  # of what the cache becomes nobody can go back to the prompt
+        self._catch_up()
+        return self._cache, {layer: torch.cat(parts, dim=2) for layer, parts in self._queries.items()}
+
+    def hold(self, cache: StillCache, behind: Hashable = None) -> None:
+        """Go on behind a cache that holds S and U exactly and what crosses; nothing in it is raw.
+
+        Args:
+            cache: which is not changed.
+            behind: what made it, where another session may hold the same; None where none can.
+        """
         before = self._state.before if self._state.before != "assistant" else "user"
-        self._begin(cache.clone, before)
+        self._begin(cache.clone, before, object() if behind is None else behind)
         slots = sum(cache.row_slots()) - len(self.base_ids)
         self._compacted = (slots, cache.nbytes - len(self.base_ids) * self.policy.bytes_per_token)
 
@@ -326,7 +409,8 @@ class LocalSession:
     def exact_base(self) -> StillCache:
         """A cache of S and U alone."""
         if self._exact is None:
-            self._exact = self.policy.exact_base(self.base_ids)
+            begins = tuple(self.base_ids)
+            self._exact = self.policy.once(begins, lambda: exact_cache(self.policy.model, begins))
         return self._exact.clone()
 
     @property

@@ -9,11 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from agent_cases import Reader, episode, make_task, of, texts, tiny_agent, tiny_agent_tokenizer
+from agent_cases import Reader, SteeredPolicy, episode, make_task, of, texts, tiny_agent, tiny_agent_tokenizer
 
+from still import StillCache, methods
 from still.eval.prices import Price, Prices
 from still.harness import backends
-from still.harness.agent import drive
+from still.harness.agent import drive, drive_many
 from still.harness.policies import local
 from still.harness.policies.calls import parser_of
 from still.harness.policies.chat import ChatFormat
@@ -22,6 +23,7 @@ from still.harness.policies.server import ServerConfig, ServerPolicy
 from still.harness.policies.token_server import TokenServerPolicy
 from still.harness.run_config import RunConfig
 from still.harness.runs import read_run
+from still.harness.sampling import sampler
 from still.harness.types import Limit, Message, ToolCall
 
 HERMES = """\
@@ -326,3 +328,114 @@ def test_sessions_that_begin_alike_read_their_beginning_once(monkeypatch):
     assert len(read) == 3
     assert begun("When does it end?")[0].base_ids == read[-1]
     assert len(read) == 4  # nobody kept it
+
+
+def counted(model) -> list[int]:
+    """Tokens of every forward of a model, from now on."""
+    read: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
+    return read
+
+
+@pytest.mark.parametrize("kind", ["qwen3", pytest.param("qwen3_next", marks=pytest.mark.full)])
+def test_sessions_that_read_alike_read_a_prompt_once(kind):
+    loaded = tiny_agent(kind)
+    policy = LocalPolicy(loaded, 4096)
+
+    def asked(policy, document="The term ends in May. " * 8):
+        session = policy.session([])
+        session.start([Message("system", "Read."), Message("user", "When does it end?")])
+        session.append([Message("user", document)])
+        return session
+
+    def sampled(session, temperature=0.0, seed=0):
+        turn = session.sample(Limit(10, temperature, seed))
+        return turn.output_ids, turn.logprobs
+
+    alone, warm = sampled(asked(LocalPolicy(loaded, 4096))), sampled(asked(LocalPolicy(loaded, 4096)), 1.5, seed=3)
+    one, read = asked(policy), counted(loaded.model)
+    assert sampled(one) == alone
+    whole, decoded = sum(read), len(alone[0]) - 1
+    two = asked(policy)
+    read.clear()
+    ids, logprobs = sampled(two, 1.5, seed=3)  # it says something else, and the first one has gone on
+    assert ids == warm[0] != alone[0]
+    assert logprobs == pytest.approx(warm[1], abs=1e-5)
+    again = 0 if kind == "qwen3" else whole - decoded - len(one.base_ids)  # a state cannot be taken back
+    assert sum(read) == again + len(ids) - 1
+    for session in (one, two):  # behind what they said they are strangers
+        session.append([Message("user", "And who signs it?")])
+    read.clear()
+    later = [sampled(session) for session in (one, two)]
+    assert sum(read) > 2 * (decoded + len("And who signs it?"))
+    fresh = asked(LocalPolicy(loaded, 4096))
+    sampled(fresh, 1.5, seed=3)
+    fresh.append([Message("user", "And who signs it?")])
+    assert sampled(fresh)[0] == later[1][0]
+    read.clear()
+    assert sampled(asked(policy, "The term ends in June. " * 8)) != alone
+    assert sum(read) > decoded + len("The term ends in June. " * 8)  # another document is another prompt
+
+
+def test_a_rejected_turn_is_sampled_again_behind_the_prompt_that_was_read():
+    loaded = tiny_agent()
+    session = LocalPolicy(loaded, 4096).session([])
+    session.start([Message("system", "Read."), Message("user", "When does it end?")])
+    first = session.sample(Limit(10, 0.0, 0))
+    session.reject()
+    read = counted(loaded.model)
+    assert session.sample(Limit(10, 0.0, 0)).output_ids == first.output_ids
+    assert sum(read) == len(first.output_ids) - 1
+
+
+class Parting(Reader):
+    """Lets the model write so many letters at the end."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def __call__(self, seen, limit):
+        message = super().__call__(seen, limit)
+        return message if message.content != "Done." else Message("assistant", "Done: " + "~" * self.size)
+
+
+@pytest.mark.parametrize("backend", ["kv", "hybrid"])
+def test_rollouts_that_read_alike_make_slots_once(tmp_path, monkeypatch, backend):
+    loaded, made = tiny_agent(), []
+    task = make_task(tmp_path, texts(5, 100))
+    method = methods.get("streaming_llm")
+    compact = type(method).compact_layer
+    monkeypatch.setattr(
+        type(method), "compact_layer", lambda self, layer, *rest: made.append(layer) or compact(self, layer, *rest)
+    )
+
+    def rollouts(**letters):
+        """Runs that one policy plays side by side, by name, and how many letters each ends with."""
+        sizes = iter(letters.values())
+        policy = SteeredPolicy(loaded.tokenizer, lambda: Parting(next(sizes)), 6000, loaded)
+        settings = {"policy": policy, "backend": backend, "budget": "200t", "window": 6000, "method": method}
+        runs = [episode(tmp_path, task, None, name=name, **settings) for name in letters]
+        ends = drive_many(runs, len(runs), sampler(policy, len(runs)))
+        assert {end["status"] for _, end in ends} == {"done"}
+        return [read_run(run.folder.root) for run in runs]
+
+    (alone,), once = rollouts(alone=30), len(made)
+    made.clear()
+    read = counted(loaded.model)
+    one, two, _ = rollouts(one=5, two=30, three=60)
+    assert len(made) == once
+    assert [turn["output_ids"] for turn in of(two, "turn")] == [turn["output_ids"] for turn in of(alone, "turn")]
+    assert len(of(one, "compact")) > 1
+    for event in of(alone, "compact"):
+        path = event["artifact"]["path"]
+        first, *others = (StillCache.load(tmp_path / name / path, loaded.model) for name in ("one", "three", "alone"))
+        for other, exact in zip(others, (0, 1e-5), strict=True):
+            for mine, theirs in zip(first.layers, other.layers, strict=True):
+                torch.testing.assert_close(mine.keys, theirs.keys, atol=exact, rtol=exact)
+                torch.testing.assert_close(mine.values, theirs.values, atol=exact, rtol=exact)
+    shared = sum(read)
+    read.clear()
+    for name in ("four", "five", "six"):  # one after the other: nobody is there to share with
+        rollouts(**{name: 30})
+    assert sum(read) > 1.5 * shared
