@@ -372,9 +372,12 @@ def test_sessions_that_read_alike_read_a_prompt_once(kind):
     sampled(fresh, 1.5, seed=3)
     fresh.append([Message("user", "And who signs it?")])
     assert sampled(fresh)[0] == later[1][0]
-    read.clear()
-    assert sampled(asked(policy, "The term ends in June. " * 8)) != alone
-    assert sum(read) > decoded + len("The term ends in June. " * 8)  # another document is another prompt
+    for document, version in (("The term ends in June. " * 8, None), ("The term ends in May. " * 8, 1)):
+        policy.version = version
+        read.clear()
+        other = asked(policy, document)  # another document is another prompt, and so is one for other weights
+        sampled(other)
+        assert sum(read) > decoded + len(document)
 
 
 def test_a_rejected_turn_is_sampled_again_behind_the_prompt_that_was_read():
@@ -410,12 +413,13 @@ def test_rollouts_that_read_alike_make_slots_once(tmp_path, monkeypatch, backend
         type(method), "compact_layer", lambda self, layer, *rest: made.append(layer) or compact(self, layer, *rest)
     )
 
-    def rollouts(**letters):
+    def rollouts(budgets=("200t",) * 3, **letters):
         """Runs that one policy plays side by side, by name, and how many letters each ends with."""
         sizes = iter(letters.values())
         policy = SteeredPolicy(loaded.tokenizer, lambda: Parting(next(sizes)), 6000, loaded)
-        settings = {"policy": policy, "backend": backend, "budget": "200t", "window": 6000, "method": method}
-        runs = [episode(tmp_path, task, None, name=name, **settings) for name in letters]
+        settings = {"policy": policy, "backend": backend, "window": 6000, "method": method}
+        each = zip(letters, budgets, strict=False)
+        runs = [episode(tmp_path, task, None, name=name, budget=budget, **settings) for name, budget in each]
         ends = drive_many(runs, len(runs), sampler(policy, len(runs)))
         assert {end["status"] for _, end in ends} == {"done"}
         return [read_run(run.folder.root) for run in runs]
@@ -439,3 +443,8 @@ def test_rollouts_that_read_alike_make_slots_once(tmp_path, monkeypatch, backend
     for name in ("four", "five", "six"):  # one after the other: nobody is there to share with
         rollouts(**{name: 30})
     assert sum(read) > 1.5 * shared
+    made.clear()
+    for events, slots in zip(rollouts(("200t", "100t"), more=30, fewer=30), (200, 100), strict=True):
+        last = of(events, "compact")[-1]["artifact"]
+        assert 0.8 * slots < last["nbytes"] / events[0]["bytes_per_token"] <= slots
+    assert len(made) == 2 * once
