@@ -173,6 +173,26 @@ class StillCompactor(nn.Module, ModelHubMixin):
         counts = self.head_counts(keys.shape[2], slots)
         return self._compact(layer, keys, values, counts.get(layer, slots), positions, self._shared())
 
+    def compact_layers(
+        self, states: Mapping[int, tuple[torch.Tensor, torch.Tensor]], positions: torch.Tensor, slots: int
+    ) -> dict[int, CompactKV]:
+        """Compact several layers of equally long rows, some at a time, each as `compact_layer` does without a split.
+
+        Args:
+            states: of each full-attention layer keys and values; for these and the others see `compact_layer`.
+            positions: logical positions.
+            slots: of every KV head.
+        """
+        layers, shared = list(states), self._shared()
+        keys, values = states[layers[0]]
+        step = self._together(keys, values, slots, self._fused(keys, values, False))
+        made: dict[int, CompactKV] = {}
+        for start in range(0, len(layers), step):
+            some = layers[start : start + step]
+            keys, values = zip(*(states[layer] for layer in some), strict=True)
+            made |= zip(some, self._mix(some, keys, values, slots, positions, shared), strict=True)
+        return made
+
     def head_counts(self, tokens: int, slots: int) -> dict[int, tuple[int, ...]]:
         """Slots of every KV head by layer, of a chunk of `tokens` tokens; empty where all heads have `slots`."""
         split = self.split

@@ -79,9 +79,15 @@ class SlotMaker:
             count: slots.
             queries: rotated ones `[1, query_heads, tokens, head_dim]`, for methods that need them.
         """
-        counts = self.method.head_counts(self.model, len(positions), count)
-        layers = {i: self._layer(i, *pair, positions, count, queries, counts.get(i)) for i, pair in raw.items()}
-        return layers, None if counts else self._where(positions, count)
+        method, asked = self.method, {}
+        if method.needs_queries:
+            asked = {i: seen.float() * attention_scale(self.model, i) for i, seen in queries.items()}
+        if counts := method.head_counts(self.model, len(positions), count):
+            return {
+                i: method.compact_heads(i, *own, positions, counts[i], asked.get(i), self.rotary)
+                for i, own in raw.items()
+            }, None
+        return method.compact_layers(raw, positions, count, asked, self.rotary), self._where(positions, count)
 
     def recompact(
         self, cache: StillCache, base: int, raw: Raw, positions: torch.Tensor, count: int
@@ -101,24 +107,15 @@ class SlotMaker:
         """
         if self.method.split is not None:
             raise ValueError("slots that are divided unevenly cannot be compacted again; raise the budget")
-        layers, every = {}, None
+        both, every = {}, None
         for layer in cache.compact_layers:
             if layer.beta is not None or self.method.needs_queries:
                 raise ValueError(f"slots of {self.method.name} cannot be compacted again; raise the budget")
             old = layer.slot_positions[0, base:].to(positions.device)
             every = torch.cat((old.to(torch.promote_types(old.dtype, torch.long)), positions))
             held = (x[:, :, base : layer.slots] for x in (layer.keys, layer.values))
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(held, raw[layer.index], strict=True))
-            layers[layer.index] = self._layer(layer.index, keys, values, every, count, {})
-        return layers, self._where(every, count)
-
-    def _layer(self, index: int, keys, values, positions, count: int, queries, counts=None) -> CompactKV:
-        seen = None
-        if self.method.needs_queries:
-            seen = queries[index].float() * attention_scale(self.model, index)
-        if counts is not None:
-            return self.method.compact_heads(index, keys, values, positions, counts, seen, self.rotary)
-        return self.method.compact_layer(index, keys, values, positions, count, seen, self.rotary)
+            both[layer.index] = tuple(torch.cat(pair, dim=2) for pair in zip(held, raw[layer.index], strict=True))
+        return self.method.compact_layers(both, every, count, rotary=self.rotary), self._where(every, count)
 
     def _where(self, positions: torch.Tensor, count: int) -> torch.Tensor | None:
         if self.method.name == "full":

@@ -18,7 +18,7 @@ from ..windows import IGNORE, KINDS, WindowRow
 from .attention import Packed, can_pack, packs_itself
 from .losses import policy_loss, sft_loss, token_weights
 from .openings import can_share, read_opening, shared
-from .prefix import check_method, let_checkpoint_read, read_only, rebuild, to_slots_alone
+from .prefix import check_method, let_checkpoint_read, made_by_compactor, read_only, rebuild, to_slots_alone
 
 COMPACTOR_MODES = ("frozen", "distill", "rl", "joint")
 
@@ -202,18 +202,19 @@ class RowModel(nn.Module):
     def _behind_slots(self, out: Outcome, share: Share, known: dict, taught: torch.Tensor | None) -> None:
         row = share.row
         check_method(row, self.method_of(row))
-        flows = self.mode in ("rl", "joint")
-        if self.trains_policy or flows:
-            cache = self._prefix(row, known, flows)
-            self._count(out, share, self._picked(self._logits(row, self.policy, cache), row))
-        else:
-            with torch.no_grad():
-                logprobs = self._picked(self._logits(row, self.policy, self._prefix(row, known, False)), row)
-            self._count(out, share, logprobs)
-        if taught is not None:
-            divergence = self._distill(row, self._prefix(row, known, True), taught)
+        flows, distils = self.mode in ("rl", "joint"), taught is not None
+        learns = self.trains_policy or flows
+        # One forward serves both losses: the row's own, and the distillation, which goes backward to the slots alone.
+        cache, slots = self._prefix(row, known, flows or distils), []
+        if distils:
+            cache, slots = made_by_compactor(cache, apart=not flows)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (learns or distils)):
+            logits = self._logits(row, self.policy, cache)
+        if distils:
+            divergence = to_slots_alone(self._divergence(row, logits, taught), slots, again=learns)
             out.loss = out.loss + self.distill_weight * abs(share.scale) * divergence
             out.add(distill=float(divergence.detach()) if share.scale else 0.0)
+        self._count(out, share, self._picked(logits if learns else logits.detach(), row))
 
     def _prefix(self, row: WindowRow, known: dict, gradients: bool):
         with self._policy_at_rest():
@@ -283,12 +284,12 @@ class RowModel(nn.Module):
                 found[place] = hidden[[before + at for at in _places(rows[place])]]
         return [found[place] for place in range(len(rows))]
 
-    def _distill(self, row: WindowRow, cache, taught: torch.Tensor) -> torch.Tensor:
-        """KL from the full cache to the slots, summed over trained tokens; the policy gets no gradient of it."""
+    def _divergence(self, row: WindowRow, logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+        """KL from the full cache to the slots, summed over trained tokens."""
         with torch.no_grad():
             full = logits_of(self.policy, taught)
         gold = torch.tensor([token for token in row.labels if token != IGNORE], device=full.device)
-        return to_slots_alone(cache, lambda cut: top_k_kl(full, self._logits(row, self.policy, cut), gold).sum())
+        return top_k_kl(full, logits, gold).sum()
 
 
 def _places(row: Any) -> list[int]:

@@ -7,7 +7,7 @@ makes of them are not, so the loss of a later window reaches the compactor throu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -149,41 +149,51 @@ def _shared(layer: CompactLayer) -> ReadOnlyLayer:
     return other
 
 
-def to_slots_alone(cache: StillCache, loss_of: Callable[[StillCache], torch.Tensor]) -> torch.Tensor:
-    """A loss whose gradient reaches the slots of a cache, and no weight that the forward between them uses.
+Slots = list[tuple[torch.Tensor, torch.Tensor]]
+"""What a compactor made, each tensor beside the one that a forward sees in its place."""
 
-    The forward is gone through backward at once, so its activations are free when this returns; what is left of it is
-    the gradient at the slots. Weights that are detached for the forward alone would not do: gradient checkpointing
-    replays it when they are attached again.
+
+def made_by_compactor(cache: StillCache, apart: bool) -> tuple[StillCache, Slots]:
+    """A view of a cache for a forward, and the slots in it that a compactor made, with gradients.
 
     Args:
-        cache: with slots that a compactor made.
-        loss_of: gives a scalar for a cache with the same slots.
+        cache: with slots.
+        apart: the forward sees leaves in their place, so that a loss behind it reaches no compactor by itself.
     """
-    if not torch.is_grad_enabled():
-        return loss_of(cache)
-    cut, pairs = read_only(cache), []
-    for layer, own in zip(cache.layers, cut.layers, strict=True):
+    view, slots = read_only(cache), []
+    for layer, own in zip(cache.layers, view.layers, strict=True):
         if not isinstance(own, ReadOnlyLayer):
             continue
-        for name, leaf in _cut(layer, pairs).items():
-            setattr(own, name, leaf)
+        for name, seen in _made(layer, slots, apart).items():
+            setattr(own, name, seen)
         if layer.ragged is not None:
-            own.ragged = replace(layer.ragged, **_cut(layer.ragged, pairs))
-    loss = loss_of(cut)
-    if not pairs:  # slots that no compactor made
-        return loss.detach()
-    slopes = torch.autograd.grad(loss, [leaf for _, leaf in pairs])
-    reach = sum((slots * slope).sum() for (slots, _), slope in zip(pairs, slopes, strict=True))
-    return loss.detach() + (reach - reach.detach())
+            own.ragged = replace(layer.ragged, **_made(layer.ragged, slots, apart))
+    return view, slots
 
 
-def _cut(holder: CompactLayer | RaggedSlots, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Leaves in the place of what a compactor made, by name; each is noted beside what it stands for."""
+def _made(holder: CompactLayer | RaggedSlots, slots: Slots, apart: bool) -> dict[str, torch.Tensor]:
     made = {name: x for name in STORED if (x := getattr(holder, name)) is not None and x.requires_grad}
-    leaves = {name: x.detach().requires_grad_() for name, x in made.items()}
-    pairs += [(x, leaves[name]) for name, x in made.items()]
-    return leaves
+    seen = {name: x.detach().requires_grad_() if apart else x for name, x in made.items()}
+    slots += [(x, seen[name]) for name, x in made.items()]
+    return seen
+
+
+def to_slots_alone(loss: torch.Tensor, slots: Slots, again: bool) -> torch.Tensor:
+    """A loss whose gradient reaches slots, and no weight that the forward behind them uses.
+
+    That forward is gone through backward at once; what is left of it is the gradient at the slots. Weights that are
+    detached for the forward alone would not do: gradient checkpointing replays it when they are attached again.
+
+    Args:
+        loss: a scalar, of a forward over the view that came with the slots.
+        slots: see `made_by_compactor`; of those that no compactor made there are none.
+        again: another loss goes backward through the forward later; else what it kept is free now.
+    """
+    if not slots or not loss.requires_grad:
+        return loss.detach()
+    slopes = torch.autograd.grad(loss, [seen for _, seen in slots], retain_graph=again)
+    reach = sum((made * slope).sum() for (made, _), slope in zip(slots, slopes, strict=True))
+    return loss.detach() + (reach - reach.detach())
 
 
 def let_checkpoint_read(model) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -134,6 +134,18 @@ class Method:
     ) -> CompactKV:
         """Compact one layer, or some heads of it, of equally long rows; see `LayerView` for the shapes."""
         return self.compact_view(LayerView(layer, keys, values, positions, slots, queries, rotary, heads))
+
+    def compact_layers(
+        self,
+        states: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+        positions: torch.Tensor,
+        slots: int,
+        queries: Mapping[int, torch.Tensor] | None = None,
+        rotary: Rotary | None = None,
+    ) -> dict[int, CompactKV]:
+        """Compact layers of equally long rows, `states` their keys and values; see `LayerView` for the shapes."""
+        asked = queries or {}
+        return {i: self.compact_layer(i, *own, positions, slots, asked.get(i), rotary) for i, own in states.items()}
 
     def compact_view(self, view: LayerView) -> CompactKV:
         """Compact one layer; what a subclass writes."""

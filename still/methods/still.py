@@ -73,6 +73,10 @@ class Still(Method):
             view.layer, view.keys, view.values, view.positions, view.slots, heads=heads
         )
 
+    def compact_layers(self, states, positions, slots, queries=None, rotary=None) -> dict[int, CompactKV]:
+        """What the compactor makes of all layers, some at a time."""
+        return self.compactor.compact_layers(states, positions, slots)
+
     def options(self) -> dict[str, Any]:
         """The label, and the steps and seed of the training."""
         config = self.compactor.config
