@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
+from transformers import Cache
 
 from ...attention import NAME as ATTENTION
 from ...cache import StillCache
@@ -19,13 +20,20 @@ Raw = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 """Keys and values `[1, kv_heads, tokens, head_dim]` of each full-attention layer."""
 
 
-def exact_cache(model, base_ids: Sequence[int]) -> StillCache:
-    """A cache of S and U, each token an entry of its own."""
-    ids = torch.tensor([list(base_ids)], device=model.device)
-    full = read(model, ids).cache
-    layers = {i: CompactKV(full.layers[i].keys, full.layers[i].values) for i in full_attention_layers(model.config)}
-    where = torch.arange(len(base_ids))
-    return StillCache.from_layers(model.config, layers, len(base_ids), source=full, positions=where)
+def exact_cache(model, base_ids: Sequence[int], full: Cache | None = None) -> StillCache:
+    """A cache of S and U, each token an entry of its own.
+
+    Args:
+        model: the policy.
+        base_ids: of S and U.
+        full: a cache of full attention that has read them, and more behind them; they are read unless given.
+    """
+    tokens = len(base_ids)
+    if full is None:
+        full = read(model, torch.tensor([list(base_ids)], device=model.device)).cache
+    states = {i: (full.layers[i].keys, full.layers[i].values) for i in full_attention_layers(model.config)}
+    layers = {i: CompactKV(*(x[:, :, :tokens] for x in own)) for i, own in states.items()}
+    return StillCache.from_layers(model.config, layers, tokens, source=full, positions=torch.arange(tokens))
 
 
 def fingerprint(method: Method | None) -> str:

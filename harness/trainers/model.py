@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from ...calling import logits_of, passing
 from ...distill.objective import top_k_kl
@@ -18,7 +19,15 @@ from ..windows import IGNORE, KINDS, WindowRow
 from .attention import Packed, can_pack, packs_itself
 from .losses import policy_loss, sft_loss, token_weights
 from .openings import can_share, read_opening, shared
-from .prefix import check_method, let_checkpoint_read, made_by_compactor, read_only, rebuild, to_slots_alone
+from .prefix import (
+    check_method,
+    let_checkpoint_read,
+    made_by_compactor,
+    note_exact,
+    read_only,
+    rebuild,
+    to_slots_alone,
+)
 
 COMPACTOR_MODES = ("frozen", "distill", "rl", "joint")
 
@@ -133,9 +142,8 @@ class RowModel(nn.Module):
         for share, logprobs in zip(text, self.logprobs_of_text([share.row for share in text]), strict=True):
             self._count(out, share, logprobs)
         behind = [share for share in shares if share.row.prefix_plan]
-        distils = self.mode in ("distill", "joint")
-        taught = self._taught([share.row for share in behind]) if distils else [None] * len(behind)
-        known: dict = {}
+        distils, known = self.mode in ("distill", "joint"), {}
+        taught = self._taught([share.row for share in behind], known) if distils else [None] * len(behind)
         for share, states in zip(behind, taught, strict=True):
             self._behind_slots(out, share, known, states)
         return out
@@ -267,10 +275,11 @@ class RowModel(nn.Module):
             out.loss = out.loss + share.scale * (weights * losses).sum()
 
     @torch.no_grad()
-    def _taught(self, rows: Sequence[WindowRow]) -> list[torch.Tensor]:
+    def _taught(self, rows: Sequence[WindowRow], known: dict) -> list[torch.Tensor]:
         """Last hidden states before the trained tokens of each row `[trained, width]`, behind its whole prefix.
 
-        What one window read is the beginning of what the next one's row is: it is read once, with the longest.
+        What one window read is the beginning of what the next one's row is: it is read once, with the longest. So are S
+        and U, which their slots stand behind: they go into `known`, of `rebuild`.
         """
         device, found = self.policy.get_input_embeddings().weight.device, {}
         texts = sorted((row.prefix_ids + row.input_ids, place) for place, row in enumerate(rows))
@@ -279,7 +288,13 @@ class RowModel(nn.Module):
             for text, place in reversed(texts):  # those that go on from a text stand right behind it
                 if longest[: len(text)] != text:
                     ids, longest = torch.tensor([text], device=device), text
-                    hidden = self.policy.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+                    cache = DynamicCache(config=self.policy.config) if can_share(self.policy) else None
+                    read = self.policy.get_decoder()(
+                        input_ids=ids, **passing(self.policy, cache), use_cache=cache is not None
+                    )
+                    hidden = read.last_hidden_state[0]
+                    if cache is not None:
+                        note_exact(known, self.policy, rows[place], cache, gradients=True)
                 before = len(rows[place].prefix_ids)
                 found[place] = hidden[[before + at for at in _places(rows[place])]]
         return [found[place] for place in range(len(rows))]

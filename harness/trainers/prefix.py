@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import Cache
 
 from ...cache import StillCache
 from ...cache_layer import CompactLayer
@@ -68,13 +69,25 @@ def rebuild(
     base = plan[0]["end"]
     held = None
     for number, step in enumerate(plan):
-        key = (gradients, tuple(prefix_ids[: step["end"]]), str(plan[: number + 1]))
+        key = _key(prefix_ids, plan[: number + 1], gradients)
         if key not in known:
             made = exact_cache(model, prefix_ids[:base]) if not number else None
             ids = prefix_ids[step["start"] : step["end"]]
             known[key] = made or _cross(model, maker, held, base, ids, step, gradients)
         held = known[key]
     return held
+
+
+def _key(prefix_ids: Sequence[int], plan: Sequence[dict[str, Any]], gradients: bool) -> tuple:
+    """What the cache behind the last step of a plan is known by."""
+    return gradients, tuple(prefix_ids[: plan[-1]["end"]]), str(plan)
+
+
+def note_exact(known: dict[tuple, StillCache], model, row: Any, full: Cache, gradients: bool) -> None:
+    """Take S and U of a row behind slots from a full cache that begins with them; see `rebuild`."""
+    key = _key(row.prefix_ids, row.prefix_plan[:1], gradients)
+    if key not in known:
+        known[key] = exact_cache(model, row.prefix_ids[: row.prefix_plan[0]["end"]], full)
 
 
 def _cross(

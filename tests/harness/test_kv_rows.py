@@ -14,7 +14,7 @@ from trainer_cases import assert_close, attentive, gradients, kept_bytes, rollou
 from still import methods
 from still.budgets import Split
 from still.compactor import StillCompactor
-from still.harness.backends.slots import fingerprint
+from still.harness.backends.slots import exact_cache, fingerprint
 from still.harness.trainers import prefix
 from still.harness.trainers.attention import NAME, attending_rows, row_attention
 from still.harness.trainers.losses import Counted, row_scales
@@ -139,8 +139,19 @@ def test_a_teacher_reads_once_what_one_window_goes_on_from_another(tmp_path):
     shorter = replace(rows[2], input_ids=[*rows[2].input_ids[:-3], 9], labels=[*rows[2].labels[:-3], 9])
     given, read = [*behind, shorter, replace(behind[0], trajectory_id="its twin")], []
     hook = loaded.model.get_input_embeddings().register_forward_hook(lambda _, ids, out: read.append(out.shape[1]))
-    taught = module._taught(given)
+    known: dict = {}
+    taught = module._taught(given, known)
     hook.remove()
+    base = rows[2].prefix_ids[: rows[2].prefix_plan[0]["end"]]
+    exact = exact_cache(loaded.model, base)
+    (begun,) = known.values()  # S and U, which slots stand behind, were read with it
+    assert begun.logical_length == exact.logical_length == begun.slots
+    for mine, theirs in zip(begun.layers, exact.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-5, rtol=1e-5)
+    for row in behind:
+        (again,) = rebuild(loaded.model, made, row.prefix_ids, row.prefix_plan, True, known).row_slots()
+        assert again == row.prefix_plan[0]["end"] + sum(step["slots"] for step in row.prefix_plan[1:])
+    assert [key[1] for key in known].count(tuple(base)) == 1
     assert sorted(read) == sorted(len(row.prefix_ids + row.input_ids) for row in (rows[2], shorter))
     for row, states in zip(given, taught, strict=True):
         text = row.prefix_ids + row.input_ids
