@@ -56,7 +56,7 @@ LINES = "--credit lines --credit-share 1 --potential written"
 GRPO_LINES, GRPO_12_LINES = f"{GRPO_FALLING} {LINES}", f"{GRPO_12} {LINES}"
 GRPO_12_LEDGER = f"{GRPO_12} --credit ledger --credit-share 0.7 --potential written"
 GRPO_KV = (
-    "grpo --backend kv --ratio 32 --compactor-mode rl --steps 40 --tasks-per-step 3 --group 8 --lr 1e-4 "
+    "grpo --backend kv --ratio 32 --compactor-mode rl --steps 40 --tasks-per-step 4 --group 8 --lr 1e-4 "
     "--schedule linear --warmup 4 --no-ask --credit lines --credit-share 1"
 )
 ISFT = (
@@ -152,15 +152,16 @@ RUNS = (
     *(Run("grpo-12-lines", GRPO_12_LINES, 10, seed, matters="10-many") for seed in range(3)),
     *(Run("grpo-12-ledger", GRPO_12_LEDGER, 10, seed, matters="10-many") for seed in range(3)),
     *(Run("grpo-12-plain", GRPO_12, 10, seed, matters="10-many") for seed in range(3)),
-    *(Run("grpo-24-kv-32", GRPO_KV, 10, seed, matters="10-many") for seed in range(3)),
-    Run("grpo-24-kv-32-random", f"{GRPO_KV} --reward random", 10, matters="10-many"),
+    *(Run("grpo-kv-32", GRPO_KV, 10, seed, matters="10-many") for seed in range(3)),
+    Run("grpo-kv-32-random", f"{GRPO_KV} --reward random", 10, matters="10-many"),
     Run("isft-memo", f"{ISFT_ONCE} {MEMO} --budget 192t", 14),
     Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO} --budget 192t", 14, like="isft-memo"),
     Run("isft-memo-10", f"{ISFT} {MEMO} --budget 128t", 10),
     Run("isft-memo-10-unfiltered", f"{UNFILTERED} {MEMO} --budget 128t", 10, like="isft-memo-10"),
     Run("isft-kv", f"{ISFT} {KV}", 10),
     Run("isft-kv-unfiltered", f"{UNFILTERED} {KV}", 10, like="isft-kv"),
-    Run("isft-kv-32", f"{ISFT_32} --teacher oracle --teacher-rounds 3", 10, matters="10-many"),
+    *(Run("isft-kv-32", f"{ISFT_32} --teacher oracle --teacher-rounds 3", 10, seed, matters="10-many")
+      for seed in range(3)),
     Run("isft-kv-32-unfiltered", f"{ISFT_32} --select any", 10, matters="10-many", like="isft-kv-32"),
     Run("distill", DISTILL, 8),
     *(Run("distill-placed", f"{DISTILL} --place 200", 8, seed) for seed in range(3)),
