@@ -184,6 +184,24 @@ def test_distillation_leaves_the_policys_gradient_as_it_was(tmp_path):
     assert max(float(g.abs().max()) for k, g in both.items() if k.startswith("compactor")) > 0
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["still", "still-uneven"])
+def test_joint_training_adds_the_distillations_gradient_to_the_rows_own(tmp_path, method, checkpointing):
+    loaded, made, rows = setting(tmp_path, method=method)
+    loaded.model.requires_grad_(True)
+
+    def found(mode):
+        module = RowModel(loaded.model, made, compactor=mode)
+        if checkpointing:
+            module.checkpoint_activations()
+        return step(module, rows)
+
+    rl, distilled, joint = found("rl"), found("distill"), found("joint")
+    reached = {name: own for name, own in distilled.items() if name.startswith("compactor")}
+    assert min(float(max(own.abs().max() for own in part.values())) for part in (rl, reached)) > 0
+    assert_close(joint, {name: own + reached.get(name, 0) for name, own in rl.items()})
+
+
 def test_a_frozen_compactor_receives_nothing(tmp_path):
     loaded, made, rows = setting(tmp_path)
     loaded.model.requires_grad_(True)

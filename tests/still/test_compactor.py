@@ -215,6 +215,35 @@ def test_a_bf16_base_has_an_fp32_compactor():
         torch.testing.assert_close(identity.values, full.values, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("limit", [2**30, 1])
+@pytest.mark.parametrize("options", [{}, {"beta": True}, {"placement": 8}, {"placement": 8, "scout": 1}],
+                         ids=["even", "beta", "placed", "scouted"])  # fmt: skip
+def test_layers_together_are_layers_one_by_one(monkeypatch, options, limit):
+    monkeypatch.setitem(compactor_module.SOURCES, "cpu", limit)
+    model = model_for(options)
+    compactor = stirred(StillCompactor.for_model(model, ratio=4, chunk=64, **options))
+    compactor.trains()
+    cached, where = read(model, random_ids(2, 60)).cache.layers, torch.arange(20, 60)
+    states = {i: (cached[i].keys[:, :, 20:], cached[i].values[:, :, 20:]) for i in map(int, compactor.layers)}
+
+    def slopes(made):
+        loss = sum((part.keys * part.values).sum() for part in made.values())
+        weights = [weight for weight in compactor.parameters() if weight.requires_grad]
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+
+    together = compactor.compact_layers(states, where, 7)
+    alone = {layer: compactor.compact_layer(layer, *own, where, 7) for layer, own in states.items()}
+    for layer, part in alone.items():
+        for mine, theirs in zip(together[layer][:3], part[:3], strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(slopes(together), slopes(alone), strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_tables_kept_of_the_first_tokens_serve_any_length_and_training(monkeypatch):
     model, options = tiny_model("qwen3"), {"ratio": 4, "placement": 8, "scout": 1}
     compactor = StillCompactor.for_model(model, **options)
