@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -260,15 +261,19 @@ class StillCompactor(nn.Module, ModelHubMixin):
         dtype, these, tables = keys[0].dtype, tuple(layers), shared.tables(layers[0], positions, slots)
         if these not in self._whole:
             self._whole[these] = Together([self.layers[str(layer)] for layer in layers])
-        with torch.autocast(keys[0].device.type, enabled=False):
+        # Where no gradient is wanted, hundreds of small operations need no tracking. What leaves is copied, since
+        # tensors that were made so are of no use in training.
+        inert = not torch.is_grad_enabled()
+        with torch.autocast(keys[0].device.type, enabled=False), torch.inference_mode() if inert else nullcontext():
             phase = [shared.phase(layer, heads) for layer in layers] if self.config.placement else None
             turns = tuple(table if table is None else table[None] for table in tables.turns)
             whole = self._whole[these]
             small, mixed, beta = perceive(whole, keys, values, slots, turns, tables.tokens, heads, phase, worth)
             rows = [x if len(x) == 1 else x.repeat(len(layers), 1, 1) for x in tables.slots]
             small = rotate(small.flatten(0, 1), *rows).unflatten(0, small.shape[:2])
-        betas = [None] * len(layers) if beta is None else beta.to(dtype)
-        return [CompactKV(*each) for each in zip(small.to(dtype), mixed.to(dtype), betas, strict=True)]
+            each = [[None] * len(layers) if x is None else x.unbind() for x in (small, mixed, beta)]
+        made = ([None if x is None else x.to(dtype, copy=inert) for x in parts] for parts in each)
+        return [CompactKV(*one) for one in zip(*made, strict=True)]
 
     def _fused(self, keys: torch.Tensor, values: torch.Tensor, scouted: bool) -> bool:
         """Whether kernels read `keys` and `values` like these as they are cached, and nothing else reads them."""

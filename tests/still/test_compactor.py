@@ -244,6 +244,28 @@ def test_layers_together_are_layers_one_by_one(monkeypatch, options, limit):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"beta": True}, {"placement": 8, "scout": 0}], ids=["even", "beta", "scouted"])
+def test_what_was_compacted_without_gradients_can_be_trained_behind(options):
+    model = model_for(options)
+    compactor = stirred(StillCompactor.for_model(model, ratio=4, chunk=64, **options))
+    cache = read(model, random_ids(1, 40)).cache
+    with torch.no_grad():
+        quiet = compactor.compact(cache, ratio=4)
+        own = cache.layers[0].keys, cache.layers[0].values
+        layer = compactor.compact_layers({0: own}, torch.arange(40), 10)[0]
+    assert not any(x.is_inference() for x in layer[:3] if x is not None)
+    model.requires_grad_(True)
+    answer(model, quiet.clone(), random_ids(1, 5, seed=1)).square().sum().backward()
+    found = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    compactor.trains(False)
+    with torch.enable_grad():
+        loud = compactor.compact(cache, ratio=4)
+    answer(model, loud, random_ids(1, 5, seed=1)).square().sum().backward()
+    for mine, weight in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, weight.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_tables_kept_of_the_first_tokens_serve_any_length_and_training(monkeypatch):
     model, options = tiny_model("qwen3"), {"ratio": 4, "placement": 8, "scout": 1}
     compactor = StillCompactor.for_model(model, **options)
