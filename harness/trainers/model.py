@@ -19,15 +19,7 @@ from ..windows import IGNORE, KINDS, WindowRow
 from .attention import Packed, can_pack, packs_itself
 from .losses import policy_loss, sft_loss, token_weights
 from .openings import can_share, read_opening, shared
-from .prefix import (
-    check_method,
-    let_checkpoint_read,
-    made_by_compactor,
-    note_exact,
-    read_only,
-    rebuild,
-    to_slots_alone,
-)
+from .prefix import check_method, let_checkpoint_read, made_by_compactor, note_exact, read_only, rebuild, to_slots_alone
 
 COMPACTOR_MODES = ("frozen", "distill", "rl", "joint")
 
@@ -294,7 +286,7 @@ class RowModel(nn.Module):
                     )
                     hidden = read.last_hidden_state[0]
                     if cache is not None:
-                        note_exact(known, self.policy, rows[place], cache, gradients=True)
+                        note_exact(known, self.policy, rows[place], cache)
                 before = len(rows[place].prefix_ids)
                 found[place] = hidden[[before + at for at in _places(rows[place])]]
         return [found[place] for place in range(len(rows))]

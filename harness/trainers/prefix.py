@@ -56,8 +56,8 @@ def rebuild(
         prefix_ids: all tokens before the window.
         plan: see `WindowRow.prefix_plan`.
         gradients: let them flow to the method's compactor.
-        known: caches of prefixes that were made with these weights, filled as they are made; rollouts of a group have
-            many in common.
+        known: caches of prefixes that were made with these weights, and with gradients or without alike, filled as they
+            are made; rollouts of a group have many in common.
 
     Raises:
         ValueError: the plan does not fit the ids.
@@ -69,7 +69,7 @@ def rebuild(
     base = plan[0]["end"]
     held = None
     for number, step in enumerate(plan):
-        key = _key(prefix_ids, plan[: number + 1], gradients)
+        key = _key(prefix_ids, plan[: number + 1])
         if key not in known:
             made = exact_cache(model, prefix_ids[:base]) if not number else None
             ids = prefix_ids[step["start"] : step["end"]]
@@ -78,14 +78,14 @@ def rebuild(
     return held
 
 
-def _key(prefix_ids: Sequence[int], plan: Sequence[dict[str, Any]], gradients: bool) -> tuple:
+def _key(prefix_ids: Sequence[int], plan: Sequence[dict[str, Any]]) -> tuple:
     """What the cache behind the last step of a plan is known by."""
-    return gradients, tuple(prefix_ids[: plan[-1]["end"]]), str(plan)
+    return tuple(prefix_ids[: plan[-1]["end"]]), str(plan)
 
 
-def note_exact(known: dict[tuple, StillCache], model, row: Any, full: Cache, gradients: bool) -> None:
+def note_exact(known: dict[tuple, StillCache], model, row: Any, full: Cache) -> None:
     """Take S and U of a row behind slots from a full cache that begins with them; see `rebuild`."""
-    key = _key(row.prefix_ids, row.prefix_plan[:1], gradients)
+    key = _key(row.prefix_ids, row.prefix_plan[:1])
     if key not in known:
         known[key] = exact_cache(model, row.prefix_ids[: row.prefix_plan[0]["end"]], full)
 

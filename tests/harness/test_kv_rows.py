@@ -151,7 +151,7 @@ def test_a_teacher_reads_once_what_one_window_goes_on_from_another(tmp_path):
     for row in behind:
         (again,) = rebuild(loaded.model, made, row.prefix_ids, row.prefix_plan, True, known).row_slots()
         assert again == row.prefix_plan[0]["end"] + sum(step["slots"] for step in row.prefix_plan[1:])
-    assert [key[1] for key in known].count(tuple(base)) == 1
+    assert [key[0] for key in known].count(tuple(base)) == 1
     assert sorted(read) == sorted(len(row.prefix_ids + row.input_ids) for row in (rows[2], shorter))
     for row, states in zip(given, taught, strict=True):
         text = row.prefix_ids + row.input_ids
