@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -184,15 +185,9 @@ class StillCompactor(nn.Module, ModelHubMixin):
             positions: logical positions.
             slots: of every KV head.
         """
-        layers, shared = list(states), self._shared()
-        keys, values = states[layers[0]]
+        keys, values = next(iter(states.values()))
         step = self._together(keys, values, slots, self._fused(keys, values, False))
-        made: dict[int, CompactKV] = {}
-        for start in range(0, len(layers), step):
-            some = layers[start : start + step]
-            keys, values = zip(*(states[layer] for layer in some), strict=True)
-            made |= zip(some, self._mix(some, keys, values, slots, positions, shared), strict=True)
-        return made
+        return dict(self._mix_all(list(states), states.__getitem__, step, slots, positions, self._shared()))
 
     def head_counts(self, tokens: int, slots: int) -> dict[int, tuple[int, ...]]:
         """Slots of every KV head by layer, of a chunk of `tokens` tokens; empty where all heads have `slots`."""
@@ -274,6 +269,16 @@ class StillCompactor(nn.Module, ModelHubMixin):
             each = [[None] * len(layers) if x is None else x.unbind() for x in (small, mixed, beta)]
         made = ([None if x is None else x.to(dtype, copy=inert) for x in parts] for parts in each)
         return [CompactKV(*one) for one in zip(*made, strict=True)]
+
+    def _mix_all(
+        self, layers: Sequence[int], states: Callable[[int], tuple[torch.Tensor, torch.Tensor]], step: int, slots: int,
+        positions: torch.Tensor, shared: Shared, worth: Worth | int | None = None,
+    ) -> Iterator[tuple[int, CompactKV]]:  # fmt: skip
+        """Compact all heads of layers, `step` of them at a time; `states` gives a layer's keys and values."""
+        for start in range(0, len(layers), step):
+            some = layers[start : start + step]
+            keys, values = zip(*map(states, some), strict=True)
+            yield from zip(some, self._mix(some, keys, values, slots, positions, shared, worth=worth), strict=True)
 
     def _fused(self, keys: torch.Tensor, values: torch.Tensor, scouted: bool) -> bool:
         """Whether kernels read `keys` and `values` like these as they are cached, and nothing else reads them."""
@@ -526,20 +531,19 @@ class StillCompactor(nn.Module, ModelHubMixin):
         keys, values = _states(cache, layers[0], tokens, rows)
         where = torch.arange(tokens, device=keys.device)
         fused = self._fused(keys, values, scout is not None)
-        step = 1 if counts is not None else self._together(keys, values, slots, fused)
+        step = self._together(keys, values, slots, fused)
         worth: Worth | int | None = None
         if scout is not None:  # where all layers go at once, it looks at what is made for them
             worth = layers.index(scout)
             if fused or counts is not None or step < len(layers):
                 worth = self._common_worth(scout, *_states(cache, scout, tokens, rows), where, shared)
-        for start in range(0, len(layers), step):
-            some = layers[start : start + step]
-            keys, values = zip(*(_states(cache, layer, tokens, rows) for layer in some), strict=True)
-            if counts is None:
-                yield from zip(some, self._mix(some, keys, values, slots, where, shared, worth=worth), strict=True)
-            else:
-                heads = counts.get(some[0], (slots,) * self.kv_heads)
-                yield some[0], self._compact(some[0], keys[0], values[0], heads, where, shared, worth)
+        states = partial(_states, cache, tokens=tokens, rows=rows)
+        if counts is None:
+            yield from self._mix_all(layers, states, step, slots, where, shared, worth)
+            return
+        for layer in layers:
+            heads = counts.get(layer, (slots,) * self.kv_heads)
+            yield layer, self._compact(layer, *states(layer), heads, where, shared, worth)
 
     def _common_worth(self, layer: int, keys, values, positions, shared: Shared) -> Worth:
         """What tokens are worth to all layers, as this one sees them; see `Placement.common_worth`."""
