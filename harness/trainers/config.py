@@ -19,7 +19,8 @@ class TrainSettings:
         place: rollouts to whose windows the compactor's placement is fitted again before anything else: those that a
             round trains on (iSFT), or some of their own before the first step (GRPO). No loss reaches a placement.
         lr: learning rate.
-        schedule: of the learning rate after the warm-up.
+        compactor_lr: of the compactor beside a policy that trains too; `lr` unless given.
+        schedule: of the learning rates after the warm-up.
         warmup: steps of warm-up.
         weight_decay: of matrices.
         clip: largest norm of the gradient.
@@ -41,6 +42,7 @@ class TrainSettings:
     distill_weight: float = 1.0
     place: int = 0
     lr: float = 1e-5
+    compactor_lr: float | None = None
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = 0
     weight_decay: float = 0.0
@@ -59,6 +61,13 @@ class TrainSettings:
         _positive(self, "lora_rank", "lr", "clip", "constant", "memo_weight", "micro_tokens", "save_every")
         if self.train_policy == "frozen" and self.compactor_mode == "frozen":
             raise ValueError("train_policy and compactor_mode are both frozen: nothing would train")
+        if self.compactor_lr is not None:
+            _positive(self, "compactor_lr")
+            if "frozen" in (self.train_policy, self.compactor_mode):
+                raise ValueError(
+                    f"compactor_lr is {self.compactor_lr:g}, but train_policy is {self.train_policy} and "
+                    f"compactor_mode {self.compactor_mode}: what trains alone has the rate lr; leave compactor_lr out"
+                )
         if self.checkpointing and self.train_policy == "frozen":
             raise ValueError("checkpointing would do nothing: a frozen policy stays in evaluation mode; leave it out")
         if self.place < 0 or (self.place and self.compactor_mode == "frozen"):

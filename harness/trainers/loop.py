@@ -172,9 +172,26 @@ class RowTrainer(Trainer):
         """Matrices."""
         return [name for name, p in model.named_parameters() if p.ndim == 2 and p.requires_grad]
 
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """The library's; a compactor with a rate of its own in the last groups."""
+        made = self.optimizer is None
+        optimizer, rate = super().create_optimizer(*args, **kwargs), self.settings.compactor_lr
+        if made and rate is not None:
+            slots = {id(p) for p in self.module.compactor.parameters()}
+            groups = list(optimizer.param_groups)
+            optimizer.param_groups.clear()
+            for which, lr in ((False, self.settings.lr), (True, rate)):
+                for group in groups:
+                    params = [p for p in group["params"] if (id(p) in slots) is which]
+                    if params:
+                        optimizer.param_groups.append({**group, "params": params, "lr": lr})
+        return optimizer
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write a line of metrics: per-token means over all processes, and what the source adds."""
         if "loss" in logs:
+            if self.settings.compactor_lr is not None:
+                logs["compactor_learning_rate"] = logs["learning_rate"] * self.settings.compactor_lr / self.settings.lr
             logs |= self._means() | self.extra() | self.clock.take()
         super().log(logs, start_time)
         logs.pop("epoch", None)

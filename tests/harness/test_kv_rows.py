@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from agent_cases import tiny_agent
-from trainer_cases import assert_close, attentive, gradients, kept_bytes, rollout
+from trainer_cases import assert_close, attentive, gradients, kept_bytes, log_of, rollout
 
 from still import methods
 from still.budgets import Split
@@ -17,10 +17,13 @@ from still.compactor import StillCompactor
 from still.harness.backends.slots import exact_cache, fingerprint
 from still.harness.trainers import prefix
 from still.harness.trainers.attention import NAME, attending_rows, row_attention
+from still.harness.trainers.config import TrainSettings
+from still.harness.trainers.loop import RowTrainer
 from still.harness.trainers.losses import Counted, row_scales
 from still.harness.trainers.model import RowModel, Share
 from still.harness.trainers.prefix import let_checkpoint_read, rebuild
-from still.harness.trainers.steps import own_batches, shares_of
+from still.harness.trainers.steps import RowSource, own_batches, shares_of
+from still.harness.trainers.weights import digest
 from still.harness.windows import IGNORE, check_rows
 
 
@@ -299,3 +302,54 @@ def test_a_row_behind_slots_keeps_no_more_for_a_further_token(tmp_path):
                          token_kind=row.token_kind * times, logprobs=row.logprobs * times)  # fmt: skip
         sizes.append(kept_bytes(module, longer))
     assert sizes[2] - sizes[1] < 1.02 * (sizes[1] - sizes[0])
+
+
+def test_a_compactor_learns_at_a_rate_of_its_own(tmp_path):
+    loaded, method, rows = setting(tmp_path)
+    module = RowModel(loaded.model.requires_grad_(True), method, compactor="joint")
+    start = copy.deepcopy(module.state_dict())
+
+    def trainer(folder, steps, **settings):
+        module.load_state_dict(start)
+        settings = TrainSettings(lr=1e-3, micro_tokens=4000, save_every=1, compactor_mode="joint", **settings)
+        return RowTrainer(module, settings, tmp_path / folder, RowSource(rows, 1, settings, 0), steps)
+
+    def farthest(part):
+        """That a weight has gone; Adam's first step is the rate, but for gradients near nothing."""
+        own = ((name, p.detach()) for name, p in module.named_parameters() if name.startswith(part))
+        return max(float((p - start[name]).abs().max()) for name, p in own)
+
+    trainer("first", 1, compactor_lr=6e-3).fit()
+    assert 0.9e-3 < farthest("policy.") < 1.1e-3
+    assert 5.4e-3 < farthest("compactor.") < 6.6e-3
+    trainer("same", 1).fit()
+    assert 0.9e-3 < farthest("compactor.") < 1.1e-3
+    falling = {"compactor_lr": 6e-3, "schedule": "linear"}
+    trainer("whole", 3, **falling).fit()
+    whole = digest(module)
+    assert [line["compactor_learning_rate"] for line in log_of(tmp_path / "whole")] == pytest.approx([6e-3, 4e-3, 2e-3])
+    cut = trainer("cut", 3, **falling)
+    cut.source.step = interrupted_at(2, cut.source.step)
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    trainer("cut", 3, **falling).fit()
+    assert digest(module) == whole
+
+
+def interrupted_at(number, step):
+    """Steps of a source, up to an interrupt."""
+
+    def up_to(asked):
+        if asked == number:
+            raise KeyboardInterrupt
+        return step(asked)
+
+    return up_to
+
+
+@pytest.mark.parametrize("alone", [{"compactor_mode": "frozen"}, {"compactor_mode": "rl", "train_policy": "frozen"}])
+def test_a_rate_of_its_own_needs_two_that_train(alone):
+    with pytest.raises(ValueError, match=r"compactor_lr is 0\.001, but .* leave compactor_lr out"):
+        TrainSettings(compactor_lr=1e-3, **alone)
+    with pytest.raises(ValueError, match="compactor_lr is 0; it must be above 0"):
+        TrainSettings(compactor_lr=0, compactor_mode="joint")
