@@ -68,8 +68,8 @@ UNFILTERED = ISFT_ONCE.replace("--teacher oracle ", "") + " --select any"
 MEMO, KV = "--backend memo --evaluate-on memo", "--backend kv --ratio 16 --evaluate-on kv"
 ISFT_32 = (
     "isft --rounds 3 --tasks-per-round 200 --rollouts 1 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
-    "--batch 4 --lr 2e-4 --schedule linear --start last --no-union --backend kv --ratio 32 --evaluate-on kv "
-    "--compactor-mode joint --place 100 --no-ask"
+    "--batch 4 --lr 5e-5 --compactor-lr 2e-4 --schedule linear --warmup 5 --start last --no-union --backend kv "
+    "--ratio 32 --evaluate-on kv --compactor-mode joint --place 100 --no-ask"
 )
 DISTILL = (
     "grpo --backend kv --ratio 16 --train-policy frozen --compactor-mode distill --steps 30 --tasks-per-step 6 "
