@@ -59,6 +59,10 @@ GRPO_KV = (
     "grpo --backend kv --ratio 32 --compactor-mode rl --steps 40 --tasks-per-step 4 --group 8 --lr 1e-4 "
     "--schedule linear --warmup 4 --no-ask --credit lines --credit-share 1"
 )
+GRPO_KV_JOINT = (
+    "grpo --backend kv --ratio 32 --compactor-mode joint --place 100 --steps 40 --tasks-per-step 3 --group 8 --lr 5e-5 "
+    "--compactor-lr 2e-4 --schedule linear --warmup 4 --no-ask --credit lines --credit-share 1"
+)
 ISFT = (
     "isft --teacher oracle --rounds 3 --rollouts 2 --keep-per-task 1 --private none --no-rubric --temperature 0.7 "
     "--epochs 2 --batch 4 --lr 2e-4 --schedule linear --start last --no-union --no-ask"
@@ -154,7 +158,8 @@ RUNS = (
     *(Run("grpo-12-plain", GRPO_12, 10, seed, matters="10-many") for seed in range(3)),
     *(Run("grpo-kv-32", GRPO_KV, 10, seed, matters="10-many") for seed in range(3)),
     Run("grpo-kv-32-random", f"{GRPO_KV} --reward random", 10, matters="10-many"),
-    Run("isft-memo", f"{ISFT_ONCE} {MEMO} --budget 192t", 14),
+    *(Run("grpo-kv-32-joint", GRPO_KV_JOINT, 10, seed, matters="10-many") for seed in range(3)),
+    *(Run("isft-memo", f"{ISFT_ONCE} {MEMO} --budget 192t", 14, seed) for seed in range(3)),
     Run("isft-memo-unfiltered", f"{UNFILTERED} {MEMO} --budget 192t", 14, like="isft-memo"),
     Run("isft-memo-10", f"{ISFT} {MEMO} --budget 128t", 10),
     Run("isft-memo-10-unfiltered", f"{UNFILTERED} {MEMO} --budget 128t", 10, like="isft-memo-10"),
