@@ -1,7 +1,9 @@
 """A judge's answer to verdicts, strictly: what is not clearly a verdict on a criterion that was asked is none.
 
-The last JSON object of the right shape counts, whatever prose, drafts or quotations stand before it. An object inside
-another one that broke off is no answer. Names are checked: an unknown one is left out, one given twice is asked again.
+The last JSON object of the right shape counts, whatever prose stands around it; where another one in the answer, a
+draft or a quotation, gives a criterion the other label, it is asked again. What was written while thinking, up to
+`</think>`, does not count, nor does an object inside another one that broke off. Names are checked: an unknown one is
+left out, one given twice is asked again.
 """
 
 from __future__ import annotations
@@ -54,22 +56,29 @@ def parse_answer(text: str, ids: Sequence[str], labs: bool = False) -> Answer:
     answers = [each for each in objects if keys <= each.keys()]
     if not answers or answers[-1] is not objects[-1]:
         return Answer({}, ("the answer ended without a whole JSON object of the form that was asked for",))
-    if labs:
-        said, problem = _said(answers[-1], "reasoning")
-        return Answer({ids[0]: said}) if said else Answer({}, (problem,))
-    return _listed(answers[-1]["verdicts"], ids)
+    *others, last = [_one(each, ids[0]) if labs else _listed(each["verdicts"], ids) for each in answers]
+    both = [name for name, one in last.said.items()
+            if any(name in other.said and other.said[name].label != one.label for other in others)]  # fmt: skip
+    said = {name: one for name, one in last.said.items() if name not in both}
+    return Answer(said, (*last.problems, *(f"criterion {name} was both passed and failed" for name in both)))
+
+
+def _one(verdict: Mapping[str, Any], name: str) -> Answer:
+    said, problem = _said(verdict, "reasoning")
+    return Answer({name: said}) if said else Answer({}, (problem,))
 
 
 def _listed(verdicts: Any, ids: Sequence[str]) -> Answer:
     if not isinstance(verdicts, list) or not all(isinstance(each, dict) for each in verdicts):
         return Answer({}, ('"verdicts" was no list of objects',))
+    asked = {name.strip(): name for name in ids}
     found: dict[str, Said] = {}
     problems, seen = [], set()
     for each in verdicts:
-        name = each.get("id", ids[0] if len(ids) == 1 else None)
-        name = name.strip() if isinstance(name, str) else name
-        if name not in ids:
-            problems.append(f"there is no criterion {_short(name)}")
+        given = each.get("id", ids[0] if len(ids) == 1 else None)
+        name = asked.get(given.strip()) if isinstance(given, str) else None
+        if name is None:
+            problems.append(f"there is no criterion {_short(given)}")
             continue
         if name in seen:
             problems.append(f"criterion {name} was judged twice")
@@ -113,19 +122,26 @@ def _short(value: Any) -> str:
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
-    """The outermost JSON objects of a text, in order; where one is broken, an empty object stands for it."""
-    text = text.rpartition("</think>")[2]
+    """The outermost JSON objects of a text after its thinking, in order; an empty one stands for one that is broken.
+
+    Many models' prompts open the thinking, so `</think>` alone ends it; one inside an object is a quotation.
+    """
     found: list[dict[str, Any]] = []
-    place = text.find("{")
+    thinking = text.lstrip().startswith("<think>")
+    place, end, broken = text.find("{"), 0, False
     while place >= 0:
+        if text.find("</think>", end, place) >= 0:
+            found, thinking = [], False
         try:
-            value, end = _DECODER.raw_decode(text, place)
+            value, after = _DECODER.raw_decode(text, place)
         except (ValueError, RecursionError):
-            value, end = {}, place + 1
-        inside_broken = found and not found[-1] and _NESTED.search(text, max(0, place - 64), place)
-        found.append({} if inside_broken else value)
+            value, after = {}, place + 1
+        if broken and _NESTED.search(text, max(0, place - 64), place):
+            value = {}
+        found.append(value)
+        end, broken = after, not value
         place = text.find("{", end)
-    return found
+    return [] if thinking or "</think>" in text[end:] else found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -26,8 +26,10 @@ from .verdict_store import Kept, VerdictStore, verdict_key
 from .verdicts import CriterionVerdict, State, Tokens
 
 _UNSCORED: dict[str, State] = {"refused": "refused", "rejected": "rejected", "fatal": "stopped"}
-_HOPELESS, _RECONSIDER = 8, 60.0
-"""Calls given up before a server that never answered is left alone, and seconds until it is tried again."""
+_UNANSWERED = ("throttled", "transient")
+_HOPELESS, _SILENT, _RECONSIDER = 8, 5, 60.0
+"""Calls given up, or time-outs one after another (by then the lane has narrowed from 8 calls to one), before a server
+that never answered is left alone, and seconds until it is tried again."""
 _OUTPUT = 400  # tokens that a verdict is taken to need until the judge has shown what it needs
 
 
@@ -116,10 +118,12 @@ class Asker:
         self.budget, self.price, self.reasks, self.retry = budget, price, reasks, retry or Retry()
         self.stopped = ""
         self._stopped_until = math.inf
-        self._given_up: int | None = 0  # calls in a row; None once there was an answer
+        self._answered, self._given_up = False, 0
+        self._silence = self._silent_until = 0.0  # seconds in which no call was under way but those that failed
         self._output = _OUTPUT
         config = getattr(judge, "config", None)
         self._cache_marks = bool(config and config.cache_marks)
+        self._timeout = config.timeout if config else math.inf
 
     def find(self, batch: Batch, criterion: Criterion) -> CriterionVerdict | None:
         """The cached verdict, or None."""
@@ -191,44 +195,64 @@ class Asker:
             question += f"\nYour last answer could not be used: {'; '.join(problems)}. Answer again, with JSON alone.\n"
         characters = len(batch.system) + len(batch.shared) + len(question)
 
+        estimate = Tokens(input=characters // 3, output=self._output * len(criteria))
+        spent, cost = Tokens(), 0.0
+
+        def pay(tokens: Tokens) -> None:
+            nonlocal spent, cost
+            more, dollars = self._spend(batch, tokens, len(criteria), estimate)
+            spent, cost = spent + more, cost + dollars
+
         async def attempt() -> Reply:
             if self.stopped and time.monotonic() < self._stopped_until:
                 raise JudgeError("fatal", self.stopped)
-            self.stopped = ""
+            self.stopped, began = "", time.monotonic()
             try:
                 chat = messages(batch.system, batch.shared, question, self._cache_marks)
-                return await self.judge.ask(chat, self.prompt.schema)
+                reply = await self.judge.ask(chat, self.prompt.schema)
             except JudgeError as trouble:
                 batch.ledger.troubles[trouble.trouble] += 1
                 if trouble.trouble == "fatal":
                     self.stopped, self._stopped_until = str(trouble), math.inf
+                if trouble.tokens is not None:  # a refusal is billed like an answer
+                    pay(trouble.tokens)
+                self._count_silence(trouble, began)
                 raise
+            self._answered = True
+            pay(reply.tokens)
+            return reply
 
-        estimate = Tokens(input=characters // 3, output=self._output * len(criteria))
         held = estimate.total, self.price.of(estimate) if self.price else 0.0
         await self.budget.hold(*held)
-        spent, cost = Tokens(), 0.0
         try:
-            reply = await self.lane.run(attempt, estimate.total, self.retry)
-            self._given_up = None
-            spent, cost = self._spend(batch, reply.tokens, len(criteria), estimate)
-            return reply
+            return await self.lane.run(attempt, estimate.total, self.retry)
         except JudgeError as trouble:
             self._count_given_up(trouble)
-            if trouble.tokens is not None:  # a refusal is billed like an answer
-                spent, cost = self._spend(batch, trouble.tokens, len(criteria), estimate)
             raise
         finally:
             self.budget.settle(*held, spent, cost)
 
+    def _count_silence(self, trouble: JudgeError, began: float) -> None:
+        """Leave a server alone that takes calls and never answers, long before any call has had all its attempts."""
+        if trouble.trouble not in _UNANSWERED:
+            return
+        now = time.monotonic()
+        self._silence += now - max(began, self._silent_until)
+        self._silent_until = now
+        if self._silence >= _SILENT * self._timeout:
+            self._leave_alone(f"no call was answered in {self._silence:.3g} s", trouble)
+
     def _count_given_up(self, trouble: JudgeError) -> None:
         """Leave a server alone that never answered: a wrong address costs a minute then, not a night."""
-        if self._given_up is None or trouble.trouble not in ("throttled", "transient"):
+        if trouble.trouble not in _UNANSWERED:
             return
         self._given_up += 1
-        if self._given_up >= _HOPELESS and not self.stopped:
-            self.stopped = f"{self._given_up} calls were given up and none was answered; the last one: {trouble}"
-            self._stopped_until = time.monotonic() + _RECONSIDER
+        if self._given_up >= _HOPELESS:
+            self._leave_alone(f"{self._given_up} calls were given up and none was answered", trouble)
+
+    def _leave_alone(self, why: str, trouble: JudgeError) -> None:
+        if not self._answered and not self.stopped:
+            self.stopped, self._stopped_until = f"{why}; the last one: {trouble}", time.monotonic() + _RECONSIDER
 
     def _spend(self, batch: Batch, tokens: Tokens, criteria: int, estimate: Tokens) -> tuple[Tokens, float]:
         """Count an answer, and say what the budget bears; a server that counts nothing costs what was estimated."""

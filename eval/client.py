@@ -6,6 +6,7 @@ The client's own retries are off: `lanes.py` retries, where the whole provider c
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -23,8 +24,12 @@ _STEP_DOWN = {"schema": "object", "object": "none"}
 _FORM_WORDS = ("response_format", "json_schema", "json_object", "structured", "guided", "grammar")
 _UNSUPPORTED_WORDS = ("support", "default", "deprecated", "not allowed", "not permitted")
 _LONG_WORDS = ("context length", "context_length", "too long", "too large", "maximum context", "max_model_len")
-_MODERATION_WORDS = ("moderation", "flagged", "content policy")
+_MODERATION_WORDS = (
+    "moderation", "flagged", "content policy", "content_filter", "content filter", "content management policy",
+    "content exists risk",
+)  # fmt: skip
 _BROKE_WORDS = ("insufficient_quota", "credit balance", "insufficient balance", "billing")
+_CONNECT = 10.0  # seconds for a connection: an address where nobody is says so soon, however long an answer may take
 
 
 class OpenAIJudge:
@@ -48,6 +53,7 @@ class OpenAIJudge:
         self.adapted: list[str] = []
         self._form = {"auto": "schema"}.get(config.structured, config.structured)
         self._temperature, self._limit = config.temperature, "max_tokens"
+        self._connect = min(_CONNECT, config.timeout)
         self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
         if config.api_key_env and not self._key:
             raise ValueError(
@@ -66,17 +72,20 @@ class OpenAIJudge:
             JudgeError: there was no answer; the key is in no message.
         """
         import openai
-        from openai.types.chat import ChatCompletion
 
         request = self._request(chat, schema)
         try:
-            # `chat.completions.create` would first walk through the whole request, at a third of a call's cost.
-            completion = await self._client().post("/chat/completions", cast_to=ChatCompletion, body=request)
+            # `chat.completions.create` would first walk through the whole request, at a third of a call's cost, and
+            # its `ChatCompletion` is made of whatever came, unchecked.
+            body = await self._client().post("/chat/completions", cast_to=str, body=request)
         except openai.APIStatusError as problem:
             if problem.status_code in (400, 404, 422, 501) and self._adapt(request, problem.message):
                 return await self.ask(chat, schema)
             raise self._sorted(problem) from None
-        except openai.APITimeoutError:
+        except openai.APITimeoutError as problem:
+            if type(problem.__cause__).__name__ == "ConnectTimeout":  # of httpx or httpx2, by the client's version
+                said = f"no connection to {self.config.base_url} within {self._connect:g} s"
+                raise JudgeError("transient", said) from None
             raise JudgeError("throttled", f"no answer within {self.config.timeout:g} s") from None
         except openai.APIConnectionError as problem:
             why = problem.__cause__ or problem
@@ -84,7 +93,7 @@ class OpenAIJudge:
             raise JudgeError("transient", self._scrub(said)) from None
         except (openai.OpenAIError, ValueError, TypeError) as problem:
             raise JudgeError("transient", self._scrub(f"{type(problem).__name__}: {problem}")) from None
-        return self._reply(completion)
+        return self._reply(body)
 
     async def aclose(self) -> None:
         """Close this loop's connections."""
@@ -99,8 +108,9 @@ class OpenAIJudge:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             self._clients = {each: client for each, client in self._clients.items() if not each.is_closed()}
+            timeout = openai.Timeout(self.config.timeout, connect=self._connect)
             self._clients[loop] = openai.AsyncOpenAI(
-                api_key=self._key or "none", base_url=self.config.base_url, max_retries=0, timeout=self.config.timeout
+                api_key=self._key or "none", base_url=self.config.base_url, max_retries=0, timeout=timeout
             )
         return self._clients[loop]
 
@@ -118,22 +128,27 @@ class OpenAIJudge:
             request["response_format"] = {"type": "json_object"}
         return request | config.extra
 
-    def _reply(self, completion: Any) -> Reply:
-        choices = getattr(completion, "choices", None)
-        message = choices[0].message if choices else None
-        if message is None:
-            raise JudgeError("transient", "the server's answer held no message")
-        tokens = _tokens(completion.usage)
-        if message.refusal or choices[0].finish_reason == "content_filter":
-            said = self._scrub(message.refusal or "a content filter stopped the answer")
+    def _reply(self, body: str) -> Reply:
+        tokens = None
+        try:
+            completion = json.loads(body)
+            tokens = _tokens(completion.get("usage"))
+            choice = completion["choices"][0]
+            text, refusal = _text(choice["message"].get("content")), choice["message"].get("refusal")
+            finish = choice.get("finish_reason") or "stop"
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+            said = self._scrub(f"the server's answer was no chat completion: {body}")
+            raise JudgeError("transient", said, tokens=tokens if tokens and tokens.input else None) from None
+        if refusal or finish == "content_filter":
+            said = self._scrub(str(refusal or "a content filter stopped the answer"))
             raise JudgeError("refused", said, tokens=tokens)
-        return Reply(message.content or "", tokens, choices[0].finish_reason or "stop")
+        return Reply(text, tokens, finish)
 
     def _sorted(self, problem: openai.APIStatusError) -> JudgeError:
         status = problem.status_code
         said = self._scrub(f"{status}: {problem.message.removeprefix(f'Error code: {status} - ')}")
         wait = retry_after(problem.response.headers)
-        if status == 403 and _any(_MODERATION_WORDS, said):
+        if status in (400, 403) and _any(_MODERATION_WORDS, f"{problem.code} {said}"):
             return JudgeError("refused", said)
         if status in (401, 403, 404) or (status in (402, 429) and _any(_BROKE_WORDS, said)):
             return JudgeError("fatal", said)
@@ -189,28 +204,48 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
+def _text(content: Any) -> str:
+    """What a message says: its content, or of one in parts, as reasoning models send it, the texts."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"content is a {type(content).__name__}")
+    return content or ""
+
+
 def _tokens(usage: Any) -> Tokens:
-    """The server's count, under the names that providers use for the parts."""
-    if usage is None:
+    """The server's count; one that cannot be read counts as none, since the answer beside it is paid for all the same.
+
+    Asked again, such a server would only count in the same way.
+    """
+    try:
+        return _counted(usage or {})
+    except (AttributeError, TypeError, ValueError, OverflowError):
         return Tokens(calls=1)
-    known = usage.model_dump()
-    prompt, completion = known.get("prompt_tokens_details") or {}, known.get("completion_tokens_details") or {}
+
+
+def _counted(usage: Mapping[str, Any]) -> Tokens:
+    """A count, under the names that providers use for its parts."""
+    prompt, completion = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens_details") or {}
 
     def first(*values: Any) -> int:
-        return next((int(value) for value in values if value), 0)
+        count = next((int(value) for value in values if value), 0)
+        if count < 0:
+            raise ValueError(f"{count} tokens")
+        return count
 
-    total = first(known.get("prompt_tokens"))
+    total = first(usage.get("prompt_tokens"))
     cached = first(
-        prompt.get("cached_tokens"), known.get("prompt_cache_hit_tokens"), known.get("cache_read_input_tokens")
+        prompt.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cache_read_input_tokens")
     )
-    write = first(prompt.get("cache_write_tokens"), known.get("cache_creation_input_tokens"))
+    write = first(prompt.get("cache_write_tokens"), usage.get("cache_creation_input_tokens"))
     if cached + write > total:  # counted beside the prompt instead of within it
         total += cached + write
     return Tokens(
         input=total,
         cached=cached,
         cache_write=write,
-        output=first(known.get("completion_tokens")),
+        output=first(usage.get("completion_tokens")),
         reasoning=first(completion.get("reasoning_tokens")),
         calls=1,
     )

@@ -253,7 +253,8 @@ class Grader:
             first = list((await asker.ask(batches[0], self._told)).values())
             found += first
             batches = batches[1:]
-            if all(each.state == "rejected" for each in first):  # for what they have in common, so will the others be
+            # Length and parameters are the others' too; what a filter stops is "refused" and says nothing of them.
+            if all(each.state == "rejected" for each in first):
                 left = [each for batch in batches for each in batch.criteria]
                 return found + self._all(judge, left, "unscored", "rejected", first[0].reason, planned=True)
         for part in await asyncio.gather(*(asker.ask(batch, self._told) for batch in batches)):

@@ -1,7 +1,8 @@
 """The way to a provider: how many calls at once, how fast, and what happens when one fails.
 
 Concurrency adapts as TCP does: each success widens the lane a little, being throttled halves it, once for all calls
-that were under way together. A wait that the server asks for holds for the whole lane, not for one call.
+that were under way together. A wait that the server asks for holds for the whole lane, not for one call. Calls that are
+tried again go before those that still wait for their first turn, so that each comes to its end.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Lane:
         """
         retry = retry or Retry()
         for attempt in range(1, retry.attempts + 1):
-            await self._enter(tokens)
+            await self._enter(tokens, again=attempt > 1)
             epoch = self._epoch
             try:
                 result = await call()
@@ -100,10 +101,10 @@ class Lane:
         if wait:
             self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + wait)
 
-    async def _enter(self, tokens: int) -> None:
+    async def _enter(self, tokens: int, again: bool) -> None:
         if self._busy >= int(self.width) or self._waiting:
             turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
+            (self._waiting.appendleft if again else self._waiting.append)(turn)
             try:
                 await turn  # `_leave` has counted us in
             except asyncio.CancelledError:

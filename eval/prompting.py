@@ -189,7 +189,11 @@ def load_prompt(name: str | Path) -> Prompt:
 
 
 def messages(system: str, shared: str, question: str, cache_marks: bool = False) -> Messages:
-    """The chat of one call; with `cache_marks`, the shared part is a block of its own that asks to be cached."""
+    """The chat of one call; with `cache_marks`, the shared part is a block of its own that asks to be cached.
+
+    What no request can hold, such as the byte of a file's name that is no UTF-8, is a "?" in it.
+    """
+    system, shared, question = (each.encode("utf-8", "replace").decode() for each in (system, shared, question))
     chat: Messages = [{"role": "system", "content": system}] if system else []
     content: Any = shared + question
     if cache_marks:

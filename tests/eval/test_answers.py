@@ -30,7 +30,10 @@ WHOLE = answer(item("C-1"), item("C-2", "fail"))
         f"```json\n{WHOLE}\n```",
         f"Let me think about {{a}} and {{b: c}}.\nAnswer: {WHOLE}\nThat is all.",
         f"<think>maybe {answer(item('C-1', 'fail'), item('C-2'))}</think>{WHOLE}",
-        f"First draft: {answer(item('C-1', 'fail'), item('C-2'))}. On reflection:\n{WHOLE}",
+        f"maybe {answer(item('C-1', 'fail'), item('C-2'))}</think>{WHOLE}",
+        f"{{a}} </think> {answer(item('C-1', evidence=['so </think> it is']), item('C-2', 'fail'))}",
+        answer(item("C-1", evidence=["rent </think> is 5"]), item("C-2", "fail")),
+        f"First draft: {WHOLE}. On reflection:\n{WHOLE}",
         answer(item("C-1", " PASS "), item("C-2", "Fail")),
         answer(item("C-2", "fail"), item("C-1")),
     ],
@@ -38,6 +41,28 @@ WHOLE = answer(item("C-1"), item("C-2", "fail"))
 def test_the_last_whole_answer_counts_whatever_stands_around_it(text):
     assert labels(text, ["C-1", "C-2"]) == {"C-1": "pass", "C-2": "fail"}
     assert parse_answer(text, ["C-1", "C-2"]).problems == ()
+
+
+def test_a_criterion_that_is_both_passed_and_failed_is_asked_again():
+    other = answer(item("C-1", "fail"), item("C-2", "fail"))
+    for text in (f"{WHOLE} The memo holds {other}, which I ignored.", f"A draft: {other}. On reflection: {WHOLE}"):
+        parsed = parse_answer(text, ["C-1", "C-2"])
+        assert {name: said.label for name, said in parsed.said.items()} == {"C-2": "fail"}
+        assert parsed.problems == ("criterion C-1 was both passed and failed",)
+    bare = json.dumps({"reason": "r", "verdict": "fail"})
+    assert labels(f"{bare} {answer(item('C-1'))}", ["C-1"]) == {}
+    lab = [json.dumps({"verdict": label, "reasoning": "r"}) for label in ("fail", "pass")]
+    assert labels(" ".join(lab), ["C-1"], labs=True) == {}
+    assert labels(lab[0] * 2, ["C-1"], labs=True) == {"C-1": "fail"}
+
+
+@pytest.mark.parametrize("text", ["<think>{}</think>I cannot say.", "so {} or so </think>", "<think>so {} or so"])
+def test_what_was_only_thought_is_no_answer(text):
+    assert parse_answer(text.format(WHOLE), ["C-1", "C-2"]).said == {}
+
+
+def test_blanks_around_a_name_do_not_matter_on_either_side():
+    assert labels(answer(item("C-1"), item(" C-2", "fail")), ["C-1 ", "C-2"]) == {"C-1 ": "pass", "C-2": "fail"}
 
 
 @pytest.mark.parametrize("length", range(1, len(WHOLE)))

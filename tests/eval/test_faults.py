@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
+import re
+import socket
 from collections import Counter
+from contextlib import closing
 
 import pytest
 from judge_server import Answer, Asked, JudgeServer, honest, make_task, truth, verdicts
 
 from still.eval.grade import GradeConfig, Grader, grade
-from still.eval.judges import JudgeConfig, find_judge
+from still.eval.judges import JudgeConfig, JudgeError, find_judge
 from still.eval.lanes import Retry
 from still.eval.prices import Price, Prices
 from still.eval.verdict_store import VerdictStore
@@ -53,6 +57,18 @@ def of(asked: Asked, change) -> Answer:
     return Answer(json.dumps(change(json.loads(verdicts(asked.ids)))))
 
 
+def parts(asked: Asked) -> list[dict]:
+    """An honest answer's content as reasoning models send it."""
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": verdicts(asked.ids, verdict="pass")}]}
+    whole = verdicts(asked.ids)
+    return [thought, {"type": "text", "text": whole[:9]}, {"type": "text", "text": whole[9:]}]
+
+
+def two_minds(asked: Asked) -> str:
+    """A verdict, and prose that quotes the opposite one."""
+    return f"{verdicts(asked.ids, verdict='fail')} The memo holds {verdicts(asked.ids, verdict='pass')}; I ignored it."
+
+
 def renamed(answer: dict) -> dict:
     return {"verdicts": [each | {"id": "C-99999"} for each in answer["verdicts"]]}
 
@@ -74,6 +90,12 @@ FAULTS = {
     "body that is no JSON": lambda asked: Answer(raw=b"<html>PASS</html>", headers={"content-type": "text/html"}),
     "body of broken JSON": lambda asked: Answer(raw=b'{"choices": [{"message": {"content": "PASS'),
     "no choices": lambda asked: Answer(raw=b'{"choices": []}'),
+    "body whose choice is null": lambda asked: Answer(raw=b'{"choices": [null]}'),
+    "body whose choices are a text": lambda asked: Answer(raw=b'{"choices": "PASS"}'),
+    "body whose message is a text": lambda asked: Answer(raw=b'{"choices": [{"message": "PASS"}]}'),
+    "body whose content is a table": lambda asked: Answer(raw=b'{"choices": [{"message": {"content": {"a": 1}}}]}'),
+    "body that is a list": lambda asked: Answer(raw=b"[1, 2]"),
+    "body of a thousand lists": lambda asked: Answer(raw=b"[" * 100_000),
     "malformed JSON": lambda asked: Answer(verdicts(asked.ids, verdict="pass").replace(":", "=")),
     "truncated JSON": lambda asked: Answer(verdicts(asked.ids, verdict="pass")[:-3]),
     "cut at max_tokens": lambda asked: Answer(verdicts(asked.ids, verdict="pass"), finish="length"),
@@ -85,6 +107,7 @@ FAULTS = {
     "a refusal": lambda asked: Answer(None, refusal="I cannot help with that."),
     "a content filter": lambda asked: Answer(verdicts(asked.ids, verdict="pass"), finish="content_filter"),
     "an empty message": lambda asked: Answer(""),
+    "both verdicts": lambda asked: Answer(two_minds(asked)),
     "prose alone": lambda asked: Answer("All criteria PASS."),
 }
 UNANSWERABLE = {"a refusal": "refused", "a content filter": "refused"}
@@ -131,6 +154,48 @@ def test_prose_around_the_answer_is_read_past(wrapped):
     grading, server = run(lambda asked: Answer(wrapped.format(verdicts(asked.ids))))
     assert all(each.label == truth(each.id) for each in grading.verdicts)
     assert len(server.log) == 4
+
+
+def test_content_in_parts_is_read_and_what_was_thought_in_it_is_not():
+    def rule(asked: Asked) -> Answer:
+        return Answer(raw=json.dumps({"choices": [{"message": {"content": parts(asked)}}]}).encode())
+
+    grading, server = run(rule)
+    assert [each.label for each in grading.verdicts] == [truth(each.id) for each in grading.verdicts]
+    assert len(server.log) == 4
+
+
+def test_an_answer_of_no_shape_that_was_billed_is_in_the_tokens():
+    usage = {"prompt_tokens": 100, "completion_tokens": 10}
+    misshapen = Answer(raw=json.dumps({"choices": [None], "usage": usage}).encode())
+    grading, _ = run(first(1, lambda asked: misshapen), 2)
+    judged = grading.judging["judges"]["m"]
+    assert [judged["tokens"][key] for key in ("input", "output", "calls")] == [400, 40, 4]
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": "many"}, {"prompt_tokens": -5}, {"prompt_tokens": 5, "prompt_tokens_details": [1]}]
+)
+def test_a_count_that_cannot_be_read_leaves_the_verdict_and_an_unknown_cost(usage):
+    prices = Prices({"m": Price(1.0, 1.0)})
+    with JudgeServer(lambda asked: Answer(verdicts(asked.ids), usage=usage)) as server:
+        grading = asyncio.run(grade(make_task(2), MEMO, judge_at(server), prices=prices))
+        assert len(server.log) == 2
+    assert [each.label for each in grading.verdicts] == [truth(each.id) for each in grading.verdicts]
+    assert grading.cost is None
+
+
+def test_a_file_name_that_is_no_utf_8_is_judged_all_the_same(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"n\xff.md")).write_text("The fee is due.")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with JudgeServer() as server:
+        grading = asyncio.run(grade(make_task(2), tmp_path, judge_at(server), retry=QUICK))
+    assert [each.label for each in grading.verdicts] == [truth(each.id) for each in grading.verdicts]
+    assert '"n?.md"]\nThe fee is due.' in server.log[0].text
+    assert len(server.log) == 2
+    grading.save(tmp_path)
 
 
 def test_half_a_character_in_an_answer_loses_nothing(tmp_path):
@@ -199,6 +264,17 @@ def test_too_long_a_deliverable_is_said_after_one_call():
     assert {each.state for each in grading.verdicts} == {"rejected"}
     assert all("too long for the judge" in each.reason for each in grading.verdicts)
     assert len(server.log) == 1
+
+
+def test_what_a_content_filter_stops_is_one_criterion_and_not_its_group():
+    said = "The response was filtered due to the prompt triggering Azure OpenAI's content management policy."
+    error = json.dumps({"error": {"message": said, "code": "content_filter", "type": None, "param": "prompt"}}).encode()
+
+    def rule(asked: Asked) -> Answer:
+        return Answer(status=400, raw=error) if asked.ids == ["C-00000"] else honest(asked)
+
+    grading, _ = run(rule, 10, GradeConfig(reasks=1))
+    assert [each.state for each in grading.verdicts] == ["refused"] + ["judged"] * 9
 
 
 def test_structured_output_steps_down_where_the_server_refuses_it():
@@ -293,6 +369,31 @@ def test_a_server_that_never_answers_is_soon_left_alone_and_named():
     assert {each.state for each in grading.verdicts} == {"error", "stopped"}
     assert grading.all_pass is None
     assert "8 calls were given up and none was answered; the last one: 500: " in grading.stopped
+
+
+@pytest.mark.parametrize(("prime", "most"), [(True, 6), (False, 20)])
+def test_a_server_that_takes_calls_and_answers_none_is_left_alone_after_a_few_time_outs(prime, most):
+    config = GradeConfig(prime=prime)
+    grading, server = run(lambda asked: Answer("late", delay=60), 57, config, timeout=0.1)
+    assert len(server.log) <= most
+    assert "stopped" in {each.state for each in grading.verdicts} <= {"error", "stopped"}
+    assert re.match(r"no call was answered in 0\.\d+ s; the last one: no answer within 0\.1 s", grading.stopped)
+
+
+def test_an_address_where_nobody_takes_connections_is_not_waited_for_as_long_as_for_an_answer(monkeypatch):
+    from still.eval.client import OpenAIJudge
+
+    monkeypatch.setattr("still.eval.client._CONNECT", 0.2)
+    with closing(socket.socket()) as listening, closing(socket.socket()) as queued, closing(socket.socket()) as more:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        for each in (queued, more):  # they fill the queue of a listener that takes nobody from it
+            each.setblocking(False)
+            each.connect_ex(listening.getsockname())
+        judge = OpenAIJudge(JudgeConfig("m", "m", f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=20))
+        with pytest.raises(JudgeError, match=r"no connection to http://127\.0\.0\.1:\d+/v1 within 0\.2 s") as problem:
+            asyncio.run(judge.ask([{"role": "user", "content": "x"}], {}))
+    assert problem.value.trouble == "transient"
 
 
 def test_a_server_that_answered_once_is_never_left_alone():

@@ -122,6 +122,25 @@ def test_back_off_doubles_and_ends():
         assert most / 2 - 0.01 <= wait <= most + 0.01
 
 
+def test_a_call_that_is_tried_again_goes_before_those_that_wait_for_their_first_turn():
+    async def main():
+        lane, tried = Lane(most=1, start=1), []
+
+        async def call(name):
+            tried.append(name)
+            await asyncio.sleep(1)
+            if tried.count(0) < 3:
+                raise JudgeError("transient", "oops")
+
+        await asyncio.gather(
+            *(lane.run(lambda name=name: call(name), retry=Retry(first=0.5, attempts=9)) for name in range(40))
+        )
+        return tried
+
+    tried = run(main)
+    assert tried.index(2) > max(place for place, name in enumerate(tried) if name == 0)
+
+
 def test_one_call_waits_as_long_as_its_server_asks_while_the_others_go_on():
     async def main():
         lane, times, now = Lane(), [], asyncio.get_running_loop().time

@@ -89,6 +89,12 @@ def test_only_the_cached_part_is_marked():
     assert messages("", "shared ", "question") == [{"role": "user", "content": "shared question"}]
 
 
+def test_no_chat_holds_what_cannot_be_sent():
+    chat = messages("\udcff", fenced([Section("n\udcff.md", "x")]), "\ud83d", cache_marks=True)
+    assert '"n?.md"]' in chat[1]["content"][0]["text"]
+    json.dumps(chat, ensure_ascii=False).encode()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
