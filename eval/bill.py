@@ -2,7 +2,7 @@
 
 The model: a prompt is a shared part (system, task, deliverables), which a prefix cache can hold, then the criteria and
 the answer's instructions; each verdict is a reason with its label. Reasoning tokens are not in it. Graded runs know
-better (`observed`): what their verdicts took, reasoning and cache hits included.
+better (`observed`): what their verdicts took, with reasoning, cache hits and answers that were of no use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .prices import Price
-from .scored import ScoredRun
+from .scored import ScoredRun, scaled
 from .verdicts import Tokens
 
 
@@ -98,7 +98,7 @@ def estimate(workload: Workload, price: Price | None, criteria_per_call: int = 1
         output=workload.criteria * workload.repeats * workload.verdict_tokens,
         calls=calls,
     )
-    total = _times(one, workload.outputs)
+    total = scaled(one, workload.outputs)
     return Bill(total, price.of(total) if price else None, workload.verdicts)
 
 
@@ -109,14 +109,12 @@ def observed(workload: Workload, runs: Iterable[ScoredRun]) -> Bill:
         ValueError: they do not say.
     """
     runs = list(runs)
-    given = [verdict for run in runs for verdict in run.verdicts if verdict.passed is not None]
-    seen = sum((verdict.tokens for verdict in given), Tokens())
+    given = sum(verdict.passed is not None for run in runs for verdict in run.verdicts)
+    seen = sum((run.judging_tokens for run in runs), Tokens())
+    if not given:
+        raise ValueError("these runs hold no verdict, so nothing says what one takes")
     if not seen.calls and not seen.total:
         raise ValueError("these runs do not say what their verdicts took; grade some with `still grade` first")
-    share = workload.verdicts / len(given)
+    share = workload.verdicts / given
     costs = [run.judging_cost for run in runs]
-    return Bill(_times(seen, share), None if None in costs else sum(costs) * share, workload.verdicts)
-
-
-def _times(tokens: Tokens, factor: float) -> Tokens:
-    return Tokens(**{name: round(count * factor) for name, count in vars(tokens).items()})
+    return Bill(scaled(seen, share), None if None in costs else sum(costs) * share, workload.verdicts)

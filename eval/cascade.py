@@ -1,10 +1,11 @@
 """A cheap judge on everything, a strong one where it can change the result.
 
 For **all-pass** a task with more than a few cheap fails is lost whatever a strong judge says of the rest: it ends
-there. Otherwise the strong judge takes the fails, and only if it overturns them all the passes, the only place where a
-false pass can still matter. For **rates** the strong judge takes what the cheap one is likely to get wrong: criteria on
-which its votes differ, that it left unscored, and the kinds that cheap judges misread. Beside either, a random sample
-goes to both judges, so that the cheap one's error rates can be measured without bias (`role` "audit").
+there. Otherwise the strong judge takes the fails, and where no fail is left after that the passes too, the only place
+where a false pass can still matter: every criterion of an all-pass was checked by it. For **rates** the strong judge
+takes what the cheap one is likely to get wrong: criteria on which its votes differ, that it left unscored, and the
+kinds that cheap judges misread. Beside either, a random sample goes to both judges, so that the cheap one's error rates
+can be measured without bias (`role` "audit").
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Cascade:
             lost = sum(cheap[each.id].label == "fail" for each in criteria) > self.most_fails
             doubted = {each.id for each in criteria if cheap[each.id].label != "pass" and not lost}
             await escalate([each for each in criteria if each.id in doubted | audited])
-            if not lost and not any(strong[each].label == "fail" for each in doubted):
+            merged = {**cheap, **strong}  # the audit too may have overturned the last fail, or found one
+            if not any(verdict.label == "fail" for verdict in merged.values()):
                 await escalate(criteria)
         return {each.id: self._merge(cheap[each.id], strong.get(each.id), each.id in audited) for each in criteria}
 

@@ -4,6 +4,9 @@ A deliverable is there with text, or it is "missing" (no such file), "empty" (no
 password-protected, of a kind that no reader takes). A criterion whose files all lack text gets that state, and a
 policy says what follows: "fail" without a call, "unscored", or "judge", which lets the judge see that it is not there.
 Where some of its files have text, the judge reads those, and a mark in place of the others.
+
+A run of ours that has not ended (killed, or its server broke; it can go on) has delivered nothing yet, which is none of
+these states: it is refused, so that it gets no verdicts. One that ended badly is judged on what it handed in.
 """
 
 from __future__ import annotations
@@ -111,6 +114,10 @@ class Sheet:
         return _plain(self.text)
 
 
+class UnfinishedRun(ValueError):
+    """A run that has not ended, so that what it will deliver cannot be judged yet."""
+
+
 class Outputs:
     """The output files of one run.
 
@@ -119,6 +126,7 @@ class Outputs:
 
     Raises:
         FileNotFoundError: the folder is not there.
+        UnfinishedRun: it is a run that has not ended.
     """
 
     def __init__(self, source: str | Path | Mapping[str, str]):
@@ -132,6 +140,8 @@ class Outputs:
         if not root.is_dir():
             raise FileNotFoundError(f"there is no folder {root}; name a run folder, or the folder of its outputs")
         self._root = root / "output" if (root / "output").is_dir() else root
+        if why := unfinished(root.parent if root.name == "output" else root):
+            raise UnfinishedRun(f"{root} is a run that has not ended ({why}): go on with it, or leave it out")
         is_run = self._root == root and any((root / name).is_file() for name in ("config.json", "metrics.json"))
         self.names = () if is_run else find_outputs(self._root)  # a run that delivered nothing has no output/
 
@@ -180,6 +190,17 @@ class Outputs:
         )
 
 
+def unfinished(run: Path) -> str:
+    """Why a run of ours (`still run`) has not ended, by its event log; "" where it has, and for runs of others."""
+    log = run / "events.jsonl"
+    if not _is_ours(run / "config.json"):
+        return ""
+    if not log.is_file():  # killed before its first event, or only what it delivered was kept
+        return "" if any((run / name).exists() for name in ("metrics.json", "output")) else "it never began"
+    last = _last_event(log)
+    return "" if last.get("event") == "end" else str(last.get("error") or f"its log ends with {last.get('event')!r}")
+
+
 def closest(name: str, names: Iterable[str]) -> str | None:
     """The output that LAB's evaluator takes for one that is not there; None where no single one can be meant.
 
@@ -208,6 +229,23 @@ def group_by_sheet(
 
 def _words(name: str) -> set[str]:
     return set(re.findall(r"[^\W_]+", PurePath(name).stem.lower()))
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        return "run" in json.loads(config.read_text(encoding="utf-8"))["still"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _last_event(log: Path) -> dict[str, Any]:
+    """The last whole line; a run that was killed while it wrote leaves a torn one."""
+    for line in reversed(log.read_bytes().splitlines()):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return {}
 
 
 def _given(name: str, text: str | None) -> Deliverable:

@@ -28,8 +28,8 @@ class Grade:
     description = """\
 Judge the deliverables of one run or of many against the rubrics of their tasks, and write LAB's scores.json into each
 run folder. Verdicts are kept by content: run the same command again and only what is missing is asked.
-Exit code 0: every criterion has a verdict. 1: some are unscored. 3: stopped (budget, key, model); go on by running it
-again."""
+Exit code 0: every criterion has a verdict. 1: some are unscored, or a run has not ended. 3: stopped (budget, key,
+model); go on by running it again."""
     examples = """\
 examples:
   still grade runs/7 --task tasks/real-estate/review-lease --judge gpt-5.5
@@ -111,6 +111,7 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
                 f"give {'--task PATH' if args.judge else '--judge NAME'}; `still grade --help` has examples"
             )
         from .cascade import Cascade
+        from .deliverables import unfinished
         from .ensemble import Ensemble
         from .grade import GradeConfig, Grader
         from .judges import find_judge, load_judges
@@ -119,6 +120,10 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
 
         self.resume = "" if args.no_cache else Grade.resume
         found = {run: path for path in args.runs for run in find_runs(path)}
+        left = {run: why for run in found if (why := unfinished(run.parent if run.name == "output" else run))}
+        for run, why in left.items():
+            print(f"{run}: left out, this run has not ended ({why}); go on with it, then grade it", file=sys.stderr)
+            del found[run]
         jobs = [(load_task_of(run, args.task), run) for run in found]
         places = targets(found, args.output)
         table = load_judges(args.judges) if args.judges else {}
@@ -156,7 +161,9 @@ Keys are read from the environment alone (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEM
             return 0
         print(total(gradings))
         return (
-            STOPPED if any(each.stopped for each in gradings) else UNSCORED if any(e.unscored for e in gradings) else 0
+            STOPPED
+            if any(each.stopped for each in gradings)
+            else UNSCORED if left or any(e.unscored for e in gradings) else 0
         )
 
 

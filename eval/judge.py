@@ -1,9 +1,10 @@
 """The exact judge: one value is expected, one value must be given.
 
-It is meant for synthetic matters, RULER and any question whose answer is a literal string. It may be wrong in one
-direction only: an odd way of giving the right value can fail, but nothing else passes. So an answer fails when it
-lists several values, takes the right one back, gives it inside a longer number or name, or also names a value that
-was superseded. A missing answer is unscored, which is neither.
+It is meant for synthetic matters, RULER and any question whose answer is a literal string. It leans to one side: an odd
+way of giving the right value can fail. So an answer fails when it lists several values, takes the right one back, gives
+it inside a longer number or name, in another currency, or also names a value that was superseded. It reads no English,
+though: what takes a value back in words that it does not know, or gives another sum in words alone, can pass. A missing
+answer is unscored, which is neither.
 """
 
 from __future__ import annotations
@@ -65,6 +66,20 @@ _TAKEN_BACK = re.compile(
     rf"(?:{_NOT}|wrong|incorrect|false|outdated|superseded|replaced|void)\b(?!\s+only)",
     re.IGNORECASE,
 )
+# What says of the words before it, in their sentence or the next, that they were wrong, and nothing else.
+_RETRACTION = re.compile(
+    r"^\W*(?:no,?\s+(?:wait|sorry|actually)\b|(?:scratch|strike|make)\s+that\b|i\s+mean\b|(?:sorry|correction)\s*[,:;]"
+    r"|(?:(?:this|that|the)\s+(?:\w+\s+)?(?:figure|value|number|amount|sum|date|name|answer|entry)|this|that|it)"
+    r"\s+(?:is|was)\s+(?:(?:not|no longer)\s+(?:right|correct|true|valid|so)|wrong|incorrect|false|outdated)\b)",
+    re.IGNORECASE,
+)
+_OPEN = re.compile(
+    r"[\s*_`]*[:|\u2013\u2014-]\W*(?:unknown|unclear|none|n/?a|tbd|not\s+(?:known|found|stated|given|available))\W*$",
+    re.IGNORECASE,
+)
+_TABLE = re.compile(r"(?:^[ \t]*\|.*\n?)+", re.MULTILINE)
+_CODES = {"$": "USD", "€": "EUR", "£": "GBP"}
+_CURRENCY = re.compile(r"\b(USD|EUR|GBP|CHF|CAD|AUD|NZD|HKD|SGD|JPY|CNY|INR|SEK|NOK|DKK|ZAR)\s*$|([$€£¥])\s+$")
 _OR_AFTER = re.compile(r"^\W*(?:or|and/or|through|until)\b|^[/\u2013~]", re.IGNORECASE)
 _OR_BEFORE = re.compile(r"\b(?:or|either|between)\W*$|[/~]$", re.IGNORECASE)
 _WORD = r"[^\W\d_]+(?:[-'\u2019][^\W\d_]+)*"
@@ -116,6 +131,8 @@ def exact_judge(answer_text: str | None, question: Question) -> Verdict:
         reason = f"also gives {other!r}"
     elif any(_denied(text, span) for found in spans.values() for span in found):
         reason = "takes the value back or offers it as one of several"
+    elif any(_other_currency(text, span) for found in spans.values() for span in found):
+        reason = "gives the value in another currency"
     else:
         return Verdict("pass", recall=1.0, reason="gives the expected value and no other")
     return Verdict("fail", stale, recall, reason)
@@ -124,9 +141,9 @@ def exact_judge(answer_text: str | None, question: Question) -> Verdict:
 def exact_criterion(deliverable: str | None, criterion: Criterion) -> Verdict:
     """Judge a deliverable against a criterion whose `expect` block can be checked by machine.
 
-    Only the sentences and lines that name the criterion's party are read, and they must give one value between them:
-    write one line for each party. A criterion with `expect["absent"]` passes when its value stands nowhere in the
-    deliverable. An empty deliverable fails every criterion, those too.
+    Only the sentences and lines that name the criterion's party are read, each with the next one where that takes it
+    back, and they must give one value between them: write one line for each party. A criterion with `expect["absent"]`
+    passes when its value stands nowhere in the deliverable. An empty deliverable fails every criterion, those too.
 
     Args:
         deliverable: the text of the files that the criterion is bound to; None when they could not be read.
@@ -147,9 +164,15 @@ def exact_criterion(deliverable: str | None, criterion: Criterion) -> Verdict:
             return Verdict("fail", reason=f"gives {expect['value']!r}, which it must not")
         return Verdict("pass", recall=1.0, reason=f"does not give {expect['value']!r}")
     lines = [deliverable[start:end] for start, end in sentences(deliverable)]
-    about = [line for line in lines if names(line, expect["party"])]
+    named = [names(line, expect["party"]) for line in lines]
+    about = [line for line, here in zip(lines, named, strict=True) if here]
     if not about:
         return Verdict("fail", reason=f"says nothing of {expect['party']}")
+    for line, before in zip(lines[1:], named, strict=False):
+        if before and _RETRACTION.match(line):
+            return Verdict("fail", reason=f"takes back what it says of {expect['party']}: {_squeeze(line)!r}")
+    if len(about) > 1 and (_left_open(about, expect["party"]) or _rows_differ(deliverable, expect["party"])):
+        return Verdict("fail", reason=f"says different things of {expect['party']}")
     question = Question(
         criterion.id,
         f"{expect['question']} {expect['party']}",
@@ -170,6 +193,22 @@ def sentences(text: str) -> list[tuple[int, int]]:
 def names(sentence: str, name: str) -> bool:
     """Whether a sentence names somebody or something: as a whole, in upper or lower case, over any spaces."""
     return bool(_whole(name, _squeeze(sentence), ignore_case=True))
+
+
+def _left_open(about: Sequence[str], party: str) -> bool:
+    """Whether a line that begins with the party says that nothing is known, as in "Party: unknown"."""
+    lines = map(_squeeze, about)
+    found = [(line, span) for line in lines for span in _whole(party, line, ignore_case=True)[:1]]
+    return any(_OPEN.match(line[end:]) and not re.search(_WORD, line[:start]) for line, (start, end) in found)
+
+
+def _rows_differ(text: str, party: str) -> bool:
+    """Whether a table of two columns has rows for one party that say different things."""
+    for table in _TABLE.findall(text):
+        rows = [[cell.strip(" *_`") for cell in row.strip(" \t|").split("|")] for row in table.splitlines()]
+        if len({row[1] for row in rows if len(row) == 2 and row[0].casefold() == party.casefold()}) > 1:
+            return True
+    return False
 
 
 def _squeeze(text: str) -> str:
@@ -230,10 +269,22 @@ def _other_name(rest: str, asked: str, expected: Sequence[str]) -> str | None:
     return None
 
 
+def _other_currency(text: str, span: tuple[int, int]) -> bool:
+    """Whether a sum has a currency before it that is not its own, as in "EUR $5"."""
+    sign, found = text[span[0]], _CURRENCY.search(text[max(0, span[0] - 6) : span[0]])
+    return sign in _CODES and found is not None and found[1] != _CODES[sign] and found[2] != sign
+
+
 def _denied(text: str, span: tuple[int, int]) -> bool:
     """Whether the words around a value take it back or offer it as one of several."""
     before, after = text[: span[0]], text[span[1] :]
     sentence = _LIMIT.sub(" ", re.split(r"[.!?;]\s", before)[-1])
     return any(
-        (_DENIED.search(sentence), _TAKEN_BACK.search(after), _OR_AFTER.search(after), _OR_BEFORE.search(before))
+        (
+            _DENIED.search(sentence),
+            _TAKEN_BACK.match(after),
+            _RETRACTION.match(after),
+            _OR_AFTER.match(after),
+            _OR_BEFORE.search(before),
+        )
     )

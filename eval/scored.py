@@ -1,4 +1,6 @@
-"""Graded runs as they lie on disk: every `scores*.json` below a folder, LAB's and ours, read as verdicts.
+"""Graded runs as they lie on disk: every `scores.json` and `scores_*.json` below a folder, LAB's and ours, as verdicts.
+
+What lies in a run's `output/` or `workspace/` is not read: an agent may have written it there to be believed.
 
 Reports and statistics start here and need nothing but these files. With the tasks at hand they also know the rubric
 hash and the exact kind of every criterion; without, what the files say must do.
@@ -7,6 +9,8 @@ hash and the exact kind of every criterion; without, what the files say must do.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +20,9 @@ from .dual import AGGREGATE, read_any
 from .grade_command import find_runs, run_id
 from .kinds import Kind, criterion_kind, kind_of
 from .tasks import LabTask, find_tasks, load_task
-from .verdicts import CriterionVerdict, read_verdicts, total_cost
+from .verdicts import CriterionVerdict, Tokens, read_verdicts
 
-PARTIAL = "scores.partial.json"
+_NAME = re.compile(r"scores(?:_.+)?\.json")  # not scores.partial.json, of gradings that were stopped
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,37 @@ class ScoredRun:
     def judging_cost(self) -> float | None:
         """US dollars that these verdicts cost when they were made; None where the file does not say.
 
-        What was judged without a call (by machine, or because nothing was delivered) cost nothing.
+        What was judged without a call (by machine, or because nothing was delivered) cost nothing. Answers that were
+        of no use are in it as far as they were given in the grading that wrote the file.
         """
-        if any(verdict.cost is not None for verdict in self.verdicts):
-            return total_cost(self.verdicts)
-        called = not self.judging or any(verdict.tokens.calls for verdict in self.verdicts)
+        bills, votes = self._bills()
+        costs = [vote.cost for vote in votes]
+        if any(cost is not None for cost in costs) or bills:
+            costs += [None if bill["cost"] is None else share * bill["cost"] for bill, share in bills]
+            return None if None in costs else sum(costs)
+        called = not self.judging or any(vote.tokens.calls for vote in votes)
         return None if called else 0.0
+
+    @property
+    def judging_tokens(self) -> Tokens:
+        """What these verdicts took, counted as `judging_cost` is."""
+        bills, votes = self._bills()
+        found = [scaled(Tokens(**bill["tokens"]), share) for bill, share in bills] + [vote.tokens for vote in votes]
+        return sum(found, Tokens())
+
+    def _bills(self) -> tuple[list[tuple[Mapping[str, Any], float]], list[CriterionVerdict]]:
+        """What each judge was paid in this grading, with the share that these verdicts have in it (all, where it gave
+        none), and the verdicts that no such bill covers: from the cache, or of files that hold no bills.
+        """
+        votes = [vote for verdict in self.verdicts for vote in _votes(verdict)]
+        names, known = {vote.judge for vote in votes}, self.judging.get("judges") or {}
+        bills = {name: bill for name, bill in known.items() if name in names and "fresh_verdicts" in bill}
+        here = Counter(vote.judge for vote in votes if vote.state == "judged" and not vote.cached)
+        shares = [
+            (bill, here[name] / bill["fresh_verdicts"] if bill["fresh_verdicts"] else 1.0)
+            for name, bill in bills.items()
+        ]
+        return shares, [vote for vote in votes if vote.cached or vote.judge not in bills]
 
     @property
     def judging(self) -> Mapping[str, Any]:
@@ -126,7 +155,7 @@ def load_runs(
     """Every graded run in the files and below the folders.
 
     A run graded again by the same judge counts once, with its latest file; runs in two folders are two. Files of
-    stopped gradings (`scores.partial.json`) are left out.
+    stopped gradings (`scores.partial.json`) are left out, and so is what lies in a run's `output/` or `workspace/`.
 
     Args:
         rubrics: tasks, for hashes and kinds of criteria.
@@ -139,12 +168,15 @@ def load_runs(
     rubrics, folders = rubrics or Rubrics(), folders or RunFolders()
     latest: dict[tuple[str | Path, ...], ScoredRun] = {}
     for path in map(Path, paths):
-        files = [path] if path.is_file() else sorted(path.rglob("scores*.json"))
-        files = [file for file in files if file == path or file.name != PARTIAL]
+        files = [path] if path.is_file() else _files(path)
         if not files:
-            raise FileNotFoundError(f"there is no scores.json in or below {path}; grade runs with `still grade` first")
+            raise FileNotFoundError(
+                f"there is no scores.json in or below {path}, what runs have in output/ and workspace/ aside; grade "
+                "runs with `still grade` first"
+            )
         for file in files:
             for scores in read_any(file):
+                _check_names(scores, file)
                 run = _run(scores, file, rubrics, folders)
                 key = (run.folder.resolve() if run.folder else run.system, run.task, run.run_id, run.judge)
                 if key not in latest or _when(run) >= _when(latest[key]):
@@ -167,6 +199,40 @@ def graded_by(runs: Iterable[ScoredRun], judge: str) -> list[ScoredRun]:
     if found := [run for run in runs if run.judge == judge]:
         return found
     raise ValueError(f"no run was graded by {judge!r}; there are {', '.join(judges_of(runs)) or 'none at all'}")
+
+
+def _files(root: Path) -> list[Path]:
+    """The scores files at or below a folder, but for those that an agent may have written to be believed."""
+    named = (file for file in root.rglob("scores*.json") if _NAME.fullmatch(file.name))
+    return sorted(file for file in named if not any(map(_is_agents, _folders(file, root))))
+
+
+def _folders(file: Path, root: Path) -> list[Path]:
+    """The folders that it lies in below the root."""
+    return list(file.parents)[: len(file.relative_to(root).parts) - 1]
+
+
+def _is_agents(folder: Path) -> bool:
+    run = ("config.json", "metrics.json", "events.jsonl", "output")
+    return folder.name == "output" or (
+        folder.name == "workspace" and any((folder.parent / name).exists() for name in run)
+    )
+
+
+def _check_names(scores: Mapping[str, Any], file: Path) -> None:
+    for number, result in enumerate(scores["criteria_results"], 1):
+        if missing := [key for key in ("id", "title") if not isinstance(result.get(key), str)]:
+            raise ValueError(f"{file}: criterion {number} has no {' and no '.join(missing)}; it is no scores.json")
+
+
+def scaled(tokens: Tokens, factor: float) -> Tokens:
+    """So many times the tokens, rounded."""
+    return Tokens(*(round(count * factor) for count in tokens.counts))
+
+
+def _votes(verdict: CriterionVerdict) -> list[CriterionVerdict]:
+    """What single judges said: the verdict itself, or the votes that it was made from."""
+    return [vote for each in verdict.votes for vote in _votes(each)] if verdict.votes else [verdict]
 
 
 def _run(scores: Mapping[str, Any], file: Path, rubrics: Rubrics, folders: RunFolders) -> ScoredRun:

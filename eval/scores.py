@@ -107,6 +107,8 @@ def check_scores(scores: Any, where: str) -> None:
     if not isinstance(results, list):
         raise ValueError(f"{where} has no criteria_results; it is no scores.json")
     for result in results:
+        if not isinstance(result, dict):
+            raise ValueError(f"{where}: {result!r} stands where a criterion's verdict should")
         if result.get("verdict") not in ("pass", "fail", "unscored"):
             raise ValueError(f"{where}: criterion {result.get('id')!r} has verdict {result.get('verdict')!r}")
     ids = [result.get("id") for result in results]

@@ -6,7 +6,7 @@ left out of the all-pass rate, which is given with the bounds that it would have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -96,7 +96,7 @@ def summarise(runs: Sequence[ScoredRun], seed: int = 0, draws: int = 2000) -> Su
         unscored=sum(len(run.verdicts) for run in runs) - len(scored),
         micro=cluster_bootstrap(values, clusters, draws=draws, seed=seed) if scored else None,
         macro=cluster_bootstrap(values, clusters, macro=True, draws=draws, seed=seed) if scored else None,
-        all_pass=_all_pass(known) if known else None,
+        all_pass=all_pass_rate([bool(run.all_pass) for run in known], [run.task for run in known]) if known else None,
         all_passed=sum(bool(run.all_pass) for run in known),
         unknown=len(runs) - len(known),
         cost=None if None in costs else sum(costs),
@@ -224,11 +224,16 @@ def overview(runs: Sequence[ScoredRun], quarantine: Quarantine | None = None, se
     return found
 
 
-def _all_pass(runs: Sequence[ScoredRun]) -> Interval:
-    tasks = [run.task for run in runs]
+def all_pass_rate(passed: Sequence[bool], tasks: Sequence[Hashable]) -> Interval:
+    """Share of runs that pass whole: Wilson, and clustered by task, or matter, where one has several runs.
+
+    Args:
+        passed: of each run.
+        tasks: of each run, in the same order.
+    """
     if len(set(tasks)) == len(tasks):
-        return wilson(sum(bool(run.all_pass) for run in runs), len(runs))
-    return clustered_rate([float(bool(run.all_pass)) for run in runs], tasks)
+        return wilson(sum(passed), len(passed))
+    return clustered_rate(map(float, passed), tasks)
 
 
 def _rates(runs: Sequence[ScoredRun]) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], set[str]]]:

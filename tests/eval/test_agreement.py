@@ -6,10 +6,11 @@ import random
 import pytest
 from made_scores import scores_of, write_run
 
-from still.eval.agreement import compare_judges
+from still.eval.agreement import Pair, Rates, compare_judges
 from still.eval.dual import write_dual
 from still.eval.scored import graded_by, load_runs
 from still.eval.stats import clustered_rate, cohens_kappa
+from still.eval.verdicts import CriterionVerdict
 
 
 def runs_of(folder, judge, labels, **more):
@@ -129,6 +130,36 @@ def test_kappas_interval_is_seeded_and_covers_the_truth(tmp_path):
     assert again.rates.kappa == found.rates.kappa
     other = compare_judges(load_runs([tmp_path / "59" / "a"]), load_runs([tmp_path / "59" / "b"]), seed=2)
     assert other.rates.kappa != found.rates.kappa
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_kappas_interval_over_few_tasks_covers_the_truth(tasks):
+    rng = random.Random(tasks)
+
+    def drawn(count: int) -> Rates:
+        pairs = []
+        for task in range(count):
+            passes, false_pass, false_fail = (rng.betavariate(*shape) for shape in ((4, 2), (2, 6), (1, 9)))
+            for name in map(str, range(40)):
+                first = rng.random() < passes
+                second = rng.random() < (1 - false_fail if first else false_pass)
+                given = [CriterionVerdict(name, name, "pass" if each else "fail") for each in (first, second)]
+                pairs.append(Pair("", str(task), "", "presence", "", *given))
+        return Rates(tuple(pairs))
+
+    found = [drawn(tasks).kappa for _ in range(60)]
+    covered = sum(each.low <= 0.658 <= each.high for each in found)  # the truth, by 800,000 draws
+    assert covered >= 51  # 85 %: 60 draws of a 95 % interval fall below that once in 2,000
+    assert all(-1 <= each.low <= each.estimate <= each.high <= 1 for each in found)
+
+
+def test_tasks_without_spread_are_no_certainty_of_kappa(tmp_path):
+    for name, first, second in (("few", 2, "ppff"), ("many", 25, "ppff"), ("chance", 2, "pfpf")):
+        labels = {f"tax/{task}": "ppff" for task in range(first)}
+        other = dict.fromkeys(labels, second)
+        kappa = compare_judges(runs_of(tmp_path / name, "a", labels), runs_of(tmp_path / name, "b", other)).rates.kappa
+        assert kappa.estimate == (0 if name == "chance" else 1)
+        assert kappa.high - kappa.low > 0.1, name
 
 
 def test_full_agreement_has_no_kappa_and_no_false_point_interval(tmp_path):

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import asyncio
+import json
 from dataclasses import replace
 
 import pytest
+from judge_server import ids_in, make_task
 from made_scores import write_run
 
+from still.eval.agreement import compare_judges
 from still.eval.bill import Workload, estimate, observed
+from still.eval.grade import GradeConfig, grade
+from still.eval.judges import Reply, ScriptedJudge
 from still.eval.prices import Price, Prices
 from still.eval.scored import load_runs
+from still.eval.verdict_store import VerdictStore
 from still.eval.verdicts import Tokens
 
 SONNET = Price(3.0, 15.0, 0.3, 3.75)
@@ -53,10 +60,51 @@ def test_what_was_seen_is_scaled(tmp_path):
     (run,) = load_runs([tmp_path])
     run = replace(run, verdicts=tuple(replace(v, tokens=Tokens(100, 60, 0, 10, 0, 1)) for v in run.verdicts))
     found = observed(Workload(tasks=3, criteria=100), [run])
-    assert found.tokens.input == 100 * 300
+    assert found.tokens.input == 400 * 100  # the one left unscored was paid for too
     assert found.dollars == pytest.approx(1.0 * 300 / 3)
     with pytest.raises(ValueError, match="do not say"):
         observed(Workload(), load_runs([tmp_path]))
+
+
+def flaky(name: str = "flaky", good: bool = True) -> ScriptedJudge:
+    """A judge whose first answer on every criterion is of no use, and its second too unless `good`."""
+
+    def say(chat) -> Reply:
+        asked = chat[-1]["content"]
+        verdicts = [{"id": each, "reason": "so", "verdict": "pass"} for each in ids_in(asked)]
+        text = json.dumps({"verdicts": verdicts}) if good and "Your last answer" in asked else "I think so."
+        return Reply(text, Tokens(1000, 0, 0, 100, 0, 1))
+
+    return ScriptedJudge(say, name)
+
+
+def graded(folder, judge, per_call: int = 1, **more):
+    prices = Prices({f"scripted:{judge.name}": Price(1.0, 1.0)})
+    config = GradeConfig(criteria_per_call=per_call, reasks=1)
+    grading = asyncio.run(grade(make_task(4), {"memo.md": "The memo."}, judge, config, prices=prices, **more))
+    grading.save(folder)
+    (run,) = load_runs([folder])
+    return grading, run
+
+
+def test_answers_of_no_use_are_in_what_a_thousand_criteria_cost(tmp_path):
+    grading, run = graded(tmp_path / "run", flaky())
+    assert grading.cost == pytest.approx(4 * 2 * 1100e-6)
+    assert run.judging_cost == pytest.approx(grading.cost)
+    assert compare_judges([run], [run]).costs == (pytest.approx(2.2), pytest.approx(2.2))
+    bill = observed(Workload(criteria=1000), [run])
+    assert (bill.dollars, bill.tokens.calls) == (pytest.approx(2.2), 2000)
+    half = replace(run, verdicts=run.verdicts[:2])
+    assert half.judging_cost == pytest.approx(grading.cost / 2), "what a quarantine leaves has its share"
+
+
+def test_a_judge_that_is_never_of_use_costs_what_it_took_and_the_cache_what_it_took_once(tmp_path):
+    grading, run = graded(tmp_path / "never", flaky(good=False))
+    assert (grading.n_unscored, run.judging_cost) == (4, pytest.approx(4 * 2 * 1100e-6))
+    store = VerdictStore()
+    graded(tmp_path / "first", flaky(), store=store)
+    again, run = graded(tmp_path / "again", flaky(), store=store)
+    assert (again.cost, run.judging_cost) == (0.0, pytest.approx(4 * 1100e-6))
 
 
 def test_prices_that_are_not_known_leave_the_dollars_open_and_bad_loads_are_refused():

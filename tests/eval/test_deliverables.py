@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import zipfile
 
 import pytest
 from judge_server import Answer, JudgeServer, honest, make_task
 
-from still.eval.deliverables import Outputs
+from still.eval.deliverables import Outputs, UnfinishedRun
 from still.eval.grade import GradeConfig, grade
-from still.eval.judges import find_judge
+from still.eval.judges import ExactJudge, find_judge
 
 OLE = bytes.fromhex("d0cf11e0a1b11ae1")  # how a password-protected docx begins
 
@@ -138,3 +139,30 @@ def test_a_text_that_no_encoding_takes_is_sent_as_far_as_it_goes():
         grading = asyncio.run(grade(make_task(1), {"memo.md": "half a \ud83d pair"}, find_judge(f"m@{server.url}")))
     assert grading.n_unscored == 0
     assert "half a ? pair" in server.log[0].text
+
+
+@pytest.mark.parametrize(
+    ("events", "told"),
+    [
+        (None, "it never began"),
+        (['{"event": "run"}', '{"event": "turn"}'], "its log ends with 'turn'"),
+        (['{"event": "run"}', '{"event": "error", "error": "ConnectionError: refused"}'], "ConnectionError: refused"),
+        (['{"event": "run"}', '{"event": "end", "sta'], "its log ends with 'run'"),
+    ],
+)
+def test_a_run_that_has_not_ended_gets_no_verdicts_and_is_told(tmp_path, events, told):
+    (tmp_path / "config.json").write_text(json.dumps({"task": "a", "still": {"run": {}}}))
+    if events:
+        (tmp_path / "events.jsonl").write_text("\n".join(events))
+    with pytest.raises(UnfinishedRun, match=f"has not ended .{told}"):
+        asyncio.run(grade(make_task(1), tmp_path, ExactJudge()))
+
+
+def test_a_run_that_ended_badly_and_one_of_another_harness_are_judged_on_what_they_handed_in(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"task": "a", "still": {"run": {}}}))
+    events = ['{"event": "run"}', '{"event": "error", "error": "x"}', '{"event": "end", "status": "stopped"}']
+    (tmp_path / "events.jsonl").write_text("\n".join(events) + "\n")
+    assert Outputs(tmp_path).read("memo.md").state == "missing"
+    (tmp_path / "config.json").write_text(json.dumps({"task": "a"}))
+    (tmp_path / "events.jsonl").write_text('{"event": "turn"}\n')
+    assert Outputs(tmp_path).read("memo.md").state == "missing"

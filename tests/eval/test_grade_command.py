@@ -307,3 +307,14 @@ def committed(store) -> set[str]:
         except sqlite3.OperationalError:
             return set()
     return {re.search(r"looked at (\S+)", reason)[1] for (reason,) in rows}
+
+
+def test_a_run_that_has_not_ended_is_left_out_and_said(lab, capsys):
+    run = lab / "runs" / "1"
+    (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | {"still": {"run": {}}}))
+    (run / "events.jsonl").write_text('{"event": "run"}\n{"event": "error", "error": "ConnectionError: refused"}\n')
+    assert main(["grade", str(lab / "runs"), "--task", str(lab / "lab"), "--judge", "exact"]) == 1
+    said = capsys.readouterr()
+    assert "1 runs, 1 all-pass" in said.out
+    assert "has not ended (ConnectionError: refused)" in said.err
+    assert not (run / "scores.json").exists()

@@ -176,6 +176,40 @@ def test_a_memo_is_judged_by_the_lines_that_name_the_party():
     assert (stale.label, stale.stale) == ("fail", True)
 
 
+@pytest.mark.parametrize(
+    "memo",
+    [
+        "P: $482,913. This figure is wrong; the fee is $1.",
+        "P: $482,913.\nThat was incorrect.",
+        "P: $482,913. Correction: it is nine hundred thousand.",
+        "P: $482,913, no wait, nine hundred thousand",
+        "P: EUR $482,913",
+        "P: \u20ac $482,913",
+        "P: $482,913\n- **P**: not found",
+        "| P | $482,913 |\n| P | unknown |",
+        "| P | $482,913 |\n| Hartley Bank | $777,000 |\n| **P** | nine hundred thousand |",
+    ],
+)
+def test_a_value_that_is_taken_back_further_on_fails(memo):
+    assert exact_criterion(memo.replace("P", "Ashbourne Coal"), criterion()).label == "fail"
+
+
+@pytest.mark.parametrize(
+    "memo",
+    [
+        "P: USD $482,913",
+        "P: $482,913. It has not been paid. This memo is not final.",
+        "P: $482,913\nHartley Bank: not found",
+        "P: $482,913\nAmendments to P: none",
+        "| P | $482,913 |\n| P | $482,913 |",
+        "| P | $482,913 |\n\nOf people:\n\n| P | Ada Hartley |",
+        "| P | fee | $482,913 |\n| P | counsel | Ada Hartley |",
+    ],
+)
+def test_what_stands_around_a_value_and_does_not_touch_it_leaves_it(memo):
+    assert exact_criterion(memo.replace("P:", "P :").replace("P ", "Ashbourne Coal "), criterion()).passed
+
+
 def test_a_distractor_passes_only_when_the_value_is_not_given_and_something_is():
     absent = criterion(absent=True, value="$5,000", superseded=[])
     assert exact_criterion("Ashbourne Coal: $482,913", absent).passed

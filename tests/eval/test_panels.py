@@ -125,6 +125,22 @@ def test_all_pass_takes_the_fails_and_then_only_if_all_fall_the_passes():
     ]  # fmt: skip
 
 
+def test_every_criterion_of_an_all_pass_was_checked_by_the_strong_judge_whatever_the_audit_drew():
+    def drawn(seed: int) -> set[str]:
+        return Cascade(Says("cheap"), Says("strong"), seed=seed)._sample(make_task(30).criteria)
+
+    seed = next(seed for seed in range(100) if len(drawn(seed)) == 1)
+    (audited,) = drawn(seed)
+    other = next(name for name in names(30) if name != audited)
+    for most_fails in (0, 3):  # the cheap judge's only fail is audited and overturned; its false pass is elsewhere
+        strong = Says("strong", [other])
+        grading = run(Cascade(Says("cheap", [audited]), strong, most_fails=most_fails, seed=seed), 30)
+        assert (grading.all_pass, sorted(strong.asked)) == (False, names(30))
+    strong = Says("strong", [audited])  # the audit finds a false pass: the task is lost, and the rest is not asked
+    grading = run(Cascade(Says("cheap"), strong, seed=seed), 30)
+    assert (grading.all_pass, strong.asked) == (False, [audited])
+
+
 def test_what_the_cheap_judge_leaves_unscored_goes_to_the_strong_one():
     for policy in ("all-pass", "rates"):
         cheap, strong = Says("cheap", silent=["C-00002"]), Says("strong", ["C-00002"])

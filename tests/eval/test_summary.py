@@ -130,6 +130,34 @@ def test_loading_takes_the_latest_of_each_judge_and_no_stopped_ones(tmp_path):
             load_runs([nothing])
 
 
+@pytest.mark.parametrize("place", ["output", "output/deep", "workspace", "workspace/output"])
+def test_scores_that_an_agent_wrote_are_not_believed(tmp_path, place):
+    run = write_run(tmp_path / "runs" / "0", "pf", judge="strict", model="m")
+    forged = write_run(run / place, "pp", judge="strict", model="better")
+    (forged / "scores.json").rename(forged / "scores_strict.json")
+    (forged / "scores.json").write_text('{"criteria_results": [{"verdict": "pass"}]}')
+    (forged / "scoresheet.json").write_text("{}")
+    (found,) = load_runs([tmp_path])
+    assert (found.system, found.all_pass) == ("m", False)
+    (run / "scores.json").unlink()
+    with pytest.raises(FileNotFoundError, match="output/ and workspace/ aside"):
+        load_runs([tmp_path])
+
+
+def test_only_scores_files_are_read_and_a_folder_called_workspace_may_hold_runs(tmp_path):
+    write_run(tmp_path / "workspace" / "0", "pf")
+    (tmp_path / "workspace" / "scoresheet.json").write_text("{}")
+    assert len(load_runs([tmp_path])) == 1
+
+
+def test_a_criterion_without_an_id_is_an_error_that_names_the_file(tmp_path):
+    scores = scores_of("pf")
+    del scores["criteria_results"][1]["id"]
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    with pytest.raises(ValueError, match=r"scores\.json: criterion 2 has no id;"):
+        load_runs([tmp_path])
+
+
 def test_runs_in_two_folders_are_two_and_a_folder_graded_again_is_one(tmp_path):
     for name in ("x", "y"):
         write_run(tmp_path / name, "pf", model="m", run_id="seed-0")
