@@ -19,6 +19,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from .bridge import Counters, Ledger, base_messages, memo_demand, memo_reminder, nudge, review, rewrite
+from .confined import shown_names
+from .documents import Documents
 from .rules import MISTAKES, Rules
 from .run_config import RunConfig
 from .runs import EventLog, RunError, RunFolder
@@ -59,7 +61,7 @@ class Episode:
         self.window = min(config.window or policy.window, policy.window)
         reserve = min(16_384, self.window // 4) if config.reserve is None else config.reserve
         errors = workspace.documents.errors
-        self.state = State(Ledger(tuple(name for name in workspace.documents.names if name not in errors)))
+        self.state = State(Ledger(tuple(name for name, real in workspace.names.items() if real not in errors)))
         names = [tool["function"]["name"] for tool in self.tools]
         self.rules = Rules(
             workspace, self.session, backend, self.state, names, self.window, reserve,
@@ -71,6 +73,8 @@ class Episode:
         self.open()
         while not self.spent():
             sampled = yield from self.turn()
+            if self.state.stop:
+                break
             if not sampled.calls:
                 self.finish()
             else:
@@ -80,7 +84,14 @@ class Episode:
         return self.close()
 
     def open(self) -> None:
-        """Begin the first window, and say what is played."""
+        """Begin the first window, and say what is played.
+
+        Raises:
+            RunError: the log is another process's, is damaged, or is of other documents.
+        """
+        self.log.open()
+        if recorded := self.log.expect("run"):
+            self.folder.check_documents(recorded["documents"], facts(self.workspace.documents))
         names, memo_tokens = self.state.ledger.documents, self.backend.memo_tokens
         self.base = base_messages(self.task.instructions, self.task.deliverables, names, self.config, memo_tokens)
         self.session.start(self.base)
@@ -249,6 +260,8 @@ class Episode:
         kind = kind_of(sampled, demanded)
         self.log.commit("turn", **self.turn_fields(sampled, demanded, repaired), kind=kind)
         self.state.took(sampled, kind)
+        if sampled.finish == "content_filter":  # what is left of the turn is not what the agent said
+            self.state.stop = sampled.finish
 
     def turn_fields(self, sampled: Sampled, demanded: bool = False, repaired: bool = False) -> dict[str, Any]:
         """What an event says of a turn."""
@@ -305,13 +318,9 @@ class Episode:
         """What is played: everything that a reader of the log needs to know once."""
         documents = self.workspace.documents
         known = [
-            {
-                "name": name, "sha256": documents.sha256(name), "characters": documents.characters(name),
-                "tokens": 0 if name in documents.errors else self.session.count(documents.text(name)),
-                "error": str(documents.errors[name]) if name in documents.errors else "",
-            }
-            for name in documents.names
-        ]  # fmt: skip
+            {**each, "tokens": 0 if real in documents.errors else self.session.count(documents.text(real))}
+            for each, real in zip(facts(documents), documents.names, strict=True)
+        ]
         return {
             "schema": 1, "task": self.task.id, "backend": self.backend.name, "policy": self.policy.name,
             "window_tokens": self.window, "reserve": self.rules.reserve, "memo_tokens": self.backend.memo_tokens,
@@ -323,7 +332,7 @@ class Episode:
     def fail(self, problem: BaseException) -> None:
         """Log what broke the run, where there is room to; the run can be taken up again."""
         with suppress(OSError, RunError):
-            if not self.log.recorded:
+            if self.log.is_open and not self.log.recorded:
                 self.log.commit("error", turn=self.state.turns, error=f"{type(problem).__name__}: {problem}")
         self.log.close()
 
@@ -332,6 +341,17 @@ class Episode:
         if not self.live and not self.log.recorded:
             self.live = True
             self.folder.restore(self.state.files)
+
+
+def facts(documents: Documents) -> list[dict[str, Any]]:
+    """What a run's first event says of each document: a run goes on over the same ones alone."""
+    return [
+        {
+            "name": name, "sha256": documents.sha256(real), "characters": documents.characters(real),
+            "error": str(documents.errors[real]) if real in documents.errors else "",
+        }
+        for name, real in shown_names(documents.names).items()
+    ]  # fmt: skip
 
 
 def timed(function, *arguments) -> tuple[float, Any]:
@@ -363,19 +383,23 @@ def drive_many(
         sampler: answers the open episodes' requests.
     """
     waiting, playing = iter(episodes), {}
-    while True:
-        while len(playing) < width and (episode := next(waiting, None)) is not None:
-            if (end := _advance(episode, episode.play(), None, playing, sampler)) is not None:
-                yield episode, end
-        if not playing:
-            return
-        for request, answer in sampler.answered():
-            episode, steps = playing.pop(request)
-            if isinstance(answer, Exception):
-                episode.fail(answer)
-                yield episode, answer
-            elif (end := _advance(episode, steps, answer, playing, sampler)) is not None:
-                yield episode, end
+    try:
+        while True:
+            while len(playing) < width and (episode := next(waiting, None)) is not None:
+                if (end := _advance(episode, episode.play(), None, playing, sampler)) is not None:
+                    yield episode, end
+            if not playing:
+                return
+            for request, answer in sampler.answered():
+                episode, steps = playing.pop(request)
+                if isinstance(answer, Exception):
+                    episode.fail(answer)
+                    yield episode, answer
+                elif (end := _advance(episode, steps, answer, playing, sampler)) is not None:
+                    yield episode, end
+    finally:
+        for episode, _ in playing.values():  # whoever asked has stopped asking: others may take these runs up
+            episode.log.close()
 
 
 def _advance(

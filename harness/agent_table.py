@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
-from ..eval.stats import clustered_rate, wilson
+from ..eval.stats import clustered_rate
+from ..eval.summary import all_pass_rate
 from .agent_cells import UNSIZED, AgentCell, AgentSweepConfig
 from .cells import CEILING, OURS
 
@@ -55,7 +56,7 @@ def _row(task: str, condition: Any, group: list[Result], full: float | None, hea
     scored = [(r, each) for r in group for each in r["criteria"] if each["label"] != "unscored"]
     rate = clustered_rate([float(e["label"] == "pass") for _, e in scored], [r["cell"]["set_id"] for r, _ in scored])
     whole = [all(each["label"] == "pass" for each in r["criteria"]) for r in group]
-    every = wilson(sum(whole), len(whole))
+    every = all_pass_rate(whole, [r["cell"]["set_id"] for r in group])
     ours, theirs = [r["metrics"]["still"] for r in group], [r["metrics"] for r in group]
     boundaries = [b for r in group for b in r["boundaries"]]
     each = group[0]["bytes_per_token"] or 0
@@ -127,8 +128,9 @@ def held(row: Row, kind: str) -> list[float]:
 
 
 def _mean(values: Any) -> float | None:
+    """None where there are no values, or some are not known."""
     values = list(values)
-    return _short(fmean(values)) if values else None
+    return _short(fmean(values)) if values and None not in values else None
 
 
 def _short(value: float) -> float:
@@ -203,7 +205,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
             said[f"runs that stopped short, of {row['runs']}: {row['stopped']}"].append(where)
         if row["unscored"]:
             said[f"{row['unscored']} criteria unscored"].append(where)
-        if row["budget"] and not row["held_bytes"]:
+        if row["budget"] and row["held_bytes"] is None:
+            said["bytes a token are not known, so there is no point in the figures"].append(where)
+        elif row["budget"] and not row["held_bytes"]:
             said["no run crossed a boundary, so nothing was held and there is no point in the figures"].append(where)
     for what, places in said.items():
         found.append(f"{'all conditions' if len(places) == len(rows) else ', '.join(places)}: {what}.")

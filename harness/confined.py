@@ -9,13 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
 Parts = tuple[str, ...]
 """A path below the root, folder by folder."""
+DEPTH = 64
+"""Folders that may lie in one another: what is listed, and so handed in, lies no deeper."""
 
 
 class OutsideError(ValueError):
@@ -27,14 +30,38 @@ def parse(path: str, alias: str = "/workspace") -> Parts:
 
     Raises:
         OutsideError: it is absolute, goes up, or is no path.
+        OSError: it is deeper than `DEPTH` folders.
     """
     inner = path.removeprefix(alias) if path == alias or path.startswith(alias + "/") else path
     if inner is path and path.startswith(("/", "~")):
         raise OutsideError(f"{path!r} is outside of the workspace; paths are relative to it, like documents/NAME")
     parts = tuple(part for part in inner.split("/") if part not in ("", "."))
-    if ".." in parts or "\0" in path or not path.isprintable():
+    if ".." in parts or "\0" in path:
         raise OutsideError(f"{path!r} is outside of the workspace; paths are relative to it and do not go up")
+    if any(unicodedata.category(letter) == "Cs" for letter in path):
+        raise OutsideError(f"{path!r} is no valid text, so no file of the workspace is called so")
+    if len(parts) > DEPTH + 1:
+        raise OSError(errno.ENAMETOOLONG, f"{path[:40]!r}... has {len(parts) - 1} folders, at most {DEPTH} are taken")
     return parts
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name can stand in a list, one a line: it has no line break, no other control and no broken letter."""
+    return all(unicodedata.category(letter) not in ("Cc", "Cs", "Zl", "Zp") for letter in name)
+
+
+def shown_names(names: Iterable[str]) -> dict[str, str]:
+    r"""Names as a model is shown them, and reads them by, with the real ones: a line break is shown as `\n`.
+
+    Raises:
+        ValueError: two are shown alike.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        shown = "".join(letter if is_plain(letter) else ascii(letter)[1:-1] for letter in name)
+        if (other := found.setdefault(shown, name)) is not name:
+            raise ValueError(f"the documents {other!r} and {name!r} are both shown as {shown}; rename one of them")
+    return found
 
 
 class Confined:
@@ -92,7 +119,8 @@ class Confined:
     def files(self) -> Iterator[tuple[str, int]]:
         """Every file below the root with its size in bytes, in sorted order.
 
-        Left out: links, hidden files, and names that `parse` would refuse, which only a command in a sandbox can make.
+        Left out, as only a command in a sandbox can make them: links, names that are not plain, and what lies deeper
+        than `DEPTH` folders; and hidden files.
         """
         yield from self._files((), 0)
 
@@ -100,9 +128,9 @@ class Confined:
         with self._folder(parts) as folder, os.scandir(folder) as entries:
             found = sorted((e.name, e.is_dir(follow_symlinks=False), e.stat(follow_symlinks=False)) for e in entries)
         for name, is_folder, state in found:
-            if name.startswith(".") or not name.isprintable():
+            if name.startswith(".") or not is_plain(name):
                 continue
-            if is_folder and depth < 64:
+            if is_folder and depth < DEPTH:
                 yield from self._files((*parts, name), depth + 1)
             elif stat.S_ISREG(state.st_mode):
                 yield "/".join((*parts, name)), state.st_size
@@ -143,14 +171,69 @@ def _is_link(name: str, folder: int) -> bool:
 
 def own_all(folder: Path) -> None:
     """Give this process back what a command took from it: every file below can be listed, read and removed."""
-    _own(folder)
-    for here, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            _own(Path(here, name))
+    for _ in _below(folder):
+        pass
 
 
-def _own(path: Path) -> None:
-    mode = path.lstat().st_mode
+def empty(folder: Path) -> None:
+    """Remove everything below a folder, whatever a command did to it."""
+    for here, name, is_folder in _below(folder):
+        (os.rmdir if is_folder else os.unlink)(name, dir_fd=here)
+
+
+def _below(folder: Path) -> Iterator[tuple[int, str, bool]]:
+    """Everything below a folder, made ours: a descriptor of where it lies, its name, and whether it is a folder.
+
+    A folder comes after what is in it. The walk goes down and up again with one descriptor, so that neither the depth
+    of a tree nor the length of its paths matters.
+
+    Raises:
+        OSError: somebody moved a folder meanwhile, so that the way up would lead elsewhere.
+    """
+    _own(str(folder), None)
+    here, way = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), []
+    try:
+        files, folders = _owned(here)
+        waiting = [folders]
+        while True:
+            yield from ((here, name, False) for name in files)
+            files = []
+            if waiting[-1]:
+                way.append((waiting[-1].pop(), os.fstat(here)))
+                here = _moved(way[-1][0], here)
+                files, folders = _owned(here)
+                waiting.append(folders)
+            elif way:
+                waiting.pop()
+                here, (name, above) = _moved("..", here), way.pop()
+                if not os.path.samestat(os.fstat(here), above):
+                    raise OSError(f"{folder} was changed by somebody else while it was walked through")
+                yield here, name, True
+            else:
+                return
+    finally:
+        os.close(here)
+
+
+def _moved(name: str, here: int) -> int:
+    """A descriptor of the next folder instead of this one."""
+    there = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+    os.close(here)
+    return there
+
+
+def _owned(here: int) -> tuple[list[str], list[str]]:
+    """The files and the folders in a folder, made ours."""
+    files, folders = [], []
+    for name in os.listdir(here):
+        (folders if stat.S_ISDIR(_own(name, here)) else files).append(name)
+    return files, folders
+
+
+def _own(name: str, here: int | None) -> int:
+    """Make a file or a folder ours; returns its mode."""
+    mode = os.lstat(name, dir_fd=here).st_mode
     wanted = 0o700 if stat.S_ISDIR(mode) else 0o600
     if not stat.S_ISLNK(mode) and mode & wanted != wanted:
-        path.chmod(stat.S_IMODE(mode) | wanted)
+        os.chmod(name, stat.S_IMODE(mode) | wanted, dir_fd=here)
+    return mode

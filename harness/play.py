@@ -14,7 +14,7 @@ from typing import Any
 from ..eval.tasks import LabTask
 from ..provenance import provenance
 from . import backends
-from .agent import Episode, drive_many
+from .agent import Episode, drive_many, facts
 from .documents import Documents
 from .run_config import RunConfig
 from .runs import RunFolder, metrics, read_run
@@ -106,6 +106,8 @@ def play_tasks(
 ) -> list[Outcome]:  # fmt: skip
     """Play every task with every seed, each in `output/TASK/seed-N`; runs that ended are left as they are.
 
+    A run of other settings or documents than its folder's is left as it is, too, and counts as failed.
+
     Args:
         tasks: what to play.
         policy: the model.
@@ -137,11 +139,12 @@ def play_tasks(
         for task, seed in islice(product(tasks, seeds), share[0], None, share[1]):
             settings, root = replace(config, seed=seed), output / task.id / f"seed-{seed}"
             try:
-                claim(task, policy, settings, root, method)
+                folder = claim(task, policy, settings, root, method)
                 if (outcome := finished(task.id, root)) is None:
                     eyes = None if watch is None else watch(task, root)
                     yield open_episode(task, policy, settings, root, method, sandbox, watch=eyes)
                 else:
+                    folder.check_documents(read_run(root)[0]["documents"], facts(Documents.load(task.agent_view())))
                     ended(outcome)
             except Exception as problem:
                 ended(_failed(task.id, root, problem))
@@ -188,9 +191,10 @@ def table(outcomes: Iterable[Outcome]) -> Iterator[str]:
             yield f"{each.task}  failed: {each.reason}"
             continue
         ours, theirs = each.metrics["still"], each.metrics
+        held = ours["peak_compacted_bytes"]
         read = f"{theirs['documents_read']}/{theirs['total_documents']}"
         yield (
             f"{each.task}  {each.status} ({each.reason}): {read} documents, {theirs['turn_count']} turns,"
-            f" {ours['windows']} windows, {ours['peak_compacted_bytes']:,} bytes held,"
+            f" {ours['windows']} windows, {'unknown' if held is None else f'{held:,}'} bytes held,"
             f" {100 * ours['forced_or_repaired']:.0f} % of turns forced or repaired"
         )

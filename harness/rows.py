@@ -12,7 +12,8 @@ from statistics import fmean, median
 from typing import Any
 
 from ..eval.matters.words import VALUE_COUNTS
-from ..eval.stats import clustered_rate, paired_difference, wilson
+from ..eval.stats import clustered_rate, paired_difference
+from ..eval.summary import all_pass_rate
 from .cells import CEILING, CHUNKED, CONTROLS, FLOOR, LEARNED, OURS, PLACED, QUANTISED, SweepConfig
 
 COMPUTED = "computed"
@@ -63,7 +64,7 @@ def _row(task: str, method: str, ratio: float | None, group: list[Result], ends:
     sets = [result["cell"]["set_id"] for result, _ in scored]
     rate = clustered_rate(passes, sets) if passes else None
     whole = [all(each["label"] == "pass" for each in result["questions"]) for result in group]
-    all_pass = wilson(sum(whole), len(whole))
+    all_pass = all_pass_rate(whole, [result["cell"]["set_id"] for result in group])
     records = [result["record"] for result in group]
     slots = fmean(record["slots"] for record in records)
     facts = fmean(result["facts"] for result in group)

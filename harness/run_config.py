@@ -79,6 +79,8 @@ class RunConfig:
             raise ValueError(f"ratio is {self.ratio} for {self.backend}: 1 or more, and for kv and hybrid only")
         if self.budget is not None:
             budget_bytes(self.budget, 1)
+        if unknown := [name for name in self.tools if name not in RunConfig.tools]:
+            raise ValueError(f"tools has {', '.join(map(repr, unknown))}; the tools are {', '.join(RunConfig.tools)}")
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
 

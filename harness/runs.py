@@ -6,6 +6,7 @@
     RUN/workspace/          the agent's working directory
     RUN/output/             its deliverables, copied when it submits: what a grader reads
     RUN/config.json, metrics.json, transcript.jsonl     as LAB writes them
+    RUN/.lock               empty; locked by the process that plays the run, as long as it does
 
 Every event has `event` (its kind), `n` (its number in the file) and `time` (UTC). Kinds, in the order they occur:
 
@@ -36,13 +37,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import IO, Any
 
-from .confined import Confined, own_all
+from .confined import Confined, empty
 
 SCHEMA = 1
 
@@ -55,19 +56,28 @@ class EventLog:
     """The events of one run: those of an earlier start are replayed first, then new ones are appended.
 
     Args:
-        path: the JSONL file; a torn last line, from a run that was killed while it wrote, is cut off.
-
-    Raises:
-        RunError: a line other than the last is damaged.
+        path: the JSONL file.
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        every, whole = _read_events(path)
-        if path.exists() and path.stat().st_size > whole:
-            os.truncate(path, whole)
+        self.path, self.is_open = path, False
+        self.events: list[dict[str, Any]] = []
+        self._next, self._count, self._file, self._lock = 0, 0, None, None
+
+    def open(self) -> None:
+        """Keep other processes away until `close`, and read what an earlier start left.
+
+        A torn last line, from a run that was killed while it wrote, is cut off.
+
+        Raises:
+            RunError: another process plays this run, or a line other than the last is damaged.
+        """
+        self._lock = _locked(self.path.with_name(".lock"))
+        every, whole = _read_events(self.path)
+        if self.path.exists() and self.path.stat().st_size > whole:
+            os.truncate(self.path, whole)
         self.events = [event for event in every if event["event"] != "error"]
-        self._next, self._count, self._file = 0, len(every), None
+        self._count, self.is_open = len(every), True
 
     @property
     def recorded(self) -> dict[str, Any] | None:
@@ -110,10 +120,11 @@ class EventLog:
         return {**record, **fields}
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the file, and let other processes have the run."""
+        for file in filter(None, (self._file, self._lock)):
+            file.close()
+        self._file = self._lock = None
+        self.is_open = False
 
 
 class RunFolder:
@@ -176,12 +187,7 @@ class RunFolder:
         for folder in (self.artifacts, self.blobs):
             for partial in folder.glob(".*.tmp"):
                 partial.unlink()
-        own_all(self.workspace)
-        for entry in self.workspace.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        empty(self.workspace)
         if "output" not in files:
             self.workspace.joinpath("output").mkdir()
         for name, (sha256, _) in files.items():
@@ -224,6 +230,32 @@ class RunFolder:
         if other:
             raise RunError(f"{self.root} holds a run with {'; '.join(other)}: give another output folder")
 
+    def check_documents(self, recorded: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]]) -> None:
+        """Refuse documents other than those that the run was begun with; what an old log does not say is not compared.
+
+        Args:
+            recorded: the `documents` of the run's first event.
+            now: the same of the documents as they are: name, sha256, characters.
+
+        Raises:
+            RunError: some were changed, added or taken away.
+        """
+        then, here = ({each["name"]: each for each in every} for every in (recorded, now))
+        other = {
+            "added": here.keys() - then.keys(),
+            "gone": then.keys() - here.keys(),
+            "other text": {
+                name for name in then.keys() & here.keys()
+                if any(then[name].get(key, here[name][key]) != here[name][key] for key in ("sha256", "characters"))
+            },
+        }  # fmt: skip
+        if any(other.values()):
+            said = "; ".join(f"{what}: {_first_of(names)}" for what, names in other.items() if names)
+            raise RunError(
+                f"{self.root} holds a run over other documents ({said}): give another output folder, or put the old "
+                f"documents back, and the readers that gave their text; the run is kept as it is"
+            )
+
     def write_lab_files(self, events: list[dict[str, Any]]) -> None:
         """Write LAB's `transcript.jsonl` and `metrics.json` from the events alone."""
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._transcript(events))
@@ -252,7 +284,7 @@ class RunFolder:
 
 
 def metrics(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """LAB's metrics of a run, and under `still` what LAB has no key for, from its events."""
+    """LAB's metrics of a run, and under `still` what LAB has no key for, from its events; None is not known."""
     run = events[0]
     turns = [event for event in events if event["event"] == "turn"]
     tools = [event for event in events if event["event"] == "tool"]
@@ -265,6 +297,8 @@ def metrics(events: list[dict[str, Any]]) -> dict[str, Any]:
             opened[tool["document"]] = opened.get(tool["document"], 0) + tool["document_characters"]
     names = [document["name"] for document in run["documents"]]
     available = {document["name"]: document["characters"] for document in run["documents"]}
+    held = max((event["after"]["compacted"] for event in compacts), default=0)
+    held_bytes = max((event["after"]["compacted_bytes"] for event in compacts), default=0)
     ran = [tool for tool in tools if tool["ok"]]
     written = [tool for tool in ran if tool["name"] == "write"]
     assisted = sum(turn["forced"] or turn["repaired"] for turn in turns)
@@ -295,8 +329,8 @@ def metrics(events: list[dict[str, Any]]) -> dict[str, Any]:
             "characters_available": sum(available.values()),
             "characters_read": sum(min(count, available.get(name, count)) for name, count in opened.items()),
             "characters_read_again": sum(max(0, count - available.get(name, count)) for name, count in opened.items()),
-            "peak_compacted_tokens": max((event["after"]["compacted"] for event in compacts), default=0),
-            "peak_compacted_bytes": max((event["after"]["compacted_bytes"] for event in compacts), default=0),
+            "peak_compacted_tokens": held,
+            "peak_compacted_bytes": None if held and run["bytes_per_token"] is None else held_bytes,
             "peak_context": max((turn["prompt_tokens"] + turn["output_tokens"] for turn in sampled), default=0),
             "compaction_seconds": [event["seconds"] for event in compacts],
             "compaction_decoded_tokens": [event["decoded_tokens"] for event in compacts],
@@ -337,6 +371,38 @@ def _read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
             break
         whole += len(line)
     return events, whole
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """A file that no other holds until it is closed, by us or, where we are killed, by the kernel.
+
+    None where there are no locks: on Windows, and on disks that refuse them or cannot be written.
+
+    Raises:
+        RunError: another one holds it.
+    """
+    try:
+        import fcntl
+
+        file = path.open("a")
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunError(
+            f"{path.parent} is being played by another process: wait until it has ended, or give another output folder"
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _first_of(names: Iterable[str], most: int = 5) -> str:
+    some = sorted(names)
+    return ", ".join(some[:most]) + (f" and {len(some) - most} more" if len(some) > most else "")
 
 
 def _seconds(events: list[dict[str, Any]]) -> float:

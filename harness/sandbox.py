@@ -3,18 +3,23 @@
 The command sees `/usr`, an empty `/tmp`, `/workspace` (the agent's files) and `/workspace/documents` (the originals).
 No environment variable of this process, no other folder of this machine and no other process is there. Where there is
 no bubblewrap there is no sandbox, and `bash` is off; it never runs without one.
+
+Limits are each process's (memory, processor time, size of one file), each command's (time, output, processes) or each
+folder's (`/tmp`, `/dev/shm`). What all processes of a command hold together, and `/workspace`, have no limit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from .confined import own_all
@@ -41,7 +46,7 @@ class Ran:
 
 
 class SandboxError(OSError):
-    """The sandbox itself does not start."""
+    """The sandbox itself does not start, or what a command left behind cannot be cleared up."""
 
 
 class Sandbox:
@@ -53,14 +58,19 @@ class Sandbox:
         output_bytes: of its output that are kept, half from the beginning and half from the end.
         memory_bytes: address space of each of its processes.
         file_bytes: largest file that it may write.
+        scratch_bytes: of `/tmp`, and of `/dev/shm`, which are memory; a bubblewrap older than 0.6 does not limit them.
+        processes: that it may have at a time; for root, and by a Linux older than 5.14, they are not limited.
     """
 
     def __init__(
         self, program: str, seconds: float = 120.0, output_bytes: int = 60_000, memory_bytes: int = 4 << 30,
-        file_bytes: int = 64 << 20,
+        file_bytes: int = 64 << 20, scratch_bytes: int = 1 << 30, processes: int = 512,
     ):  # fmt: skip
         self.program, self.seconds, self.output_bytes = program, seconds, output_bytes
+        self.scratch_bytes = scratch_bytes
         self.limits = f"ulimit -c 0; ulimit -v {memory_bytes >> 10}; ulimit -f {file_bytes >> 10}"
+        if _counts_by_namespace(os.uname().release):
+            self.limits += f"; ulimit -u {processes}"
 
     def shows(self, folder: Path) -> bool:
         """Whether a command can read a folder of this machine by the places that every command sees."""
@@ -80,7 +90,7 @@ class Sandbox:
             seconds: longest run; the sandbox's own limit unless given, and never more.
 
         Raises:
-            SandboxError: the sandbox does not start.
+            SandboxError: the sandbox does not start; or the command ran, and its files cannot be made ours again.
         """
         seconds = min(seconds or self.seconds, self.seconds)
         shell = f'{self.limits}; ulimit -t {int(seconds) + 1}; exec bash -c "$1"'
@@ -109,9 +119,12 @@ class Sandbox:
             process.wait()
             reader.join()
             process.stdout.close()
+            with os.fdopen(started, "rb") as info:
+                began = bool(info.read())
+        try:
             own_all(workspace)
-        with os.fdopen(started, "rb") as info:
-            began = bool(info.read())
+        except OSError as problem:
+            raise SandboxError(f"the command ran, but its files cannot be taken over: {problem}") from problem
         if code and (not began or kept.head.startswith(b"bwrap: ")):
             raise SandboxError(f"the sandbox does not start: {kept.text().strip()[:300]}")
         return Ran(code, kept.text(), kept.left_out)
@@ -126,16 +139,35 @@ class Sandbox:
                 given += ["--ro-bind", each, each]
         for each in FILES:
             given += ["--ro-bind-try", each, each]
-        given += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--bind", str(workspace), INSIDE]
+        scratch = ["--size", str(self.scratch_bytes), "--tmpfs"] if _takes_size(self.program) else ["--tmpfs"]
+        given += ["--proc", "/proc", "--dev", "/dev", *scratch, "/dev/shm", *scratch, "/tmp"]
+        given += ["--bind", str(workspace), INSIDE]
         if documents is not None and documents.is_dir():
             inside = f"{INSIDE}/documents"
             given += ["--ro-bind", str(documents), inside]
             for path in hidden:
                 where = f"{inside}/{path.relative_to(documents)}"
-                given += ["--tmpfs", where] if path.is_dir() else ["--ro-bind", "/dev/null", where]
+                empty = ["--tmpfs", where, "--remount-ro", where]
+                given += empty if path.is_dir() else ["--ro-bind", "/dev/null", where]
+        given += ["--remount-ro", "/dev", "--remount-ro", "/"]  # memory, too, in which nothing need be written
         for name, value in (("PATH", "/usr/local/bin:/usr/bin:/bin"), ("HOME", "/tmp"), ("LANG", "C.UTF-8")):
             given += ["--setenv", name, value]
         return [*given, "--chdir", INSIDE]
+
+
+@lru_cache
+def _takes_size(program: str) -> bool:
+    """Whether a bubblewrap can limit a folder in memory."""
+    try:
+        return b"--size" in subprocess.run([program, "--help"], capture_output=True, env={}, check=False).stdout
+    except OSError:
+        return False
+
+
+def _counts_by_namespace(release: str) -> bool:
+    """Whether Linux counts a sandbox's processes by themselves, and not with all others of the same user."""
+    version = re.match(r"(\d+)\.(\d+)", release)
+    return version is not None and (int(version[1]), int(version[2])) >= (5, 14)
 
 
 class _Kept:

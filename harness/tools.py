@@ -21,7 +21,7 @@ from typing import Any
 
 from ..eval.pandoc import markdown_to_docx, pandoc_path
 from ..eval.readers import SUFFIXES, DocumentError, Limits, read_bytes
-from .confined import Confined, OutsideError, Parts, parse
+from .confined import Confined, OutsideError, Parts, is_plain, parse, shown_names
 from .documents import Documents, valid
 from .sandbox import Sandbox, SandboxError
 
@@ -53,7 +53,7 @@ class ToolResult:
         text: what the agent is shown.
         ok: whether the tool did what it was asked.
         truncated: the agent was shown less than there is; the text says so and how to get the rest.
-        document: `read`: the name of the task's document that was read, as `Documents.names` has it; None otherwise.
+        document: `read`: the name of the task's document that was read, as `Workspace.names` shows it; None otherwise.
         characters: `read`: how many characters of the file are in `text`.
         start: `read`: where in the file's text they begin.
         total: `read`: length of the file's text.
@@ -155,14 +155,19 @@ class Workspace:
         sandbox: what `bash` runs in; without one, `bash` is off.
         longest: most characters of one result of bash, glob and grep; `read` is bounded by its `limit` alone.
 
+    Attributes:
+        names: of the documents as the agent is shown them, with the real ones.
+
     Raises:
-        ValueError: the task's own folder, with its rubric, could be reached from `root` or from the sandbox.
+        ValueError: the task's own folder, with its rubric, could be reached from `root` or from the sandbox; or two
+            documents are shown by one name.
         ModuleNotFoundError: the task asks for a docx, and there is no pandoc.
     """
 
     def __init__(self, root: str | Path, documents: Documents, sandbox: Sandbox | None = None, longest: int = 30_000):
         self.files = Confined(root)
         self.root, self.documents, self.sandbox, self.longest = self.files.root, documents, sandbox, longest
+        self.names = shown_names(documents.names)
         self.limits = Limits()
         self._refuse_reachable(documents.task.folder)
         if any(name.lower().endswith(".docx") for name in documents.task.deliverables):
@@ -249,7 +254,7 @@ class Workspace:
         for name in self._named(path or "**"):
             try:
                 text, _ = self._text(parse(name))
-            except (DocumentError, FileNotFoundError, ToolError):
+            except (DocumentError, OutsideError, ToolError, OSError):
                 skipped += 1
                 continue
             try:
@@ -291,10 +296,11 @@ class Workspace:
         """The text of a document, with its name, or of a file of the agent's."""
         path = "/".join(parts)
         if parts[:1] == ("documents",):
-            name = path.removeprefix("documents/")
-            if name not in self.documents.names:
+            given = path.removeprefix("documents/")
+            name = next((shown for shown, real in self.names.items() if given in (shown, real)), None)
+            if name is None:
                 raise ToolError("missing", f"there is no {path}{self._nearest(path)}")
-            return self.documents.text(name), name
+            return self.documents.text(self.names[name]), name
         try:
             data = self.files.read(parts, self.limits.file_bytes)
         except FileNotFoundError as mistake:
@@ -322,7 +328,7 @@ class Workspace:
         wanted = "/".join(parse(pattern)) or "**"
         matches = glob_pattern(wanted)
         own = (path for path, _ in self.files.files() if not path.startswith("documents/"))
-        for path in (*(f"documents/{name}" for name in self.documents.names), *own):
+        for path in (*(f"documents/{name}" for name in self.names), *own):
             if path == wanted or path.startswith(wanted + "/") or matches.fullmatch(path):
                 yield path
 
@@ -332,6 +338,8 @@ class Workspace:
             raise ToolError("bad_arguments", f"{path!r} names no file")
         if parts[0] == "documents":
             raise ToolError("read_only", f"{path} cannot be written; deliverables go to output/")
+        if not is_plain(path):
+            raise ToolError("bad_arguments", f"{path!r} has a line break or another control character; leave it out")
         return parts
 
     def _as_file(self, parts: Parts, content: str, edited: bool = False) -> bytes:

@@ -6,6 +6,7 @@ Everything that a document, a model or a judge wrote is escaped; the page has no
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -68,22 +69,27 @@ def find_runs(path: str | Path) -> list[Path]:
         FileNotFoundError: there is none.
     """
     path = Path(path)
-    found = sorted(log.parent for log in path.rglob("events.jsonl") if "workspace" not in log.relative_to(path).parts)
+    found = []
+    for here, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if name != "workspace"]  # an agent's own, of any depth
+        found += [Path(here)] if "events.jsonl" in files else []
     if not found:
         raise FileNotFoundError(f"{path} holds no run: there is no events.jsonl in it or below it")
-    return found
+    return sorted(found)
 
 
 def _summary(events: Sequence[dict], facts: dict, scores: dict | None) -> Iterator[str]:
     run, ours = events[0], facts["still"]
     end = events[-1] if events[-1]["event"] == "end" else None
     state = "not finished" if end is None else end["stop"] if end["stop"] == "done" else f"stopped ({end['stop']})"
+    peak = ours["peak_compacted_bytes"]
+    held = "an unknown number of bytes" if peak is None else escape(size(peak))
     read = f"{ours['characters_read']:,} of {ours['characters_available']:,} characters"
     yield (
         f'<p class="lead">{escape(run["policy"])}: {escape(state)}; {facts["documents_read"]} of '
         f"{facts['total_documents']} documents opened, {read} read; {facts['turn_count']} turns in {ours['windows']} "
         f"windows, {100 * ours['forced_or_repaired']:.1f} % of them forced or repaired by the harness; at most "
-        f"{escape(size(ours['peak_compacted_bytes']))} ({ours['peak_compacted_tokens']:,} entries) held.</p>"
+        f"{held} ({ours['peak_compacted_tokens']:,} entries) held.</p>"
     )
     if scores:
         passed, total = scores.get("n_passed", 0), scores.get("n_criteria", 0)

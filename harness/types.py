@@ -95,7 +95,7 @@ class Sampled:
     Attributes:
         text: what stands before the calls.
         calls: in order.
-        finish: "stop", or "length" where it was cut.
+        finish: "stop", "length" where it was cut, or "content_filter" where a server kept it back, which ends the run.
         problem: what is wrong with the syntax of its calls; empty if nothing is.
         append_ids: prompt tokens since the turn before: closing marks, tool results, the bridge, the opening mark.
         output_ids: exactly the tokens that were sampled, the end token included; empty where a server hides them.
@@ -110,7 +110,7 @@ class Sampled:
 
     text: str
     calls: tuple[ToolCall, ...] = ()
-    finish: Literal["stop", "length"] = "stop"
+    finish: Literal["stop", "length", "content_filter"] = "stop"
     problem: str = ""
     append_ids: tuple[int, ...] = ()
     output_ids: tuple[int, ...] = ()

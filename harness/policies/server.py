@@ -3,23 +3,26 @@
 `ServerPolicy` speaks chat completions, as every server and closed model does: the server renders messages and parses
 calls. `TokenServerPolicy` sends token ids to the completions endpoint and takes ids back (vLLM's `return_token_ids`):
 token-in, token-out as with a local model, rendered and parsed here. Retries, backoff and Retry-After are the openai
-client's own.
+client's own; `ask` asks again where a reply came that is none.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ...eval.prices import Prices
 from ...eval.verdicts import Tokens
+from ..documents import valid
 from ..types import ContextSize, Limit, Message, Sampled, ToolCall
 from .calls import without_thinking
 
+T = TypeVar("T")
 CHARACTERS_PER_TOKEN = 3.5
 """Of English, a little less than usual: tokens are over-estimated until the server has counted them."""
 
@@ -62,6 +65,47 @@ class ServerConfig:
         return OpenAI(base_url=self.base_url, api_key=key or "none", max_retries=self.retries, timeout=self.timeout)
 
 
+class ReplyError(ValueError):
+    """What a server answered with success and is no turn of a model."""
+
+
+def ask(config: ServerConfig, request: Callable[[], Any], read: Callable[[Any], T]) -> T:
+    """What `read` makes of a server's reply; where that is none it is asked again, as often as the config says.
+
+    Args:
+        config: of the server.
+        request: sends the request.
+        read: takes the reply apart, and raises ReplyError where it is not what it should be.
+
+    Raises:
+        ReplyError: no reply was; it names the server and what it said last.
+    """
+    for attempt in range(config.retries + 1):
+        if attempt:
+            time.sleep(min(0.5 * 2 ** (attempt - 1), 8.0))
+        reply = None
+        try:
+            reply = request()
+            return read(reply)
+        except ValueError as problem:  # ReplyError, and what a body that is no JSON raises in the client
+            last = problem
+    said = "" if reply is None else f"; it said {valid(str(reply)):.300}"
+    where = config.base_url or "the default server"
+    raise ReplyError(f"{config.model} at {where} gave no turn, asked {attempt + 1} times: {last}{said}") from last
+
+
+def first_choice(reply: Any) -> Any:
+    """The choice of a reply, which has one.
+
+    Raises:
+        ReplyError: it has none.
+    """
+    choices = getattr(reply, "choices", None)
+    if not isinstance(choices, list) or not choices or choices[0] is None:
+        raise ReplyError("the reply has no choices")
+    return choices[0]
+
+
 class ServerPolicy:
     """See `ServerConfig`.
 
@@ -82,12 +126,13 @@ class ServerPolicy:
         return ServerSession(self, tools)
 
     def cost(self, usage: Any) -> float | None:
-        """Dollars for a response's usage; None where the price is not known."""
-        if self.price is None or usage is None:
+        """Dollars for a response's usage; None where it, or the price, is not known."""
+        read, written = _counts(usage)
+        if self.price is None or read is None or written is None:
             return None
         details = getattr(usage, "prompt_tokens_details", None)
         cached = getattr(details, "cached_tokens", None) or 0
-        return self.price.of(Tokens(input=usage.prompt_tokens, output=usage.completion_tokens, cached=cached))
+        return self.price.of(Tokens(input=read, output=written, cached=cached))
 
 
 class ServerSession:
@@ -110,30 +155,38 @@ class ServerSession:
         self._waiting += sum(self.count(message.content) + 4 for message in messages)
 
     def sample(self, limit: Limit) -> Sampled:
-        """One request."""
-        started = time.perf_counter()
-        settings = {self.policy.config.limit_name: limit.tokens, "temperature": limit.temperature, "seed": limit.seed}
-        reply = self.policy.client.chat.completions.create(
-            model=self.policy.config.model, messages=self.messages, tools=self.tools or None, **_known(settings)
-        )
-        choice, usage = reply.choices[0], reply.usage
-        calls = tuple(
-            ToolCall(call.function.name or "", call.function.arguments or "{}", call.id or "")
-            for call in choice.message.tool_calls or ()
-        )
-        broken = [call for call in calls if call.parsed() is None]
-        sampled = Sampled(
-            text=without_thinking(choice.message.content or "").strip(),
-            calls=calls,
-            finish="length" if choice.finish_reason == "length" else "stop",
-            problem=f"the arguments of {broken[0].name} are no JSON object" if broken else "",
-            prompt_tokens=usage.prompt_tokens if usage else self.size().total,
-            output_tokens=usage.completion_tokens if usage else self.count(choice.message.content or ""),
-            seconds=round(time.perf_counter() - started, 6),
-            cost=self.policy.cost(usage),
-        )
+        """One turn.
+
+        Raises:
+            ReplyError: the server gave none, however often it was asked.
+        """
+        started, config = time.perf_counter(), self.policy.config
+        settings = {config.limit_name: limit.tokens, "temperature": limit.temperature, "seed": limit.seed}
+        request = {"model": config.model, "messages": self.messages, "tools": self.tools or None, **_known(settings)}
+        sampled = ask(config, lambda: self.policy.client.chat.completions.create(**request), self._turn)
+        sampled = replace(sampled, seconds=round(time.perf_counter() - started, 6))
         self.accept(sampled)
         return sampled
+
+    def _turn(self, reply: Any) -> Sampled:
+        """The turn in a reply, as `ask` wants it."""
+        choice, usage = first_choice(reply), getattr(reply, "usage", None)
+        message = getattr(choice, "message", None)
+        if not hasattr(message, "content"):
+            raise ReplyError("the reply has no message")
+        said, finish = _text(message.content), choice.finish_reason
+        calls = tuple(map(_call, getattr(message, "tool_calls", None) or ()))
+        broken = [call for call in calls if call.parsed() is None]
+        read, written = _counts(usage)
+        return Sampled(
+            text=without_thinking(said).strip(),
+            calls=calls,
+            finish=finish if finish in ("length", "content_filter") else "stop",
+            problem=f"the arguments of {broken[0].name} are no JSON object" if broken else "",
+            prompt_tokens=self.size().total if read is None else read,
+            output_tokens=self.count(said + "".join(call.arguments for call in calls)) if written is None else written,
+            cost=self.policy.cost(usage),
+        )
 
     def accept(self, sampled: Sampled) -> None:
         """Take a recorded turn."""
@@ -164,6 +217,32 @@ class ServerSession:
     def size(self) -> ContextSize:
         """The window as it is now."""
         return ContextSize(self._base, 0, max(0, self._counted - self._base) + self._waiting, 0)
+
+
+def _counts(usage: Any) -> tuple[int | None, int | None]:
+    """Tokens read and written, as far as the server counted them."""
+    read, written = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+    return read if isinstance(read, int) else None, written if isinstance(written, int) else None
+
+
+def _text(content: Any) -> str:
+    """A message's text, whole or in parts, of which only those of text count."""
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        kinds = (None, "text", "output_text")
+        content = "".join(str(part.get("text") or "") for part in content if part.get("type") in kinds)
+    if not isinstance(content, str | None):
+        raise ReplyError(f"the message's content is a {type(content).__name__}")
+    return valid(content or "")
+
+
+def _call(call: Any) -> ToolCall:
+    """A call; servers of various makers give its arguments as text or as an object."""
+    function = getattr(call, "function", None)
+    if function is None:
+        raise ReplyError("a tool call names no function")
+    given = function.arguments
+    arguments = given if isinstance(given, str) else json.dumps(given or {}, ensure_ascii=False)
+    return ToolCall(valid(function.name or ""), valid(arguments or "{}"), valid(call.id or ""))
 
 
 def _chat(message: Message) -> dict[str, Any]:

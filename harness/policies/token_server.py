@@ -7,7 +7,7 @@ from typing import Any
 from .calls import parser_of
 from .chat import ChatFormat
 from .local import LocalSession
-from .server import ServerConfig
+from .server import ReplyError, ServerConfig, ask, first_choice
 
 
 class TokenServerPolicy:
@@ -44,19 +44,15 @@ class TokenServerSession(LocalSession):
 
     def _read_prompt(self, turn, chunk):
         prompt = [*self.base_ids, *(token for each in self._state.chunks for token in each), *chunk]
-        reply = self.policy.client.completions.create(
-            model=self.policy.config.model,
-            prompt=prompt,
-            max_tokens=turn.most,
-            temperature=turn.limit.temperature,
-            seed=turn.limit.seed % (1 << 31),
-            logprobs=2,
-            **WHOLE,
-            extra_body={
-                "return_token_ids": True, "stop_token_ids": sorted(turn.ends), "skip_special_tokens": False, **UNTOUCHED
+        request = {
+            "model": self.policy.config.model, "prompt": prompt, "max_tokens": turn.most,
+            "temperature": turn.limit.temperature, "seed": turn.limit.seed % (1 << 31), "logprobs": 2, **WHOLE,
+            "extra_body": {
+                "return_token_ids": True, "stop_token_ids": sorted(turn.ends), "skip_special_tokens": False,
+                **UNTOUCHED,
             },
-        )
-        choice = reply.choices[0]
+        }  # fmt: skip
+        choice = ask(self.policy.config, lambda: self.policy.client.completions.create(**request), _scored)
         output = getattr(choice, "token_ids", None)
         if not output:
             raise ValueError(
@@ -68,3 +64,11 @@ class TokenServerSession(LocalSession):
         turn.output, turn.logprobs = list(output), [float(each) for each in scores.token_logprobs or []]
         turn.most = min(turn.most, len(turn.output))
         turn.margin = min((top[0] - top[1] for top in tops), default=float("inf"))
+
+
+def _scored(reply):
+    """The choice of a reply, with the log-probabilities of its tokens; raises ReplyError as `ask` wants it."""
+    choice = first_choice(reply)
+    if getattr(choice, "logprobs", None) is None:
+        raise ReplyError("the reply has no logprobs")
+    return choice

@@ -84,6 +84,14 @@ def test_budgets_are_kept_in_bytes_and_what_was_read_passes(swept):
     assert row(rows, "kv", "600t")["boundary_seconds"] > 0
 
 
+def test_seeds_of_a_matter_are_no_matters_of_their_own_in_all_pass(swept):
+    store, rows = swept
+    again = [each | {"cell": each["cell"] | {"seed": seed}} for each in store.results() for seed in range(10)]
+    once, copied = row(rows, "full"), row(agent_rows(again, store.header), "full")
+    assert (copied["runs"], copied["matters"], copied["all_pass"]) == (10, 1, once["all_pass"])
+    assert copied["all_pass_low"] <= once["all_pass_low"]
+
+
 def test_the_ledger_says_what_each_boundary_acquired_and_lost(swept):
     store, rows = swept
     assert held(row(rows, "memo_oracle", "600t"), "written")[-1] >= 2

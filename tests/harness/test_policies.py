@@ -15,15 +15,17 @@ from still import StillCache, methods
 from still.eval.prices import Price, Prices
 from still.harness import backends
 from still.harness.agent import drive, drive_many
+from still.harness.play import Outcome, table
 from still.harness.policies import local
 from still.harness.policies.calls import parser_of
 from still.harness.policies.chat import ChatFormat
 from still.harness.policies.local import LocalPolicy, choose
-from still.harness.policies.server import ServerConfig, ServerPolicy
+from still.harness.policies.server import ReplyError, ServerConfig, ServerPolicy
 from still.harness.policies.token_server import TokenServerPolicy
 from still.harness.run_config import RunConfig
-from still.harness.runs import read_run
+from still.harness.runs import metrics, read_run
 from still.harness.sampling import sampler
+from still.harness.trace import trace_page
 from still.harness.types import Limit, Message, ToolCall
 
 HERMES = """\
@@ -448,3 +450,99 @@ def test_rollouts_that_read_alike_make_slots_once(tmp_path, monkeypatch, backend
         last = of(events, "compact")[-1]["artifact"]
         assert 0.8 * slots < last["nbytes"] / events[0]["bytes_per_token"] <= slots
     assert len(made) == 2 * once
+
+
+class Saying(Handler):
+    """Answers with what it was given, one after the other, and the last one again and again."""
+
+    def reply(self, body):
+        said = self.server.player
+        return said.pop(0) if len(said) > 1 else said[0]
+
+
+def said(content=None, finish="stop", usage=(5, 2), **more):
+    """A chat completion with such a message."""
+    counts = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), (*usage, 7), strict=True))
+    message = {"role": "assistant", "content": content, **more}
+    return {"choices": [{"index": 0, "finish_reason": finish, "message": message}], "usage": counts}
+
+
+def calling(arguments):
+    """A chat completion with one call."""
+    return said(tool_calls=[{"id": "1", "type": "function", "function": {"name": "read", "arguments": arguments}}])
+
+
+def ask_for_a_turn(server, retries: int = 2):
+    """A turn of a conversation with it."""
+    prices = Prices({"model-x": Price(2.0, 10.0)})
+    session = ServerPolicy(ServerConfig("model-x", server.url, retries=retries), prices).session([])
+    session.start([Message("system", "S"), Message("user", "U")])
+    return session.sample(Limit(8))
+
+
+@pytest.mark.parametrize(("reply", "expected"), [
+    (said([{"type": "text", "text": "Do"}, {"type": "thinking", "text": "hm"}, {"type": "text", "text": "ne."}]),
+     {"text": "Done."}),
+    (calling({"path": "é.txt"}), {"calls": (ToolCall("read", '{"path": "é.txt"}', "1"),), "problem": ""}),
+    (said("half \ud83d pair"), {"text": "half ? pair"}),
+    (calling('{"path": "\ud83d"}'), {"calls": (ToolCall("read", '{"path": "?"}', "1"),)}),
+    (said("Done.", usage=(None, None)), {"prompt_tokens": 3, "output_tokens": 2, "cost": None}),
+    (said("Do", finish="content_filter"), {"text": "Do", "finish": "content_filter"}),
+], ids=["parts", "object", "text", "arguments", "usage", "filter"])  # fmt: skip
+def test_odd_replies_are_turns_all_the_same(serve, reply, expected):
+    sampled = ask_for_a_turn(serve(player=[reply], handler=Saying))
+    assert {name: getattr(sampled, name) for name in expected} == expected
+    json.dumps([sampled.text, [call.arguments for call in sampled.calls]], ensure_ascii=False).encode()
+
+
+NONE = [
+    {"choices": None, "error": {"message": "overloaded"}}, {"choices": []}, {"choices": [{"index": 0}]}, said(5),
+    said(tool_calls=[{"id": "1", "type": "function"}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("none", NONE)
+def test_a_reply_that_is_none_is_asked_for_again(serve, monkeypatch, none):
+    monkeypatch.setattr("still.harness.policies.server.time.sleep", lambda seconds: None)
+    server = serve(player=[none, none, said("Done.")], handler=Saying)
+    assert ask_for_a_turn(server).text == "Done."
+    assert len(server.requests) == 3
+    with pytest.raises(ReplyError, match=r"model-x at http://127.* gave no turn, asked 3 times"):
+        ask_for_a_turn(serve(player=[none], handler=Saying))
+
+
+def test_what_a_server_said_in_place_of_a_turn_is_told(serve, monkeypatch):
+    monkeypatch.setattr("still.harness.policies.server.time.sleep", lambda seconds: None)
+    with pytest.raises(ReplyError, match=r"no choices; it said .*overloaded"):
+        ask_for_a_turn(serve(player=[NONE[0]], handler=Saying))
+    loaded, server = tiny_agent(), serve(player=[NONE[0]], handler=Saying)
+    session = TokenServerPolicy(ServerConfig("tiny", server.url, window=4000, retries=1), loaded.tokenizer).session([])
+    session.start([Message("system", "S"), Message("user", "U")])
+    with pytest.raises(ReplyError, match=r"asked 2 times: the reply has no choices; it said .*overloaded"):
+        session.sample(Limit(4))
+
+
+def test_a_content_filter_ends_the_run_with_its_name(tmp_path, serve):
+    server = serve(player=[calling({"path": "next"}), said("", finish="content_filter")], handler=Saying)
+
+    def run():
+        policy = ServerPolicy(ServerConfig("m", server.url, window=9000))
+        return episode(tmp_path, make_task(tmp_path, texts(3)), None, policy=policy, window=9000)
+
+    assert [drive(run())[key] for key in ("status", "stop")] == ["stopped", "content_filter"]
+    assert drive(run())["stop"] == "content_filter"  # replayed
+    assert len(server.requests) == 2
+    assert not of(read_run(tmp_path / "run"), "note")
+
+
+def test_bytes_that_are_not_known_are_said_to_be_so(tmp_path, serve):
+    policy = ServerPolicy(ServerConfig("m", serve(player=Reader()).url, window=9000))
+    run = episode(tmp_path, make_task(tmp_path, texts(6)), None, policy=policy, backend="memo", budget="200t",
+                  window=9000)  # fmt: skip
+    drive(run)
+    ours = metrics(read_run(run.folder.root))
+    assert ours["still"]["peak_compacted_tokens"] > 0
+    assert ours["still"]["peak_compacted_bytes"] is None
+    (line,) = table([Outcome("task", tmp_path, "done", "done", ours)])
+    assert " unknown bytes held" in line
+    assert "unknown number of bytes" in trace_page(run.folder.root)

@@ -100,6 +100,15 @@ def test_rows_hold_the_rates_of_their_cells(rows):
     assert rows["none", None]["utilisation"] == 0
 
 
+def test_seeds_of_a_context_are_no_contexts_of_their_own_in_all_pass(store, rows):
+    once, results = rows["still", 2], store.results()
+    again = [each | {"cell": each["cell"] | {"seed": seed}} for each in results for seed in range(10)]
+    copied = {(row["method"], row["ratio"]): row for row in make_rows(again, store.header)}["still", 2]
+    assert copied["all_pass"] == once["all_pass"] == 0.5
+    assert copied["all_pass_low"] <= once["all_pass_low"]
+    assert copied["all_pass_high"] >= once["all_pass_high"]
+
+
 def test_unscored_answers_are_counted_and_kept_out_of_the_rate(store):
     cell = Cell("matters", "matter-0", "still", 2)
     changed = store.read(cell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -13,8 +14,10 @@ from agent_cases import Reader, SteeredPolicy, episode, make_task, of, texts, ti
 from safetensors.torch import load_file
 
 from still import methods
-from still.harness.agent import drive
-from still.harness.runs import read_run
+from still.harness.agent import drive, drive_many
+from still.harness.confined import own_all
+from still.harness.runs import RunError, RunFolder, read_run
+from still.harness.sampling import OneByOne
 from still.harness.types import Message, ToolCall
 
 CASES = {
@@ -175,3 +178,85 @@ def test_a_log_cut_at_any_event_ends_alike_with_a_workspace_put_back(tmp_path, l
     drive(start(tmp_path / "cut", "memo", loaded))
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
     assert not (tmp_path / "cut" / "run" / "workspace" / "stray.txt").exists()
+
+
+class Waiting(Reader):
+    """Says that it plays, and waits to be killed."""
+
+    def __init__(self, mark):
+        super().__init__()
+        self.mark = mark
+
+    def __call__(self, seen, limit):
+        self.mark.touch()
+        time.sleep(600)
+
+
+def test_two_processes_do_not_play_one_run_and_a_killed_one_leaves_no_lock(tmp_path):
+    task, mark = make_task(tmp_path, texts(3)), tmp_path / "playing"
+    child = os.fork()
+    if not child:
+        try:
+            drive(episode(tmp_path, task, Waiting(mark)))
+        finally:
+            os._exit(1)
+    try:
+        while not mark.exists():
+            assert os.waitpid(child, os.WNOHANG)[0] == 0
+            time.sleep(0.01)
+        before = logged(tmp_path / "run" / "events.jsonl")
+        with pytest.raises(RunError, match=f"{tmp_path}/run is being played by another process"):
+            drive(episode(tmp_path, task, Reader()))
+        assert logged(tmp_path / "run" / "events.jsonl") == before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert drive(episode(tmp_path, task, Reader()))["status"] == "done"
+
+
+def test_runs_that_were_left_half_way_can_be_taken_up_in_the_same_process(tmp_path):
+    def broken(seen, limit):
+        raise RuntimeError("no script")
+
+    task = make_task(tmp_path, texts(3))
+    runs = [episode(tmp_path, task, player, name=name) for name, player in (("one", broken), ("two", Reader()))]
+    playing = drive_many(runs, 2, OneByOne())
+    assert isinstance(next(playing)[1], RuntimeError)
+    playing.close()
+    for name in ("one", "two"):
+        assert drive(episode(tmp_path, task, Reader(), name=name))["status"] == "done"
+
+
+def test_where_files_cannot_be_locked_a_run_is_played(tmp_path, monkeypatch):
+    def refused(file, how):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    assert drive(episode(tmp_path, make_task(tmp_path, texts(3)), Reader()))["status"] == "done"
+
+
+def deep(folder, depth: int) -> None:
+    """Folders in folders, longer together than a path may be, with a file at the end that nobody may touch."""
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d" * 20, dir_fd=here)
+        there = os.open("d" * 20, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = there
+    os.close(os.open("x", os.O_CREAT | os.O_WRONLY, 0o000, dir_fd=here))
+    os.chmod(here, 0o000)
+    os.close(here)
+
+
+def test_a_workspace_of_any_depth_is_made_ours_and_put_back(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    files = {"output/memo.md": [folder.keep("draft"), 5]}
+    (tmp_path / "kept").mkdir()
+    (folder.workspace / "link").symlink_to(tmp_path / "kept")
+    for _ in range(2):
+        deep(folder.workspace, 1500)
+        own_all(folder.workspace)
+        folder.restore(files)
+    assert folder.snapshot() == files
+    assert [path.name for path in folder.workspace.iterdir()] == ["output"]
+    assert (tmp_path / "kept").is_dir()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from agent_cases import Reader
+from agent_cases import Reader, make_task, texts
 from transformers import AutoTokenizer
 
 from still.cli import main
@@ -17,7 +17,8 @@ from still.eval.tasks import load_task
 from still.harness.play import claim, play_tasks, run_id
 from still.harness.policies.scripted import ScriptedPolicy
 from still.harness.run_config import RunConfig
-from still.harness.runs import RunError, read_run
+from still.harness.runs import RunError, RunFolder, read_run
+from still.harness.tools import TOOLS
 from still.models import find
 
 
@@ -139,3 +140,52 @@ def test_a_folder_of_a_task_that_was_graded_otherwise_is_refused(tmp_path, lab):
     claim(load_task(lab[0]), policy, config, tmp_path / "run")
     with pytest.raises(RunError, match="holds a run with content"):
         claim(graded_otherwise(task), policy, config, tmp_path / "run")
+
+
+def test_a_run_over_other_documents_is_kept_and_said(tmp_path):
+    task = make_task(tmp_path, texts(4), deliverables=("memo.md",))
+    documents = task.folder / "documents"
+
+    class Breaks(Reader):
+        def __call__(self, seen, limit):
+            assert len(seen) < 6, "enough for now"
+            return super().__call__(seen, limit)
+
+    def play(player):
+        policy = ScriptedPolicy(AutoTokenizer.from_pretrained(find("pocket").path), lambda: player, 3000)
+        config = RunConfig(backend="full", tools=("read", "write"))
+        (outcome,) = play_tasks([load_task(task.folder)], policy, config, tmp_path / "runs")
+        return outcome
+
+    first = play(Breaks())
+    assert first.status == "failed"
+    log = first.folder / "events.jsonl"
+    for _ in range(2):  # the run is not finished, then it is
+        before, text = log.read_bytes(), (documents / "02.txt").read_text()
+        (documents / "02.txt").write_text("another text")
+        (documents / "09-extra.txt").write_text("more")
+        (documents / "04.txt").rename(tmp_path / "04.txt")
+        outcome = play(Reader())
+        assert outcome.status == "failed"
+        assert "(added: 09-extra.txt; gone: 04.txt; other text: 02.txt): give another output folder" in outcome.reason
+        assert log.read_bytes() == before
+        (documents / "02.txt").write_text(text)
+        (documents / "09-extra.txt").unlink()
+        (tmp_path / "04.txt").rename(documents / "04.txt")
+        outcome = play(Reader())
+        assert outcome.status == "done"
+    assert outcome.metrics["documents_read"] == 4
+
+
+def test_a_log_without_hashes_goes_on(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    now = [{"name": "a.txt", "sha256": "12", "characters": 3}]
+    folder.check_documents([{"name": "a.txt", "characters": 3, "tokens": 1}], now)
+    with pytest.raises(RunError, match=r"other text: a\.txt"):
+        folder.check_documents([{"name": "a.txt", "sha256": "34", "characters": 3}], now)
+
+
+def test_a_tool_that_does_not_exist_is_refused(tmp_path, lab, capsys):
+    assert run(tmp_path, "--tools", "reed,write") == 2
+    assert "'reed'; the tools are read, write, edit, glob, grep, bash" in capsys.readouterr().err
+    assert RunConfig.tools == tuple(tool["function"]["name"] for tool in TOOLS)

@@ -193,3 +193,41 @@ def test_nothing_that_a_command_leaves_behind_breaks_the_run(tmp_path, command):
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[: len(events) // 2]))
     assert drive(run())["stop"] == end["stop"]
     assert [event["event"] for event in read_run(whole.folder.root)] == [event["event"] for event in events]
+
+
+@needs_sandbox
+def test_folders_in_memory_are_bounded_and_the_rest_cannot_be_written(workspace):
+    workspace.sandbox = Sandbox(SANDBOX.program, scratch_bytes=1 << 20)
+    for folder in ("/tmp", "/dev/shm"):
+        assert not bash(workspace, f"head -c 3000000 /dev/zero > {folder}/x").ok
+        assert bash(workspace, f"echo x > {folder}/x; cat {folder}/x").text == "x"
+    for place in ("/x", "/dev/x", "/etc/x"):
+        assert not bash(workspace, f"echo x > {place}").ok
+    assert bash(workspace, "echo x > /dev/null").ok
+
+
+@needs_sandbox
+@pytest.mark.skipif(os.getuid() == 0, reason="root's processes are not limited")
+def test_processes_are_bounded(workspace):
+    workspace.sandbox = Sandbox(SANDBOX.program, seconds=10.0, processes=20)
+    assert "Resource temporarily unavailable" in bash(workspace, "for i in $(seq 40); do sleep 9 & done").text
+    assert bash(workspace, "echo works | cat").text == "works"
+
+
+@needs_sandbox
+def test_folders_of_any_depth_leave_the_next_command_alone(workspace):
+    deep = "for i in $(seq 300); do mkdir dddddddddddddddddddd && cd dddddddddddddddddddd || exit; done; echo deep"
+    assert bash(workspace, deep).text == "deep"
+    assert bash(workspace, "echo again").text == "again"
+
+
+@needs_sandbox
+def test_a_command_whose_files_cannot_be_taken_over_is_not_said_to_have_done_nothing(workspace, monkeypatch):
+    def failing(folder):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("still.harness.sandbox.own_all", failing)
+    ran = bash(workspace, "echo x > a.txt")
+    assert ran.problem == "environment"
+    assert "the command ran" in ran.text
+    assert "nothing was changed" not in ran.text

@@ -7,8 +7,9 @@ import os
 import random
 
 import pytest
-from agent_cases import make_task
+from agent_cases import Reader, make_task, of, play
 
+from still.harness.confined import DEPTH
 from still.harness.documents import Documents
 from still.harness.tools import PROBLEMS, TOOLS, Workspace
 
@@ -127,3 +128,53 @@ def test_a_workspace_that_would_show_the_rubric_is_refused(tmp_path, where):
     with pytest.raises(ValueError, match="hold one another"):
         Workspace(tmp_path / where, documents)
     assert not (tmp_path / where / "output").exists()
+
+
+@pytest.mark.parametrize(("name", "shown"), [
+    ("Screenshot 10.30\u202fAM.txt", "Screenshot 10.30\u202fAM.txt"), ("a\u00a0b.txt", "a\u00a0b.txt"),
+    ("a\ndocuments/forged.txt", "a\\ndocuments/forged.txt"), ("x\u2028y\x1f.txt", "x\\u2028y\\x1f.txt"),
+])  # fmt: skip
+def test_a_name_with_any_character_is_listed_read_and_searched(tmp_path, name, shown):
+    task = make_task(tmp_path, {name: "rent: 14", "z.txt": "rent: 15"})
+    (tmp_path / "ws").mkdir()
+    workspace = Workspace(tmp_path / "ws", Documents.load(task.agent_view(), cache=tmp_path / "cache"))
+    listed = workspace.call("glob", {"pattern": "**"}).text.splitlines()
+    assert listed == [f"documents/{shown}", "documents/z.txt"]
+    for path in (*listed[:1], f"documents/{name}"):
+        read = workspace.call("read", {"path": path})
+        assert (read.text, read.document) == ("rent: 14", shown)
+    found = workspace.call("grep", {"pattern": "rent"}).text.splitlines()
+    assert found == [f"documents/{shown}:1: rent: 14", "documents/z.txt:1: rent: 15"]
+    events = play(tmp_path, task, Reader(), backend="memo", budget="200t", reads=1, reads_force=1)
+    assert {e["document"] for e in of(events, "tool") if e["ok"] and e["document"]} == {shown, "z.txt"}
+    assert "\ndocuments/forged.txt" not in events[0]["user"]
+
+
+def test_two_documents_that_would_be_shown_alike_are_refused(tmp_path):
+    task = make_task(tmp_path, {"a\nb.txt": "one", "a\\nb.txt": "two"})
+    (tmp_path / "ws").mkdir()
+    with pytest.raises(ValueError, match="both shown as"):
+        Workspace(tmp_path / "ws", Documents.load(task.agent_view(), cache=tmp_path / "cache"))
+
+
+def test_a_name_that_no_listing_can_show_is_not_written(workspace):
+    assert workspace.call("write", {"path": "output/a\nb.md", "content": "x"}).problem == "bad_arguments"
+    assert workspace.call("write", {"path": "output/a\u00a0b.md", "content": "x"}).ok
+    assert [name for name, _ in workspace.files.files()] == ["output/a\u00a0b.md"]
+
+
+def test_a_search_goes_on_past_what_cannot_be_read(workspace, monkeypatch):
+    workspace.call("write", {"path": "a.txt", "content": "rent: 14"})
+    monkeypatch.setattr(workspace.files, "files", lambda: iter([("../x", 1), ("a.txt", 8), ("d/" * 99 + "x", 1)]))
+    found = workspace.call("grep", {"pattern": "rent: 14"}).text
+    assert found == "a.txt:1: rent: 14\n[2 files give no text and were not searched]"
+
+
+def test_a_path_deeper_than_a_listing_goes_is_refused(workspace):
+    deepest = "d/" * DEPTH + "x.md"
+    assert workspace.call("write", {"path": deepest, "content": "x"}).ok
+    assert [name for name, _ in workspace.files.files()] == [deepest]
+    for path in ("d/" * (DEPTH + 1) + "x.md", "d/" * 1200 + "x.md"):
+        refused = workspace.call("write", {"path": path, "content": "x"})
+        assert refused.problem == "bad_arguments"
+        assert f"at most {DEPTH}" in refused.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,8 +15,9 @@ from agent_cases import Reader, episode, make_task, texts
 
 from still.cli import main
 from still.harness.agent import drive
+from still.harness.confined import empty
 from still.harness.runs import read_run
-from still.harness.trace import trace_page
+from still.harness.trace import find_runs, trace_page
 
 EVIL = "</pre></details><script>document.title='owned'</script><img src=x onerror=alert(1)> [BRIDGE &amp; \u202e evil"
 
@@ -99,3 +101,17 @@ def test_hostile_text_does_nothing_in_a_real_browser(run, tmp_path):
     assert re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1] != "owned"
     assert "<img" not in done.stdout
     assert "boundary 2" in done.stdout
+
+
+def test_runs_are_found_past_a_deep_workspace_and_never_in_one(run):
+    folder = run / "workspace"
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=here)
+        there = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = there
+    os.close(here)
+    (folder / "events.jsonl").touch()
+    assert find_runs(run.parent) == [run]
+    empty(folder)
