@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -25,9 +25,16 @@ NAME = "still"
 _ATTRIBUTE = "still_prefix"
 
 
+@dataclass
+class Receipt:
+    """Whether an attention has taken up what a layer handed it."""
+
+    taken: bool = False
+
+
 @dataclass(frozen=True)
 class Prefix:
-    """What the keys of one forward say about the slots before them and about their first columns.
+    """What the keys and values of one forward say about the slots before them and about their first columns.
 
     Every query may see both.
 
@@ -35,11 +42,13 @@ class Prefix:
         length: columns of the dense prefix; the rest is dense and causal.
         bias: additive pre-softmax bias `[batch, kv_heads or 1, length]`, -inf at dead columns; None with no columns.
         slots: packed slots of unequal heads, which are not among the columns; None if there are none.
+        receipt: that an attention has taken them up.
     """
 
     length: int
     bias: torch.Tensor | None
     slots: RaggedSlots | None = None
+    receipt: Receipt = field(default_factory=Receipt)
 
 
 def register() -> None:
@@ -48,9 +57,21 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def prefix_of(keys: torch.Tensor) -> Prefix | None:
-    """What the keys that a cache layer returned carry."""
-    return getattr(keys, _ATTRIBUTE, None)
+def take_prefix(keys: torch.Tensor, values: torch.Tensor) -> Prefix | None:
+    """What the keys and values that a cache layer returned carry to an attention.
+
+    Raises:
+        ValueError: the model put others in the place of one of them.
+    """
+    prefix = getattr(keys, _ATTRIBUTE, None)
+    if prefix is not getattr(values, _ATTRIBUTE, None):
+        raise ValueError(
+            "this model changes keys or values after its cache returned them, so that slots with a bias, or unequal "
+            "ones, cannot stand before them; use uniform slots without beta, and rows of equal length"
+        )
+    if prefix is not None:
+        prefix.receipt.taken = True
+    return prefix
 
 
 @contextmanager
@@ -81,11 +102,12 @@ def instead_of_sdpa(
     return attending(model, name)
 
 
-def with_prefix(keys: torch.Tensor, prefix: Prefix) -> torch.Tensor:
-    """The keys that a cache layer returns, carrying their prefix to `still_attention`."""
-    keys = keys.view_as(keys)
+def with_prefix(keys: torch.Tensor, values: torch.Tensor, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values that a cache layer returns, carrying their prefix to `still_attention`."""
+    keys, values = keys.view_as(keys), values.view_as(values)
     setattr(keys, _ATTRIBUTE, prefix)
-    return keys
+    setattr(values, _ATTRIBUTE, prefix)
+    return keys, values
 
 
 def still_attention(
@@ -116,7 +138,7 @@ def still_attention(
     Raises:
         ValueError: the layer asks for what attention over a biased prefix does not do.
     """
-    prefix = prefix_of(key)
+    prefix = take_prefix(key, value)
     if prefix is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -86,7 +86,7 @@ class Behind(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens; the keys that are returned carry the contexts to `still_attention`."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return with_prefix(keys, Prefix(0, None, self.contexts)), values
+        return with_prefix(keys, values, Prefix(0, None, self.contexts))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these rows, in the order that they have."""

@@ -34,8 +34,8 @@ def resolve_slots(tokens: int, slots: int | None = None, ratio: float | None = N
         raise ValueError(f"give exactly one of slots (got {slots}) and ratio (got {ratio})")
     if ratio is not None:
         return slots_for(tokens, ratio)
-    if not 1 <= slots <= tokens:
-        raise ValueError(f"slots is {slots}; it must lie between 1 and the context's {tokens} tokens")
+    if not 1 <= slots <= tokens or slots % 1:
+        raise ValueError(f"slots is {slots}; it must lie between 1 and the context's {tokens} tokens, a whole number")
     return slots
 
 

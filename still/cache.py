@@ -86,6 +86,8 @@ class StillCache(Cache):
         chunk = getattr(getattr(compactor, "config", None), "chunk", None) if chunk is None else chunk
         if chunk is None:
             raise ValueError(f"{type(compactor).__name__} has no config.chunk; pass chunk=, in tokens")
+        if slots is not None and (slots < 1 or slots % 1):
+            raise ValueError(f"slots is {slots}; it must be a whole number between 1 and the chunk's {chunk} tokens")
         ratio = (8 if slots is None else chunk / slots) if ratio is None else ratio
         policy = SelfCompaction(compactor, chunk, ratio, slots, keep_last, mode, _reach(compactor, reach))
         if mode == "recompact" and getattr(getattr(compactor, "config", None), "beta", False):
@@ -235,13 +237,19 @@ class StillCache(Cache):
             layer.reorder_cache(rows)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def store(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
+        """Store keys and values of one layer that were attended to elsewhere: `update`, with no attention to come."""
+        self.update(key_states, value_states, layer_idx)
+        self.columns.handed = None
+
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> torch.Tensor:
         """Store a linear-attention layer's convolution state."""
         old = [x for x in self.layers[layer_idx].conv_states.values() if x is not None]
         if old and len(old[0]) != len(conv_states):
             raise ValueError(
                 f"layer {layer_idx} holds a recurrent state of {len(old[0])} rows and was given {len(conv_states)}: "
-                f"call cache.batch_repeat_interleave({max(1, len(conv_states) // len(old[0]))}) before generate()"
+                f"call cache.batch_repeat_interleave({max(1, len(conv_states) // len(old[0]))}) after cache.prompt() "
+                f"and before generate()"
             )
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
@@ -326,6 +334,7 @@ class StillCache(Cache):
         attention_mask: torch.Tensor | None = None,
         *,
         previous_ids: torch.Tensor | None = None,
+        previous_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Inputs for `model.generate(**cache.prompt(question_ids), past_key_values=cache)`.
 
@@ -333,6 +342,8 @@ class StillCache(Cache):
             question_ids: `[tokens]` or `[batch, tokens]`; n questions may follow a context of one row.
             attention_mask: of the questions where they are padded (on the left).
             previous_ids: what `generate` returned last, once generation has moved the cache on.
+            previous_mask: `[batch, tokens]` of `previous_ids`, zeros at what `generate` filled up the rows with that
+                ended before others; the cache has taken that for tokens.
 
         Returns:
             `input_ids` and `attention_mask`, `[batch, context + question]`. In a batch of unequal rows the mask is
@@ -341,7 +352,7 @@ class StillCache(Cache):
         Raises:
             ValueError: the ids of what the cache holds are not known, or the mask cannot serve this model.
         """
-        return make_prompt(self, question_ids, attention_mask, previous_ids)
+        return make_prompt(self, question_ids, attention_mask, previous_ids, previous_mask)
 
     def continuation(
         self, new_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -354,8 +365,8 @@ class StillCache(Cache):
 
         Returns:
             `input_ids` and `position_ids` `[batch, tokens]`, and `attention_mask` `[batch, context + tokens]`. Pass on
-            all three: what lacks is noticed once, of rows of unequal length that no `prompt` or `continuation` was ever
-            made for.
+            all three: positions that lack are noticed under stock attention alone, and only of rows of unequal length
+            that no `prompt` or `continuation` was ever made for.
         """
         return make_continuation(self, new_ids, attention_mask)
 

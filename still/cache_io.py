@@ -6,18 +6,21 @@ import hashlib
 import json
 import math
 import os
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .cache_compaction import Packed
 from .cache_layer import CompactLayer
 from .cache_ragged import RaggedSlots
+from .config import field_of
 from .provenance import versions
+from .weights import TOLERANCE, both_known, difference, remember, sample, sample_of
 
 FORMAT = 1
 NO_HASH = "0" * 64
@@ -47,10 +50,15 @@ def state_of(layer) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if tensor is not None}
 
 
-def identity(config) -> dict[str, Any]:
-    """What of a model decides whether a cache fits it: the shape of its KV cache, its name and revision."""
+def identity(model) -> dict[str, Any]:
+    """What of a model decides whether a cache fits it: the shape of its KV cache, name, revision, sample of weights.
+
+    Args:
+        model: the model, or its config; the sample is then that of the model that has it, if one is known.
+    """
+    config = getattr(model, "config", model)
     text = config.get_text_config(decoder=True)
-    shape = {name: getattr(text, name, None) for name in SHAPE_FIELDS}
+    shape = {name: field_of(text, name) for name in SHAPE_FIELDS}
     shape["head_dim"] = shape["head_dim"] or text.hidden_size // text.num_attention_heads
     shape = json.loads(json.dumps(shape, sort_keys=True, default=str))
     return {
@@ -58,6 +66,7 @@ def identity(config) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest(),
         "name": getattr(config, "_name_or_path", "") or "",
         "revision": getattr(config, "_commit_hash", "") or "",
+        "weights": sample(model) if isinstance(model, torch.nn.Module) else sample_of(config),
     }
 
 
@@ -108,6 +117,7 @@ def save(cache, path: str | Path) -> Path:
 
     Raises:
         ValueError: the cache is empty.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     if not cache.compact_layers[0].is_initialized:
@@ -146,8 +156,11 @@ def save(cache, path: str | Path) -> Path:
         save_file(tensors, partial, metadata={"still": json.dumps(header)})
         _stamp(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as problem:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(problem, SafetensorError):
+            raise OSError(f"{path} cannot be written ({problem})") from problem
         raise
     return path
 
@@ -210,13 +223,17 @@ def load(cls, path: str | Path, model: Any, verify: bool = False, device=None, c
         compactor: lets a cache that compacted itself go on; otherwise it is ready-made.
 
     Raises:
-        ValueError: the file is truncated, corrupt or no saved cache, or was made for another model.
+        ValueError: the file is truncated, corrupt or no saved cache, or was made for another model, other weights of
+            its shape, or another dtype than the model runs in.
     """
     header = read_header(path)
     if verify:
         verify_data(path)
     config = getattr(model, "config", model)
-    refuse_foreign(header["description"]["model"], identity(config), path)
+    refuse_foreign(header["description"]["model"], identity(model), path)
+    if isinstance(model, torch.nn.Module):
+        _refuse_dtype(header["description"]["dtype"], model, path)
+        remember(model)
     device = getattr(model, "device", "cpu") if device is None else device
     with safe_open(path, framework="pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -243,15 +260,31 @@ def load(cls, path: str | Path, model: Any, verify: bool = False, device=None, c
 
 
 def refuse_foreign(saved: dict[str, Any], own: dict[str, Any], path: str | Path) -> None:
-    """Raise a ValueError that names every field in which two models differ. Names are compared if both are known."""
+    """Raise a ValueError that names all in which two models differ; names and weights only where both are known."""
+    called = [side.get("name") or "a model without a name" for side in (saved, own)]
     for kind in ("name", "revision"):
-        names = [side.get(kind, "") for side in (saved, own)]
-        if not all(names) or any(os.path.isabs(name) or os.path.isdir(name) for name in names):
+        if not both_known(saved.get(kind, ""), own.get(kind, "")):
             saved, own = ({**side, kind: ""} for side in (saved, own))
     differ = [n for n in (*SHAPE_FIELDS, "name", "revision") if saved.get(n) != own.get(n)]
     if differ:
         listed = "; ".join(f"{name} {saved.get(name)!r} there, {own.get(name)!r} here" for name in differ)
         raise ValueError(f"{path} was made for another model ({listed}): load the model that read the context")
+    apart = difference(saved.get("weights", ""), own.get("weights", ""))
+    if apart is not None and apart > TOLERANCE:
+        raise ValueError(
+            f"{path} was made for other weights of the same shape ({called[0]} there, {called[1]} here; a sample of "
+            f"them differs by {apart:.0%}): load the model that read the context, or compact the context with this one"
+        )
+
+
+def _refuse_dtype(saved: str, model: torch.nn.Module, path: str | Path) -> None:
+    """Raise where a model would add keys of another dtype. What a quantised one computes in is not asked for."""
+    own = str(model.dtype).removeprefix("torch.")
+    if saved != own and not getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{path} holds keys and values in {saved}, and {model.config._name_or_path or 'the model'} runs in {own}: "
+            f"load the model with dtype={saved}, or compact the context with it as it is"
+        )
 
 
 def _ragged(own: dict[str, torch.Tensor]) -> RaggedSlots:

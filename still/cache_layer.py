@@ -126,6 +126,7 @@ class CompactLayer(DynamicLayer):
             self.batch_repeat_interleave(len(key_states) // self.batch)
         if self._awaits_crop:  # nobody crops after each forward: this is no assisted decoding any more
             self.record_past = self._awaits_crop = False
+        self._check_taken()
         prefix = self.prefix
         self._note_padding(new)
         self.keys = torch.cat((self.keys, key_states), dim=2)
@@ -141,7 +142,18 @@ class CompactLayer(DynamicLayer):
         if self._is_stock():
             slots = prefix.slots.padded()
             return torch.cat((slots[0], keys), dim=2), torch.cat((slots[1], values), dim=2)
-        return attention.with_prefix(keys, prefix), values
+        self.columns.handed = prefix.receipt
+        return attention.with_prefix(keys, values, prefix)
+
+    def _check_taken(self) -> None:
+        """Raise where the slots that a layer last handed over reached no attention: answers would do without them."""
+        handed, self.columns.handed = self.columns.handed, None
+        if handed is not None and not handed.taken:
+            raise ValueError(
+                "a layer's slots reached no attention: the model does not run attn_implementation='still' (give the "
+                "cache the config of the model that runs: prefill and load take the model itself), or it changes the "
+                "keys that its cache returns and can only be given uniform slots without beta, and rows of equal length"
+            )
 
     def _is_stock(self) -> bool:
         return self.config._attn_implementation != attention.NAME
@@ -274,6 +286,27 @@ class CompactLayer(DynamicLayer):
         self._awaits_crop = False
         if self.is_initialized:
             self.compact_due()
+
+    def hide(self, counts: torch.Tensor) -> None:
+        """Take so many of each row's newest tokens, `[batch]`, for padding.
+
+        Raises:
+            ValueError: they are compact already.
+        """
+        if self.lengths is None:
+            self.lengths = torch.full((self.batch,), self.logical)
+        if self.live is None:
+            self.live = torch.ones(self.batch, self.physical, dtype=torch.bool, device=self.keys.device)
+        newest = self.live.flip(-1).cumsum(-1).flip(-1)  # 1 at a row's last token, 2 at the one before
+        raw = self.live.sum(-1).cpu() - (self.slot_positions >= 0).sum(-1).cpu()
+        if (counts > raw).any():
+            row = int((counts - raw).argmax())
+            raise ValueError(
+                f"the last {int(counts[row])} tokens of row {row} are padding, and only its last {int(raw[row])} are "
+                f"still raw: what is compact cannot be hidden; keep more with keep_last"
+            )
+        self.live = self.live & (newest > counts.to(newest.device)[:, None])
+        self.lengths = self.lengths - counts.to(self.lengths.device)
 
     def _raw_columns(self) -> list[int]:
         """For each row the columns right of its last slot."""

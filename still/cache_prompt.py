@@ -7,10 +7,12 @@ from torch.nn.functional import pad
 
 from . import attention
 from .cache_layer import CompactLayer, refuse_ragged
-from .cache_rows import widen
+from .cache_rows import right_padded, widen
 
 
-def make_prompt(cache, question_ids, attention_mask=None, previous_ids=None) -> dict[str, torch.Tensor]:
+def make_prompt(
+    cache, question_ids, attention_mask=None, previous_ids=None, previous_mask=None
+) -> dict[str, torch.Tensor]:
     """What `StillCache.prompt` returns."""
     if cache.ragged and _is_stock(cache):
         refuse_ragged(cache.config)
@@ -21,7 +23,9 @@ def make_prompt(cache, question_ids, attention_mask=None, previous_ids=None) -> 
             f"previous_ids has {len(known)} rows and the cache {cache.compact_layers[0].batch}, those of a beam search "
             f"among them: give ids of every row, or go on from a clone of the cache that was taken before the search"
         )
+    real = _mask_of(previous_mask, previous_ids)
     if known is not None and known.shape[-1] < length <= known.shape[-1] + _shifted(cache):
+        real = pad(real, (length - known.shape[-1], 0), value=True) if real is not None else None
         known = pad(known, (length - known.shape[-1], 0))
     if known is None or known.shape[-1] < length:
         count = 0 if known is None else known.shape[-1]
@@ -31,8 +35,12 @@ def make_prompt(cache, question_ids, attention_mask=None, previous_ids=None) -> 
         )
     known = widen(known.to(question.device), len(question))
     question = torch.cat((known[:, length:], question), dim=1)
-    mask = pad(mask, (known.shape[1] - length, 0), value=True)
-    mask = _mask_over(cache, mask)
+    fed = torch.ones(len(known), known.shape[1] - length, dtype=torch.bool)
+    if real is not None:
+        real = widen(real, len(question))
+        _hide(cache, real[:, :length])
+        fed = real[:, length:]
+    mask = _mask_over(cache, torch.cat((fed, mask), dim=1))
     ids = pad(known[:, :length], (cache.logical_length - length, 0))
     return {"input_ids": torch.cat((ids, question), dim=1), "attention_mask": mask.long().to(question.device)}
 
@@ -45,6 +53,42 @@ def make_continuation(cache, new_ids, attention_mask=None) -> dict[str, torch.Te
     if cache.ragged and _is_stock(cache):
         mask = _mask_over_padded_heads(cache, mask.bool(), new.shape[1])
     return {"input_ids": new, "attention_mask": mask.to(new.device), "position_ids": positions.to(new.device)}
+
+
+def _mask_of(mask: torch.Tensor | None, ids: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask `[batch, tokens]` of the ids that `generate` returned, True at real tokens."""
+    if mask is None:
+        return None
+    mask = torch.atleast_2d(mask).bool().cpu()
+    shape = None if ids is None else list(torch.atleast_2d(ids).shape)
+    if list(mask.shape) != shape:
+        raise ValueError(f"previous_mask has shape {list(mask.shape)} and previous_ids {shape}; they must be the same")
+    return mask
+
+
+def _hide(cache, real: torch.Tensor) -> None:
+    """Take raw tokens for padding that `generate` filled up rows with once they had ended.
+
+    Args:
+        cache: all of whose layers hide them.
+        real: `[batch, logical]`, False at padding, which the cache has taken for tokens.
+    """
+    known = cache.columns.whole(cache.logical_length, len(real))
+    gone = known & ~real
+    if not gone.any():
+        return
+    right = (known & real).flip(-1).int().cummax(-1).values.flip(-1).bool()  # columns with a real token right of them
+    if (gone & right).any():
+        row = int((gone & right).any(-1).int().argmax())
+        raise ValueError(
+            f"row {row} of previous_mask hides tokens that others follow: only what generate() fills up a row with, "
+            f"once it has ended, can be hidden"
+        )
+    if kept := [i for i, layer in enumerate(cache.layers) if hasattr(layer, "recurrent_states")]:
+        raise ValueError(f"layers {kept} are recurrent and have read the padding already: ask row by row")
+    for layer in cache.compact_layers:
+        layer.hide(gone.sum(-1))
+    cache.columns.mask = known & real
 
 
 def _is_stock(cache) -> bool:
@@ -84,6 +128,8 @@ def _new_tokens(cache, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[to
     mask = mask[None] if mask.ndim == 1 else mask
     if mask.shape[1] != ids.shape[1]:
         raise ValueError(f"attention_mask covers {mask.shape[1]} of {ids.shape[1]} new tokens")
+    if (row := right_padded(mask)) is not None:
+        raise ValueError(f"row {row} of attention_mask is padded right of a token; pad on the left")
     return ids, widen(mask, len(ids))
 
 
@@ -139,7 +185,9 @@ def _check_windows(cache, rewritten: torch.Tensor, natural: torch.Tensor) -> Non
     for index, layer in enumerate(cache.layers):
         window = layer.keys.shape[2] if getattr(layer, "is_sliding", False) and layer.keys is not None else 0
         if window and not torch.equal(rewritten[:, -window:], natural[:, -window:]):
+            capped = getattr(cache.config, "attn_logit_softcapping", None)  # which attention "still" does not do
+            other = "" if capped else "attn_implementation='still' (still.attention.register()), or "
             raise ValueError(
                 f"sliding-window layer {index} reads the same mask columns as the unequal slots of this batch: use "
-                f"attn_implementation='still' (still.attention.register()), or rows of equal length"
+                f"{other}rows of equal length"
             )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .attention import Receipt
 from .cache_compaction import Packed
 from .cache_ragged import RaggedSlots
 
@@ -19,12 +20,14 @@ class Columns:
         prompted: logical length at which inputs were last made for these rows, None where they never were.
         padded: logical length at which a mask over padded slots was last made, None where none was.
         warned: whether the user has been told that compaction waits.
+        handed: of what a layer last gave its attention beyond the stored columns, until the next layer looks at it.
     """
 
     mask: torch.Tensor | None = None
     prompted: int | None = None
     padded: int | None = None
     warned: bool = False
+    handed: Receipt | None = None
 
     def read(self, start: int, count: int, batch: int) -> torch.Tensor | None:
         """The mask `[batch, count]` of columns from `start` on, or None where all of them are real."""
@@ -53,6 +56,12 @@ def widen(rows: torch.Tensor, batch: int) -> torch.Tensor:
     return rows if batch == len(rows) else rows.repeat_interleave(batch // len(rows), dim=0)
 
 
+def right_padded(mask: torch.Tensor) -> int | None:
+    """The first row of a mask `[batch, tokens]` that is padded right of a token, None where none is."""
+    ends = mask[:, :-1] & ~mask[:, 1:]
+    return int(ends.any(-1).int().argmax()) if ends.any() else None
+
+
 def left_padded_lengths(mask: torch.Tensor, tokens: int) -> torch.Tensor:
     """Real tokens `[batch]` of each row of a left-padded mask `[batch, tokens]`.
 
@@ -65,8 +74,7 @@ def left_padded_lengths(mask: torch.Tensor, tokens: int) -> torch.Tensor:
     lengths = mask.sum(-1)
     if not lengths.all():
         raise ValueError(f"row {int(lengths.argmin())} of attention_mask has no token; leave empty rows out")
-    if (mask[:, :-1] & ~mask[:, 1:]).any():
-        row = int((mask[:, :-1] & ~mask[:, 1:]).any(-1).int().argmax())
+    if (row := right_padded(mask)) is not None:
         raise ValueError(f"row {row} of attention_mask is padded right of a token; pad on the left")
     return lengths
 

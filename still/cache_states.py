@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import LinearAttentionLayer
 
+from .cache_layer import owned
 from .recurrent_layer import RecurrentLayer
 
 
@@ -24,5 +26,25 @@ def copy_state(layer):
 
 
 def differentiable(layer):
-    """The layer, a linear-attention one as a kind that gradients may flow through."""
+    """The layer, as a kind that gradients may flow through (linear attention) or that hoards nothing (windows)."""
+    if type(layer) is cache_utils.DynamicSlidingWindowLayer:
+        other = DynamicSlidingWindowLayer.__new__(DynamicSlidingWindowLayer)
+        other.__dict__.update(vars(layer))
+        return other
     return RecurrentLayer.of(layer) if type(layer) is LinearAttentionLayer else layer
+
+
+class DynamicSlidingWindowLayer(cache_utils.DynamicSlidingWindowLayer):
+    """A sliding-window layer that lets go of what has left the window; files know it by the name of transformers' own.
+
+    That one keeps a view of all that its last forward saw: of a long context until the next token, in bytes all of it.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens, and return what this forward attends to."""
+        seen = super().update(key_states, value_states, *args, **kwargs)
+        if key_states.shape[2] > 1:  # one token leaves one column behind, not worth a copy of the window
+            self.keys, self.values = owned(self.keys), owned(self.values)
+        return seen

@@ -31,6 +31,7 @@ from .rows import cached_lengths, join_rows
 from .shared import Shared
 from .together import Together, side_by_side
 from .types import CompactKV, Reading
+from .weights import remember, sample, warn_if_foreign
 
 LATENTS, SOURCES = {"cpu": 5 * 2**18}, {"cpu": 2**24}
 """Bytes of latents, and of un-rotated keys and values, that are compacted at once: all layers of a small model, one of
@@ -109,9 +110,21 @@ class StillCompactor(nn.Module, ModelHubMixin):
     def bind(self, model) -> StillCompactor:
         """Tie the compactor to `model`'s rotary tables and device. The model itself is not stored.
 
+        Warns where the compactor was trained for other weights of the same shape, or for a model of another name.
+
         Raises:
             ValueError: the compactor was made for a model of another shape.
         """
+        self._check_base(model)
+        self.rotary = Rotary.for_model(model)
+        self.model_config = model.config
+        remember(model)
+        if not self.config.steps and not self.config.base_weights:
+            self.config.base_weights = sample(model)  # untrained: it belongs to what it is bound to
+        warn_if_foreign(self.config, model)
+        return self.to(device=model.device, dtype=torch.float32)
+
+    def _check_base(self, model) -> None:
         theirs = fingerprint(model)
         if self.config.base_fingerprint and theirs != self.config.base_fingerprint:
             raise ValueError(
@@ -119,9 +132,6 @@ class StillCompactor(nn.Module, ModelHubMixin):
                 f"(fingerprint {self.config.base_fingerprint}), not for {model.config._name_or_path or 'this one'} "
                 f"({theirs}): load the model that it was trained on"
             )
-        self.rotary = Rotary.for_model(model)
-        self.model_config = model.config
-        return self.to(device=model.device, dtype=torch.float32)
 
     def with_split(self, split: Split | str | Path | None = "own") -> StillCompactor:
         """This compactor, its weights shared, with the slots of a context divided in another way.
@@ -385,6 +395,13 @@ class StillCompactor(nn.Module, ModelHubMixin):
             cache, input_ids, attention_mask = reading.cache, reading.input_ids, reading.attention_mask
         else:
             cache = reading
+        return self._compact_cache(self.model_config, cache, slots, ratio, input_ids, attention_mask)
+
+    def _compact_cache(
+        self, config, cache: Cache, slots: int | None, ratio: float | None, input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> StillCache:  # fmt: skip
+        """What `compact` returns, for a model of this config."""
         tokens = cache.get_seq_length()
         if input_ids is not None:
             check_unmoved(cache, input_ids)
@@ -393,7 +410,7 @@ class StillCompactor(nn.Module, ModelHubMixin):
         layers = self.compact_rows(cache, rows, slots, ratio)
         self.check_trained(max(rows), ratio if ratio is not None else max(rows) / slots)
         return StillCache.from_layers(
-            self.model_config,
+            config,
             layers,
             tokens,
             source=cache,
@@ -438,20 +455,29 @@ class StillCompactor(nn.Module, ModelHubMixin):
             reach: of a context longer than a chunk, as in `StillCache`.
 
         Raises:
-            ValueError: the context is empty, the mask is no left padding, or the budget or the mode makes no sense.
+            ValueError: the context is empty, the mask is no left padding, the budget or the mode makes no sense, or the
+                model has another shape than the one that the compactor was made for.
         """
         check_mask(input_ids, attention_mask)
         tokens, chunk = input_ids.shape[1], self.config.chunk if chunk is None else chunk
         if mode not in MODES or chunk < 1:
             raise ValueError(f"mode is {mode!r} and chunk {chunk}; mode must be one of {MODES}, chunk 1 or more tokens")
         budget = resolve_slots(tokens, slots, ratio)
+        self._check_base(model)
         if tokens <= chunk:
-            return self.compact(read(model, input_ids, attention_mask), slots, ratio)
+            # By the config of the model that is to run: it may attend otherwise than the one that was bound.
+            cache = read(model, input_ids, attention_mask).cache
+            return self._compact_cache(model.config, cache, slots, ratio, input_ids, attention_mask)
         if mode == "append":
             size = {"ratio": ratio if ratio is not None else tokens / budget}
             chunks = -(-tokens // chunk)
             if tokens - (chunks - 1) * chunk < chunk / 2:
                 chunk = -(-tokens // chunks)
+            if budget < chunks:
+                raise ValueError(
+                    f"{budget} slots are fewer than the {chunks} chunks of {chunk} of {tokens} tokens, each of which "
+                    f"gets one or more: take a chunk of {-(-tokens // budget)} or more, or mode='recompact'"
+                )
         elif budget > chunk:
             raise ValueError(
                 f"recompact keeps at most a chunk of {chunk} slots, not {budget}: take a ratio of {tokens / chunk:.3g} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,23 @@ def write_compactor(
         config: of the compactor.
         shape: `head_dim`, `kv_heads` and `layers`.
         state: its weights, stored as fp32.
+
+    Raises:
+        OSError: they cannot be written there.
     """
     state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in state.items()}
     weights, text = (folder / f"{name}.tmp" for name in (WEIGHTS, CONFIG))
-    save_file(state, weights, metadata={"format": "pt", **{key: json.dumps(value) for key, value in shape.items()}})
-    text.write_text(config.to_json())
-    text.replace(folder / CONFIG)
-    weights.replace(folder / WEIGHTS)
+    try:
+        save_file(state, weights, metadata={"format": "pt", **{key: json.dumps(value) for key, value in shape.items()}})
+        text.write_text(config.to_json())
+        text.replace(folder / CONFIG)
+        weights.replace(folder / WEIGHTS)
+    except SafetensorError as problem:
+        raise OSError(f"{folder / WEIGHTS} cannot be written ({problem})") from problem
+    finally:
+        for partial in (weights, text):
+            with suppress(OSError):
+                partial.unlink()
 
 
 def find_compactor(name: str | Path, **download) -> Path:

@@ -6,6 +6,8 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 
+UNEQUAL = "unequal"
+
 
 @dataclass
 class StillConfig:
@@ -42,7 +44,8 @@ class StillConfig:
         rope_base: base of the compactor's own rotary embedding.
         split: how slots are divided over layers and KV heads, as `still.budgets.Split.to_dict` has it, that the
             compactor was trained for beside the uniform one; None if there is none.
-        base_model: name of the frozen model; `base_revision` its commit, `base_fingerprint` a hash of its shape.
+        base_model: name of the frozen model; `base_revision` its commit, `base_fingerprint` a hash of its shape,
+            `base_weights` a sample of its weights (`still.weights`), empty where there is none.
         trained_lengths: shortest and longest context drawn in training; empty before training.
         trained_ratios: compression ratios drawn in training.
         seed: seed of the training run.
@@ -69,6 +72,7 @@ class StillConfig:
     base_model: str = ""
     base_revision: str = ""
     base_fingerprint: str = ""
+    base_weights: str = ""
     trained_lengths: list[int] = field(default_factory=list)
     trained_ratios: list[float] = field(default_factory=list)
     seed: int | None = None
@@ -109,11 +113,19 @@ class StillConfig:
         return cls(**values)
 
 
+def field_of(config, name: str):
+    """A field of a model's config, or None; `"unequal"` where its layers differ in it."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # what transformers raises for a field that has no one value
+        return UNEQUAL
+
+
 def fingerprint(model) -> str:
     """Sixteen hex digits of everything in a model's config that shapes its KV cache."""
     config = model.config.get_text_config(decoder=True)
     shape = {
-        name: getattr(config, name, None)
+        name: field_of(config, name)
         for name in (
             "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "vocab_size", "rope_parameters", "layer_types", "sliding_window",

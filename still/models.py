@@ -89,6 +89,8 @@ def load(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .weights import remember
+
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(target)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -114,6 +116,7 @@ def load(
     model = model.to(target).eval().requires_grad_(False)
     if named:
         model.config._name_or_path = named.name  # where it lies is no name on another machine
+    remember(model)
     return LoadedModel(named.name if named else name, model, tokenizer, named.compactors if named else ())
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from .calling import passing
+from .config import UNEQUAL, field_of
 from .kernels.rope import restore_rope, strip_rope
 
 # These change their frequencies with the length seen so far: a cached key cannot be un-rotated later.
@@ -115,6 +116,12 @@ class Rotary:
         kinds = {rope.get("rope_type") for rope in ropes.values() if isinstance(rope, dict)} | {ropes.get("rope_type")}
         if moving := kinds & set(MOVING_ROPES):
             raise ValueError(f"rope type {moving.pop()!r} changes with the length and cannot be undone")
+        for name in ("num_key_value_heads", "head_dim"):
+            if field_of(config, name) == UNEQUAL:
+                raise ValueError(
+                    f"the layers of {config.model_type} differ in {name}; only models whose layers are alike in their "
+                    f"KV heads and head dim can be compacted"
+                )
         if getattr(config, "num_key_value_heads", None) is None:
             raise ValueError(f"{config.model_type} has no num_key_value_heads; such models are not supported")
         rotary = cls(module, getattr(config, "layer_types", None))

@@ -24,7 +24,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from ...attention import NAME as STILL
-from ...attention import Prefix, instead_of_sdpa, prefix_of, with_prefix
+from ...attention import Prefix, instead_of_sdpa, take_prefix, with_prefix
 from ...cache import StillCache
 from ...cache_layer import CompactLayer
 from ...calling import passing
@@ -116,7 +116,9 @@ class Places(DynamicLayer):
         self.keys[rows, :, columns] = key_states.transpose(1, 2)
         self.values[rows, :, columns] = value_states.transpose(1, 2)
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        return keys if self.bias is None else with_prefix(keys, Prefix(end, self.bias[:, :, :end])), values
+        if self.bias is None:
+            return keys, values
+        return with_prefix(keys, values, Prefix(end, self.bias[:, :, :end]))
 
     def get_seq_length(self) -> int:
         """Columns before a step's own."""
@@ -320,10 +322,12 @@ class Batch:
     def _give_back(self, place: int) -> None:
         """Put a row's decoded columns behind its own cache; the last token that was sampled is not read yet."""
         row = self._rows[place]
+        cache = row.session._cache
+        store = cache.store if isinstance(cache, StillCache) else cache.update
         decoded = slice(row.columns - len(row.turn.output) + 1, row.columns)
         for index, layer in enumerate(self._layers):
             keys, values = (x[None].clone() for x in layer.taken(place, decoded)[:2])
-            row.session._cache.update(keys, values, index)
+            store(keys, values, index)
 
 
 def grouped_attention(
@@ -355,7 +359,7 @@ def grouped_attention(
     batch, heads, queries, _ = query.shape
     group = heads // key.shape[1]
     together = query.reshape(batch, key.shape[1], group * queries, -1)
-    mask, prefix = attention_mask.repeat(1, 1, group, 1), prefix_of(key)
+    mask, prefix = attention_mask.repeat(1, 1, group, 1), take_prefix(key, value)
     if prefix is not None:
         mask = mask + prefix.bias[:, :, None]
     out = F.scaled_dot_product_attention(together, key, value, mask, scale=scaling)

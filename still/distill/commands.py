@@ -118,7 +118,7 @@ class Train:
             base, args.data, args.output, config, compactor_options=args.compactor, trainer_options=args.trainer
         )
         for name, value in scores.items():
-            print(f"{name:16s} {value:8.4f}" if name.startswith("kl") else f"{name:16s} {value:8.1%}")
+            print(f"{name:16s} {value:8.4f}" if "kl" in name.split("_") else f"{name:16s} {value:8.1%}")
         print(f"the compactor is in {args.output}")
         return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import warnings
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -315,6 +316,16 @@ def test_the_shipped_pocket_meets_its_bars(tmp_path):
     assert next(rate for (method, _), rate in passed.items() if method == "none") <= 0.05
     assert all(passed["still", ratio] >= share * full for ratio, share in ((4, 0.98), (8, 0.95), (16, 0.85)))
     assert passed["still", 8] >= max(passed[method, 8] for method in evictions) + 0.25
+
+
+@shipped
+@pytest.mark.parametrize("name", ["pocket", "pocket-agent"])
+def test_compactors_fit_the_models_that_they_come_with(name):
+    loaded = models.load(name, device="cpu")
+    for folder in loaded.compactors:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            StillCompactor.from_pretrained(folder, model=loaded.model)
 
 
 @shipped

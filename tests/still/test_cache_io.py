@@ -14,6 +14,7 @@ from tiny_models import CONFIGS, left_padded, llama_config, qwen3_config, random
 import still.attention
 from still.cache import StillCache
 from still.cache_io import read_header, verify_data
+from still.compactor import StillCompactor
 
 T = 40
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -155,6 +156,37 @@ def test_names_and_revisions_count_where_both_are_known(model, tmp_path):
     other._name_or_path, other._commit_hash = "maker/one", "def"
     with pytest.raises(ValueError, match="revision 'abc' there, 'def' here"):
         StillCache.load(path, other)
+
+
+def test_other_weights_of_the_same_shape_are_refused(tmp_path):
+    model = tiny_model("qwen3", seed=3)
+    cache = StillCompactor.for_model(model, slots=8, chunk=64).prefill(model, random_ids(1, T), slots=8)
+    path = cache.save(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a was made for other weights .* differs by \d\d+%\): load the model"):
+        StillCache.load(path, tiny_model("qwen3", seed=4))
+    tuned = tiny_model("qwen3", seed=3)
+    for weight in tuned.parameters():
+        weight.mul_(1.01)
+    StillCache.load(path, tuned)
+    StillCache.load(path, qwen3_config())  # a config says nothing of weights
+
+
+def test_files_without_a_sample_of_the_weights_are_taken(tmp_path):
+    path = compact(tiny_model("qwen3", seed=3), random_ids(1, T), 10).save(tmp_path / "matter")
+    assert read_header(path)["description"]["model"]["weights"] == ""  # as if written before there were any
+    StillCache.load(path, tiny_model("qwen3", seed=4))
+
+
+def test_a_model_of_another_dtype_is_refused(model, saved):
+    with pytest.raises(ValueError, match="in float32, and the model runs in bfloat16: load the model with dtype="):
+        StillCache.load(saved, tiny_model("qwen3").bfloat16())
+
+
+def test_a_place_that_cannot_be_written_is_named(model, saved):
+    cache, place = StillCache.load(saved, model), saved.with_name("x" * 250)
+    with pytest.raises(OSError, match=f"{place} cannot be written"):
+        cache.save(place)
+    assert [item.name for item in saved.parent.iterdir()] == [saved.name]
 
 
 def test_a_failed_save_leaves_the_old_file(model, saved, monkeypatch):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from cache_cases import read, strided
 from tiny_models import HEAD_DIM, left_padded, random_ids, tiny_model
+from transformers import DiffLlamaConfig, JetMoeConfig
 
 import still.attention
+from still.budgets import Split
 from still.cache import StillCache
 from still.cache_ragged import as_ragged
 from still.compactor import StillCompactor
@@ -343,3 +345,33 @@ def test_bad_records_name_the_head_and_the_number(split, message):
     layers = {i: kept(*wide[:, :, : len(n)], n) for i, n in enumerate(split)}
     with pytest.raises(ValueError, match=message):
         StillCache.from_layers(tiny_model().config, layers, T)
+
+
+def test_slots_that_reach_no_attention_are_refused():
+    """A cache for one attention in a model that runs another would answer as without the context."""
+    ids, question = random_ids(1, 40), random_ids(1, 5, seed=1)
+    apart, stock = tiny_model(attention="still"), tiny_model(attention="sdpa")
+    compactor = StillCompactor.for_model(apart, ratio=4, chunk=64).with_split(Split({0: (1, 3), 1: (3, 1)}))
+    cache = compactor.prefill(stock, ids, ratio=4)
+    with pytest.raises(ValueError, match="ragged"):
+        cache.prompt(question)
+    cache = compactor.prefill(apart, ids, ratio=4)
+    with pytest.raises(ValueError, match="a layer's slots reached no attention"):
+        stock(**cache.continuation(question), past_key_values=cache)
+    with pytest.raises(ValueError, match="fingerprint"):
+        compactor.prefill(tiny_model("llama3", attention="still"), ids, ratio=4)
+
+
+def test_models_that_change_the_keys_of_their_cache_are_refused():
+    """JetMoE repeats them, Differential Llama pairs keys of one head with values of another."""
+    shape = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    jet = JetMoeConfig(
+        **shape, num_key_value_heads=2, kv_channels=16, num_local_experts=2, num_experts_per_tok=1, head_dim=16
+    )
+    pairs = DiffLlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    for config, message in ((jet, "reached no attention"), (pairs, "changes keys or values")):
+        model = tiny_model(config, attention="still")
+        compactor = StillCompactor.for_model(model, ratio=4, chunk=64).with_split(Split({0: (1, 3), 1: (3, 1)}))
+        cache = compactor.prefill(model, random_ids(1, 40), ratio=4)
+        with pytest.raises(ValueError, match=message):
+            model(**cache.continuation(random_ids(1, 5, seed=1)), past_key_values=cache)

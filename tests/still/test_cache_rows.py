@@ -207,3 +207,64 @@ def test_rows_that_are_as_wide_with_unequal_slots_keep_the_bias_of_each_slot():
         own, width, alone = answers(text[None], question[row : row + 1])
         assert (own, width) == ([slots[row]], 12)
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "still"])
+@pytest.mark.parametrize("lengths", [(40, 40), (40, 25)])
+def test_a_second_turn_hides_what_rows_that_ended_early_were_filled_up_with(lengths, attention):
+    model = tiny_model(attention=attention)
+    texts, ids, mask = batch_of(lengths)
+    question, again = random_ids(2, 5, seed=1), random_ids(2, 4, seed=2)
+    first = compact(model, ids, ratio=4, mask=mask)
+    free = model.generate(**first.prompt(question), past_key_values=first, **GREEDY)
+    ends = int(free[0, -4])  # row 0 ends after three tokens of six
+    assert ends not in torch.cat((free[1, -6:], free[0, -6:-4]))
+    stop = {**GREEDY, "eos_token_id": ends, "pad_token_id": 0}
+    cache = compact(model, ids, ratio=4, mask=mask)
+    together = model.generate(**cache.prompt(question), past_key_values=cache, **stop)
+    real = torch.ones_like(together)
+    real[0, -3:] = 0
+    second = model.generate(
+        **cache.prompt(again, previous_ids=together, previous_mask=real), past_key_values=cache, **GREEDY
+    )
+    third = cache.continuation(random_ids(2, 3, seed=3))
+    logits = model(**third, past_key_values=cache).logits
+    for row, text in enumerate(texts):
+        alone = compact(model, text[None], ratio=4)
+        out = model.generate(**alone.prompt(question[row]), past_key_values=alone, **stop)
+        out = model.generate(**alone.prompt(again[row], previous_ids=out), past_key_values=alone, **GREEDY)
+        assert torch.equal(second[row, -10:], out[0, -10:])
+        own = model(**alone.continuation(random_ids(2, 3, seed=3)[row]), past_key_values=alone).logits
+        torch.testing.assert_close(logits[row : row + 1], own, atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_hidden_is_refused():
+    model = tiny_model()
+    cache = compact(model, random_ids(2, 40, seed=3), ratio=4)
+    out = model.generate(**cache.prompt(random_ids(2, 5, seed=1)), past_key_values=cache, **GREEDY)
+    ask = random_ids(2, 4, seed=2)
+    real = torch.ones_like(out)
+    with pytest.raises(ValueError, match="previous_mask has shape"):
+        cache.prompt(ask, previous_ids=out, previous_mask=real[:, 1:])
+    real[1, 42] = 0
+    with pytest.raises(ValueError, match="row 1 of previous_mask hides tokens that others follow"):
+        cache.prompt(ask, previous_ids=out, previous_mask=real)
+    real[1, 38:] = 0
+    with pytest.raises(ValueError, match="the last 12 tokens of row 1 are padding, and only its last 10 are still raw"):
+        cache.prompt(ask, previous_ids=out, previous_mask=real)
+    mixed = tiny_model("qwen3_next")
+    cache = compact(mixed, random_ids(2, 40, seed=3), ratio=4)
+    out = mixed.generate(**cache.prompt(random_ids(2, 5, seed=1)), past_key_values=cache, **GREEDY)
+    real = torch.ones_like(out)
+    real[0, -2:] = 0
+    with pytest.raises(ValueError, match="are recurrent and have read the padding already"):
+        cache.prompt(ask, previous_ids=out, previous_mask=real)
+
+
+def test_a_question_padded_on_the_right_is_refused():
+    model = tiny_model()
+    cache = compact(model, random_ids(2, 40, seed=3), ratio=4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    for make in (cache.prompt, cache.continuation):
+        with pytest.raises(ValueError, match="row 1 of attention_mask is padded right of a token"):
+            make(random_ids(2, 4, seed=1), mask)

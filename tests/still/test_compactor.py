@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from still import StillCompactor, attention, compactor_io, read, slots_for
 from still import compactor as compactor_module
 from still.models import NamedModel
 from still.rope import full_attention_layers
+from still.weights import difference, sample
 
 
 def stirred(compactor: StillCompactor, amount: float = 0.03) -> StillCompactor:
@@ -142,6 +144,14 @@ def test_an_identity_read_in_chunks_is_the_uncompacted_run(kind, chunk):
         assert (cache.slots, cache.physical_length, cache.logical_length) == (64, 64, 64)
         logits = answer(model, cache, question)
         torch.testing.assert_close(logits, full_logits(model, context, question), rtol=0, atol=2e-3)
+
+
+@torch.no_grad()
+def test_windows_read_in_chunks_take_no_more_bytes_than_in_one_pass():
+    model = tiny_model("gemma3")
+    compactor = StillCompactor.for_model(model, slots=8, chunk=64)
+    whole, parts = (compactor.prefill(model, random_ids(2, 60), ratio=4, chunk=chunk) for chunk in (64, 20))
+    assert parts.nbytes == whole.nbytes
 
 
 @torch.no_grad()
@@ -327,6 +337,52 @@ def test_another_model_is_refused(folder, other):
     with pytest.raises(ValueError, match="made for tiny"):
         StillCompactor.from_pretrained(folder, model=tiny_model(kind, **other))
     other["kind"] = kind
+
+
+def warned(folder, model) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        StillCompactor.from_pretrained(folder, model=model)
+    return [str(item.message) for item in said]
+
+
+def test_other_weights_of_the_same_shape_are_warned_of_once(folder):
+    [said] = warned(folder, tiny_model("qwen3", seed=1))
+    assert said.startswith("this compactor was trained for tiny and is bound to this one (the shape is the same; a ")
+    tuned = tiny_model("qwen3").bfloat16()
+    for weight in tuned.parameters():
+        weight.mul_(1.01)
+    assert warned(folder, tuned) == []
+
+
+def test_weights_that_are_no_plain_floats_give_no_sample():
+    model = tiny_model("qwen3")
+    assert difference(sample(model), sample(model.bfloat16())) < 0.005
+    for change in ({"dtype": torch.float8_e4m3fn}, {"device": "meta"}):
+        assert sample(tiny_model("qwen3").to(**change)) == ""
+    packed = torch.nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)  # as 4-bit weights are
+    model.get_decoder().layers[0].self_attn.q_proj.weight = packed
+    assert sample(model) == ""
+
+
+def test_another_name_is_warned_of_where_no_sample_is_known(folder):
+    file = folder / "compactor.json"
+    before = {name: value for name, value in json.loads(file.read_text()).items() if name != "base_weights"}
+    file.write_text(json.dumps({**before, "steps": 5}))  # trained before there were samples
+    model = tiny_model("qwen3", seed=1)
+    assert warned(folder, model) == []
+    model.config._name_or_path = str(folder)
+    assert warned(folder, model) == []
+    model.config._name_or_path = "maker/other"
+    [said] = warned(folder, model)
+    assert "trained for tiny and is bound to maker/other (the names differ)" in said
+    assert StillCompactor.from_pretrained(folder).config.base_weights == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="takes Linux's /proc for a folder that cannot be written")
+def test_a_folder_that_cannot_be_written_is_named():
+    with pytest.raises(OSError, match=r"/proc/self/compactor.safetensors cannot be written"):
+        StillCompactor.for_model(tiny_model("qwen3"), slots=8, chunk=64).save_pretrained("/proc/self")
 
 
 @pytest.mark.parametrize("name", ["compactor.json", "compactor.safetensors"])

@@ -337,6 +337,15 @@ def test_the_command_trains_from_a_file(tmp_path, capsys):
     assert "--compactor.block: a compactor has no such field" in capsys.readouterr().err
 
 
+def test_a_kl_is_printed_as_a_number_and_a_share_as_a_percentage(tmp_path, capsys, monkeypatch):
+    _, argv = command_on(tmp_path, contexts=1)
+    scores = {"kl": 0.9742, "uneven_kl_32x": 0.9742, "uneven_share_32x": 0.5}
+    monkeypatch.setattr("still.distill.train.train", lambda *_, **__: scores)
+    assert main(argv) == 0
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert said[:3] == [["kl", "0.9742"], ["uneven_kl_32x", "0.9742"], ["uneven_share_32x", "50.0%"]]
+
+
 def test_the_command_trains_a_bias_on_a_model_of_stock_attention(tmp_path):
     base, argv = command_on(tmp_path, contexts=3)
     code = main(

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
     CohereConfig,
+    Gemma4TextConfig,
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -96,6 +97,13 @@ UNSUPPORTED = {
     "interleaved pairs": (CohereConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}), "split halves"),
     "full attention without rotation": (Cohere2Config(**SMALL, layer_types=["full_attention"] * 2), "split halves"),
     "some layers without rotation": (SmolLM3Config(**SMALL, no_rope_layers=[1, 0]), "layer 1 of smollm3"),
+    "other heads in the global layers": (
+        Gemma4TextConfig(
+            **SMALL, layer_types=["sliding_attention", "full_attention"], num_global_key_value_heads=1,
+            global_head_dim=64, attention_k_eq_v=True, hidden_size_per_layer_input=0,
+        ),
+        "layers of gemma4_text differ in num_key_value_heads",
+    ),
     "heads without a number": (
         GPTNeoXConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
         "gpt_neox has no num_key_value_heads",
