@@ -85,24 +85,47 @@ def opened(source: Path, tokenizer: str | None, train_on: str = "own") -> tuple[
 
     Args:
         source: where they are.
-        tokenizer: its name; that of the model that played first unless given.
+        tokenizer: its name; that of the model that played first unless given, or of the student that it taught.
         train_on: see `rows_of_run`.
 
     Raises:
         FileNotFoundError: there is no run and no file of rows, or no such tokenizer.
+        ValueError: no run has ended; where some have, it is said of how many others the rows are left out.
     """
     from .row_files import read_rows
-    from .runs import read_run
     from .windows import rows_of_run
 
     if source.is_file() or (source / "dataset_info.json").is_file():
         rows = read_rows(source)
-        return rows, load_tokenizer(tokenizer or (rows[0].policy if rows else "pocket"))
+        return rows, load_tokenizer(tokenizer or student_of(source, rows[0].policy if rows else "pocket"))
     runs = sorted(path.parent for path in source.rglob("events.jsonl"))
     if not runs:
         raise FileNotFoundError(f"{source} holds no run and no rows: give a folder with an events.jsonl below it")
-    student = load_tokenizer(tokenizer or next((event["policy"] for event in read_run(runs[0])), "pocket"))
-    return [row for run in runs for row in rows_of_run(run, student, train_on=train_on)], student
+    ended = {run: found[0]["policy"] for run in runs if (found := _ended(run))}
+    if not ended:
+        raise ValueError(f"none of the {len(runs)} runs of {source} has ended: let them go on")
+    if cut := [run for run in runs if run not in ended]:
+        print(f"{len(cut)} of {len(runs)} runs have not ended and are left out, first {cut[0]}", file=sys.stderr)
+    student = load_tokenizer(tokenizer or student_of(source, next(iter(ended.values()))))
+    return [row for run in ended for row in rows_of_run(run, student, train_on=train_on)], student
+
+
+def _ended(run: Path) -> list[dict[str, Any]]:
+    """The events of a run that has ended, or none."""
+    from .runs import read_run
+
+    events = read_run(run)
+    return events if events and events[-1]["event"] == "end" else []
+
+
+def student_of(source: Path, played: str) -> str:
+    """Whose tokenizer rows were made with: of a teacher's rows in a folder of `still isft` its student's, else who
+    played."""
+    if played.startswith("teacher "):
+        for folder in (source.absolute(), *source.absolute().parents):
+            if (folder / "isft.json").is_file():
+                return json.loads((folder / "isft.json").read_text(encoding="utf-8"))["settings"]["model"]
+    return played
 
 
 def listed(rows: Iterable[WindowRow]) -> Iterator[str]:

@@ -25,7 +25,16 @@ from ..types import NoRoom, Policy
 from .config import IsftConfig
 from .grading import Grade, Scored, falls_short, grade_runs
 from .ledgers import watcher
-from .teacher import PRIVATE, OracleTeacher, PrivateChannel, TeacherPolicy, ThroughTeachers, make_backend
+from .teacher import (
+    PRIVATE,
+    OracleTeacher,
+    PrivateChannel,
+    TeacherPolicy,
+    ThroughTeachers,
+    check_run,
+    key_of,
+    make_backend,
+)
 
 DONE = "attempt.json"
 
@@ -112,10 +121,8 @@ class Collector:
         self, teacher: Policy, tokenizer: Any, run: RunConfig, config: IsftConfig, graders: Sequence[Grade],
         output: Path, round: int, together: int = 1, report: Callable[[Attempt], None] = lambda _: None,
     ):  # fmt: skip
-        if len(graders) < config.gradings:
-            raise ValueError(f"{config.gradings} independent gradings need as many graders; {len(graders)} were given")
-        if run.backend not in ("full", "plain", "none", "trim", "memo", "kv", "hybrid"):
-            raise ValueError(f"a teacher cannot play {run.backend}; take memo, kv or hybrid")
+        check_graders(graders, config)
+        check_run(run)
         self.teacher, self.tokenizer, self.config, self.graders = teacher, tokenizer, config, graders
         gate = config.private == "gate"
         self.run = replace(run, review=run.review or gate, on_failure="fail", temperature=config.temperature)
@@ -146,7 +153,7 @@ class Collector:
     def _open(self, task: Any, found: Mapping[str, list[Attempt]]) -> Play | None:
         """The next attempt at a task, as it is played; None where it has enough."""
         mine = found[task.id]
-        while len(mine) < self.config.rollouts and sum(a.kept for a in mine) < self.config.keep_per_task:
+        while len(mine) < self._most and self._counted(mine) < self.config.keep_per_task:
             number = len(mine)
             folder = self.output / "collect" / task.id / f"attempt-{number}"
             if not (folder / DONE).is_file():
@@ -154,13 +161,23 @@ class Collector:
             mine.append(Attempt(**json.loads((folder / DONE).read_text(encoding="utf-8"))))
         return None
 
+    @property
+    def _most(self) -> int:
+        """Attempts at a task: one of a teacher that draws nothing, whose second would be the first again."""
+        draws = self.config.temperature > 0 and not isinstance(self.teacher, OracleTeacher)
+        return self.config.rollouts if draws else 1
+
+    def _counted(self, attempts: Sequence[Attempt]) -> int:
+        """Attempts that count as kept: all of the control's, which would else have more of what fails."""
+        return len(attempts) if self.config.select == "any" else sum(a.kept for a in attempts)
+
     def _play(self, task: Any, number: int, folder: Path, before: Attempt | None) -> Play:
         source = None
         if self.config.private == "rollback" and before is not None and not before.kept and before.windows > 1:
             source = before.number
             if not (folder / "events.jsonl").exists():
                 roll_back(Path(before.folder), folder)
-        channel = PrivateChannel(folder, task, f"round {self.round} attempt {number}")
+        channel = PrivateChannel(folder, task, key_of(self.round, number))
         run = replace(self.run, seed=self.run.seed + 1000 * self.round + number)
         rounds = self.config.private_rounds if self.config.private == "submit" else 0
         teacher = self.teacher.of(task, run) if isinstance(self.teacher, OracleTeacher) else self.teacher
@@ -199,6 +216,16 @@ class Collector:
         )  # fmt: skip
         write_atomically(folder / DONE, json.dumps(asdict(attempt), indent=2).encode() + b"\n")
         return attempt
+
+
+def check_graders(graders: Sequence[Grade], config: IsftConfig) -> None:
+    """Refuse fewer graders than gradings.
+
+    Raises:
+        ValueError: gives both numbers.
+    """
+    if len(graders) < config.gradings:
+        raise ValueError(f"{config.gradings} independent gradings need as many graders; {len(graders)} were given")
 
 
 def roll_back(source: Path, target: Path) -> None:

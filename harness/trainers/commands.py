@@ -51,6 +51,8 @@ class _Trainer:
     def loaded(self, args: argparse.Namespace):
         """Tasks, hold-out, run config, student, method."""
         run, model = from_flags(args, RunConfig), from_flags(args, PolicyConfig)
+        if args.together < 1:
+            raise ValueError(f"--together is {args.together}; it must be 1 or more")
         if model.policy.startswith(SERVED):
             raise ValueError(f"{model.policy} is served elsewhere; training needs a local model for --policy")
         tasks, held_out = _tasks(args.tasks), _tasks(args.held_out)
@@ -96,8 +98,8 @@ examples:
 
     def run(self, args: argparse.Namespace) -> int:
         """Train, and print a line for each step of the way."""
+        config, settings = from_flags(args, IsftConfig), from_flags(args, TrainSettings)
         tasks, held_out, run, student, method = self.loaded(args)
-        config = from_flags(args, IsftConfig)
         from .isft import run_isft
         from .loop import world
 
@@ -107,6 +109,8 @@ examples:
             from .teacher import OracleTeacher
 
             first = OracleTeacher(LocalPolicy(student, run.window))
+            for task in tasks:
+                first.check(task)
         elif args.teacher:
             named = replace(from_flags(args, PolicyConfig), policy=args.teacher)
             first, _ = named.load(replace(run, backend="memo", ratio=None), {})
@@ -124,7 +128,7 @@ examples:
             return first if number <= config.teacher_rounds else None
 
         run_isft(
-            tasks, held_out, student, run, config, from_flags(args, TrainSettings), args.output, graders,
+            tasks, held_out, student, run, config, settings, args.output, graders,
             _grade(args.report_judge, args.output, "report"), teacher_of=teacher_of, method=method,
             together=args.together, options=args.trainer, report=lambda line: print(line, flush=True),
         )  # fmt: skip
@@ -153,7 +157,7 @@ examples:
 
     def run(self, args: argparse.Namespace) -> int:
         """Train, and print the way."""
-        config = from_flags(args, GrpoConfig)
+        config, settings = from_flags(args, GrpoConfig), from_flags(args, TrainSettings)
         tasks, held_out, run, student, method = self.loaded(args)
         from ..policies.local import LocalPolicy
         from .grpo import run_grpo
@@ -163,7 +167,7 @@ examples:
         if config.rollouts != "local":
             policy_of = _served(config, run, from_flags(args, PolicyConfig), args.output)
         run_grpo(
-            tasks, held_out, student, run, config, from_flags(args, TrainSettings), args.output,
+            tasks, held_out, student, run, config, settings, args.output,
             _grade(args.judge, args.output, "reward"), _grade(args.report_judge, args.output, "report"),
             method=method, together=args.together, options=args.trainer,
             report=lambda line: print(line, flush=True), policy_of=policy_of,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from ..run_config import BackendName
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class TrainSettings:
         checkpointing: gradient checkpointing of a policy that trains; a frozen one stays in evaluation mode.
         save_every: optimizer steps between two checkpoints.
         keep: checkpoints kept.
-        train_seed: of the order of trajectories and of every draw of the training.
+        train_seed: of the order of trajectories and of every draw of the training, GRPO's rollouts among them.
     """
 
     train_policy: Literal["full", "lora", "frozen"] = "full"
@@ -59,6 +62,9 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         _positive(self, "lora_rank", "lr", "clip", "constant", "memo_weight", "micro_tokens", "save_every")
+        _between(self, 0, math.inf, "distill_weight", "warmup", "weight_decay", "train_seed")
+        if self.max_tokens is not None:
+            _positive(self, "max_tokens")
         if self.train_policy == "frozen" and self.compactor_mode == "frozen":
             raise ValueError("train_policy and compactor_mode are both frozen: nothing would train")
         if self.compactor_lr is not None:
@@ -88,7 +94,8 @@ class IsftConfig:
         tasks_per_round: tasks of a round, each time the next ones (from the first again after the last); all unless
             given.
         teacher_rounds: rounds that the first teacher plays, where another than the student is given.
-        rollouts: attempts at a task in a round at most; a task that is solved often enough gets no more.
+        rollouts: attempts at a task in a round at most; a task that is solved often enough gets no more, and a teacher
+            that draws nothing (the oracle, or any at temperature 0) plays each once.
         keep_per_task: rollouts of a task that are kept in a round.
         temperature: of the teacher's sampling; the hold-out is played greedily.
         private: what happens when a rollout falls short: submit (one private bit, and the teacher goes on), rollback
@@ -102,8 +109,9 @@ class IsftConfig:
         rubric: show the teacher the criteria in a private prefix.
         evaluate_on: backends of the hold-out evaluation.
         ask: put the criteria's questions to the student behind each boundary of the hold-out, for the ledger.
-        select: kept (rollouts that pass everything) or any (the control: unfiltered ones, up to `token_budget`).
-        token_budget: trained tokens of a round at most, for the control.
+        select: kept (rollouts that pass everything) or any (the control: the first `keep_per_task` at every task,
+            whatever came of them, up to `token_budget`).
+        token_budget: trained tokens of a round at most, for the control: all tasks' first rollouts before any second.
         longest_copy: words in a row that assistant text may share with a criterion and with nothing that was read.
         clairvoyance: share of values in a correction that no document so far contains.
         leaks: drop the rollouts that leak, or stop the run.
@@ -136,8 +144,13 @@ class IsftConfig:
             _positive(self, "tasks_per_round")
         counts = ("rounds", "teacher_rounds", "rollouts", "keep_per_task", "epochs", "batch", "gradings")
         _positive(self, *counts, "longest_copy")
+        _between(self, 0, math.inf, "private_rounds", "temperature")
+        _between(self, 0, 1, "clairvoyance")
+        if self.token_budget is not None:
+            _positive(self, "token_budget")
+        check_backends(self.evaluate_on)
         again = self.rollouts > 1 and self.private in ("none", "rollback")
-        if self.temperature < 0 or (again and self.temperature == 0):
+        if again and self.temperature == 0:
             raise ValueError(f"temperature is {self.temperature}: all attempts at a task would be alike; take more")
 
 
@@ -198,13 +211,10 @@ class GrpoConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "tasks_per_step", "rollout_temperature", "ratio_cap", "full_gain")
+        _between(self, 0, math.inf, "clip_high", "kl", "refill")
+        _between(self, 0, 1, "clip_low", "length_cut", "all_pass_share", "credit_share", "credit_decay")
         if self.group < 2:
             raise ValueError(f"group is {self.group}; a baseline needs 2 rollouts of a task or more")
-        if not 0 <= self.all_pass_share <= 1:
-            raise ValueError(f"all_pass_share is {self.all_pass_share}; it must lie between 0 and 1")
-        for name in ("credit_share", "credit_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.credit != "broadcast" and self.scale != "none":
             raise ValueError(f"credit={self.credit} is in units of the reward: take scale=none")
         if self.needs_ledger:
@@ -219,7 +229,25 @@ class GrpoConfig:
         return self.credit in ("potential", "ledger")
 
 
+def check_backends(names: tuple[str, ...]) -> None:
+    """Refuse what is no backend.
+
+    Raises:
+        ValueError: names it.
+    """
+    if unknown := [name for name in names if name not in get_args(BackendName)]:
+        raise ValueError(f"evaluate_on has {unknown[0]!r}; backends are {', '.join(get_args(BackendName))}")
+
+
 def _positive(config: object, *names: str) -> None:
     for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
+        if not 0 < getattr(config, name) < math.inf:  # nor is it no number
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0, and finite")
+
+
+def _between(config: object, least: float, most: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not least <= value <= most or value == math.inf:
+            allowed = f"be {least} or more, and finite" if most == math.inf else f"lie between {least} and {most}"
+            raise ValueError(f"{name} is {value}; it must {allowed}")

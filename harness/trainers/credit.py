@@ -61,6 +61,8 @@ def returns(reward: float, potential: Sequence[float], decay: float = 1.0) -> li
 def potential_credit(group: Mapping[str, Trajectory], decay: float = 1.0) -> dict[str, list[float]]:
     """Each window's return minus the group's mean return where as much of the matter was read.
 
+    Of several windows that begin with the same share read, the first is held against the others' first, and so on.
+
     Args:
         group: scored trajectories of one task.
         decay: see `returns`.
@@ -70,18 +72,25 @@ def potential_credit(group: Mapping[str, Trajectory], decay: float = 1.0) -> dic
     """
     earned = {name: returns(one.reward, one.potential, decay) for name, one in group.items()}
 
-    def mean_at(share: float) -> float:
-        return fmean(earned[name][_window_at(one.read, share)] for name, one in group.items())
+    def mean_at(share: float, rank: int) -> float:
+        return fmean(earned[name][_window_at(one.read, share, rank)] for name, one in group.items())
 
     return {
-        name: [value - mean_at(share) for value, share in zip(earned[name], one.read, strict=True)]
+        name: [
+            value - mean_at(share, one.read[:number].count(share))
+            for number, (value, share) in enumerate(zip(earned[name], one.read, strict=True))
+        ]
         for name, one in group.items()
     }
 
 
-def _window_at(read: Sequence[float], share: float) -> int:
-    """The window that is open when this share of the documents is read."""
-    return max(number for number, start in enumerate(read) if start <= share or not number)
+def _window_at(read: Sequence[float], share: float, rank: int) -> int:
+    """The window that is open when this share of the documents is read: of those that begin there the one of this
+    rank, or the last."""
+    begin = [number for number, start in enumerate(read) if start == share]
+    if begin:
+        return begin[min(rank, len(begin) - 1)]
+    return max(number for number, start in enumerate(read) if start < share or not number)
 
 
 def criterion_advantages(passed: Mapping[str, Mapping[str, bool]]) -> dict[str, dict[str, float]]:

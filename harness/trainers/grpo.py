@@ -31,6 +31,7 @@ from ..runs import read_run, write_atomically
 from ..windows import WindowRow, check_rows, rows_of_run
 from .advantages import Advantages, combined_reward, group_advantages
 from .behaviour import mean_behaviour, was_cut
+from .checks import check_learns, check_start
 from .clock import Clock
 from .config import GrpoConfig, TrainSettings
 from .credit import criterion_advantages
@@ -41,9 +42,12 @@ from .lines import anchors, line_advantages
 from .loop import RowTrainer, agreed, barrier, world
 from .model import RowModel, Share
 from .placing import is_placed, place
-from .setup import claim_output, content_of, join_processes, keep_apart, make_module
+from .setup import claim_output, content_of, join_processes, make_module
 from .steps import shares_of
 from .weights import digest
+
+SEEDS = 1_000_000
+"""Seeds of rollouts that lie between two seeds of runs."""
 
 
 @dataclass
@@ -89,7 +93,8 @@ class Rollouts:
         """Roll out, grade, and turn rewards into advantages.
 
         Raises:
-            ValueError: every group lacks variance, most rollouts were cut by length, or a reward is no number.
+            ValueError: every group lacks variance, most rollouts were cut by length, a reward is no number, or nothing
+                would train.
         """
         self.module.eval()
         folder = self.output / "rollouts" / f"step-{number:04d}"
@@ -98,7 +103,8 @@ class Rollouts:
         policy = self.policy_of(self.loaded, self.run.window)
         policy.version = number
         rewards, groups, kept = {}, {}, {}
-        seeds = [number * self.config.group + sample for sample in range(self.config.group)]
+        first = self._seed(number)
+        seeds = [first + sample for sample in range(self.config.group)]
         eyes = watcher(self.config.ask, self.config.credit == "potential" and self.config.potential == "gain")
         size, draws = min(self.config.tasks_per_step, len(order)), 0
         while True:
@@ -120,6 +126,7 @@ class Rollouts:
         runs = {name: read_run(root) for name, (_, root) in kept.items()}
         self._check(number, made, runs)
         rows = self._rows(made, kept, number)
+        check_learns(rows, self.settings, f"step {number}")
         method = fingerprint(self.module.method)
         check_rows(rows, self.loaded.tokenizer, self.settings.max_tokens, number, compactor=method)
         settings = self.settings
@@ -143,13 +150,17 @@ class Rollouts:
         if not is_placed(folder):
             self.module.eval()
             policy = self.policy_of(self.loaded, self.run.window)
-            seed, order = self.config.steps * self.config.group, self._pass(0)  # a seed that no step takes
+            seed, order = self._seed(self.config.steps), self._pass(0)  # a seed that no step takes
             for start in range(0, self.settings.place, len(order)):
                 tasks = order[: self.settings.place - start]
                 for name, (_, root) in self._play(tasks, "placement", [seed], folder / "rollouts", policy).items():
                     rows += rows_of_run(root, self.loaded.tokenizer, train_on="all", trajectory_id=name)
                 seed += 1
         place(self.module, rows, folder, self.settings)
+
+    def _seed(self, number: int) -> int:
+        """The first seed of a step's rollouts; runs of other seeds draw others."""
+        return SEEDS * (self.settings.train_seed + SEEDS * self.run.seed) + number * self.config.group
 
     def _claim(self, folder: Path, number: int) -> None:
         """Rollouts on disk count only if these very weights made them, as those of steps since a checkpoint do."""
@@ -334,22 +345,26 @@ def run_grpo(
         The evaluations, before and after.
 
     Raises:
-        ValueError: a task is in both sets, the folder holds another run, or there is no ledger for the credit.
+        ValueError: see `check_start`; there are fewer tasks than a step takes, the folder holds another run, or there
+            is no ledger for the credit.
     """
-    keep_apart(tasks, held_out)
     check_credit(config, tasks, run.backend)
+    on = tuple(evaluate_on) or (run.backend,)
+    check_start(tasks, held_out, loaded, run, settings, on, method, together, options or {})
+    if config.tasks_per_step > len(tasks):
+        raise ValueError(f"tasks_per_step is {config.tasks_per_step}; of {len(tasks)} tasks take {len(tasks)} or less")
     made_by = {"run": asdict(run), "grpo": asdict(config), "train": asdict(settings)}
     made_by["tasks"] = {"train": content_of(tasks), "held_out": content_of(held_out)}
-    claim_output(output, "grpo.json", made_by, loaded.name, provenance(config, settings.train_seed))
     clip = {"low": config.clip_low, "high": config.clip_high, "cap": config.ratio_cap, "kl": config.kl}
     join_processes(loaded.model.device.type == "cpu")
     module, loaded = make_module(loaded, method, settings, loss="policy", options=clip)
+    # Last of all: a folder whose first values were refused would else refuse the right ones.
+    claim_output(output, "grpo.json", made_by, loaded.name, provenance(config, settings.train_seed))
     reference = copy.deepcopy(module.policy).requires_grad_(False).eval() if config.kl else None
     source = Rollouts(module, loaded, tasks, run, config, settings, output, grade, together, reference, policy_of)
     trainer = RowTrainer(
         module, settings, output, source, config.steps, loaded.tokenizer, options, lambda: source.last, source.clock
     )
-    on = tuple(evaluate_on) or (run.backend,)
 
     def scores(when: str) -> dict[str, Any]:
         return evaluate(module, loaded, held_out, run, on, report_grade, output / "evaluation" / when, together,

@@ -29,7 +29,8 @@ from ..row_files import read_rows, write_rows
 from ..run_config import RunConfig
 from ..runs import RunFolder, read_run, write_atomically
 from ..windows import WindowRow, check_rows, rows_of_run
-from .collect import Attempt, Collector
+from .checks import check_learns, check_start
+from .collect import Attempt, Collector, check_graders
 from .config import IsftConfig, TrainSettings
 from .evaluate import evaluate
 from .grading import Grade
@@ -38,10 +39,10 @@ from .ledgers import numbers
 from .loop import RowTrainer, agreed, barrier, mine, world
 from .model import RowModel
 from .placing import place
-from .setup import claim_output, content_of, join_processes, keep_apart, make_module
+from .setup import claim_output, content_of, join_processes, make_module
 from .sharding import assign, gather
 from .steps import RowSource
-from .teacher import PrivateChannel
+from .teacher import PrivateChannel, check_run, key_of, marker_of
 from .weights import load_weights, trained
 
 TeacherOf = Callable[[int, Any], Any]
@@ -76,15 +77,18 @@ def run_isft(
         What each round came to: the contents of `round.json`.
 
     Raises:
-        ValueError: a task is in both sets, nothing was kept, a rollout leaks where that stops, or the folder holds
-            another run.
+        ValueError: see `check_start`; a teacher cannot play the run, nothing was kept, a rollout leaks where that
+            stops, or the folder holds another run.
     """
-    keep_apart(tasks, held_out)
+    check_run(run)
+    check_start(tasks, held_out, loaded, run, settings, config.evaluate_on, method, together, options or {})
+    check_graders(graders, config)
     made_by = {"run": asdict(run), "isft": asdict(config), "train": asdict(settings)}
     made_by["tasks"] = {"train": content_of(tasks), "held_out": content_of(held_out)}
-    claim_output(output, "isft.json", made_by, loaded.name, provenance(config, settings.train_seed))
     join_processes(loaded.model.device.type == "cpu")
     module, loaded = make_module(loaded, method, settings)
+    # Last of all: a folder whose first values were refused would else refuse the right ones.
+    claim_output(output, "isft.json", made_by, loaded.name, provenance(config, settings.train_seed))
     base = {name: tensor.clone() for name, tensor in trained(module).items()}
     student = Student(module, loaded, base, run, settings, options or {})
     evaluate(module, loaded, held_out, run, config.evaluate_on, report_grade, output / "before", together, report,
@@ -147,6 +151,7 @@ class Student:
             load_weights(self.module, folder / "student")
             gather(self.module)
             return
+        check_learns(rows, self.settings, folder.name)
         if config.start == "base":
             assign(self.module, self.base)
         if self.settings.place:
@@ -221,6 +226,8 @@ def _select(
         leaky = len(good) - len(gate.clean)
         raise ValueError(f"{leaky} of {len(good)} rollouts leak: {folder / 'leaks.json'} says how")
     clean = [attempt for attempt in good if attempt.folder in gate.clean]
+    if config.token_budget is not None:
+        clean.sort(key=lambda attempt: attempt.number)  # or the budget would leave out tasks rather than attempts
     rows = _within([_rows(attempt, tokenizer, config) for attempt in clean], config.token_budget)
     if not rows:
         raise ValueError(
@@ -244,14 +251,21 @@ def gate_of(attempts: Sequence[tuple[Any, Attempt]], config: IsftConfig) -> Leak
     """The leak gate over attempts, each with its task."""
     found = {}
     for task, attempt in attempts:
-        channel = PrivateChannel(attempt.folder, task, f"round {attempt.round} attempt {attempt.number}")
+        channel = PrivateChannel(attempt.folder, task, key_of(attempt.round, attempt.number))
         private = [line["text"] for line in channel.lines if "text" in line]
         said = transcript(read_run(attempt.folder), RunFolder(attempt.folder).text)
         found[attempt.folder] = leaks_of(
-            said, task, private, [channel.marker], corrected_at=attempt.corrected_at,
+            said, task, private, markers_of(attempt, task, channel), corrected_at=attempt.corrected_at,
             longest_copy=config.longest_copy, clairvoyance=config.clairvoyance,
         )  # fmt: skip
     return LeakReport(tuple(found), found, {})
+
+
+def markers_of(attempt: Attempt, task: Any, channel: PrivateChannel) -> list[str]:
+    """Canaries that its public text may hold: its own, and of attempts before it, one of which it may go on from."""
+    shown = [line["marker"] for line in channel.lines if "marker" in line]
+    every = [marker_of(task, key_of(attempt.round, number)) for number in range(attempt.number + 1)]
+    return list(dict.fromkeys([*every, *shown]))
 
 
 @torch.no_grad()
@@ -260,7 +274,7 @@ def meter_of(module: RowModel, attempt: Attempt, task: Any, tokenizer: Any) -> d
 
     Empty where the teacher gave no log-probabilities, or has another tokenizer than the student.
     """
-    channel = PrivateChannel(attempt.folder, task, f"round {attempt.round} attempt {attempt.number}")
+    channel = PrivateChannel(attempt.folder, task, key_of(attempt.round, attempt.number))
     private = {line["turn"]: line["logprobs"] for line in channel.of("turn")}
     if not any(private.values()):
         return {}

@@ -19,7 +19,16 @@ from ..windows import IGNORE, KINDS, WindowRow
 from .attention import Packed, can_pack, packs_itself
 from .losses import policy_loss, sft_loss, token_weights
 from .openings import can_share, read_opening, shared
-from .prefix import check_method, let_checkpoint_read, made_by_compactor, note_exact, read_only, rebuild, to_slots_alone
+from .prefix import (
+    check_method,
+    check_replay,
+    let_checkpoint_read,
+    made_by_compactor,
+    note_exact,
+    read_only,
+    rebuild,
+    to_slots_alone,
+)
 
 COMPACTOR_MODES = ("frozen", "distill", "rl", "joint")
 
@@ -85,6 +94,7 @@ class RowModel(nn.Module):
             raise ValueError(f"compactor is {compactor!r}; it is one of {', '.join(COMPACTOR_MODES)}")
         self.policy, self.method, self.mode, self.kind = policy, method, compactor, loss
         self.memo_weight, self.distill_weight, self.options = memo_weight, distill_weight, options or {}
+        self.checkpoints = False
         own = getattr(method, "compactor", None)
         if compactor != "frozen" and own is None:
             name = "no method" if method is None else f"the method {method.name}"
@@ -115,9 +125,11 @@ class RowModel(nn.Module):
         return self
 
     def checkpoint_activations(self) -> None:
-        """Turn gradient checkpointing on."""
+        """Turn gradient checkpointing on; of a model whose rows share no opening, for text rows alone."""
         self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        let_checkpoint_read(self.policy)
+        self.checkpoints = True
+        if can_share(self.policy):
+            let_checkpoint_read(self.policy)
 
     def forward(self, shares: Sequence[Share]) -> Outcome:
         """Loss of a micro-batch: its text rows in one batch, its KV rows one by one.
@@ -202,6 +214,8 @@ class RowModel(nn.Module):
     def _behind_slots(self, out: Outcome, share: Share, known: dict, taught: torch.Tensor | None) -> None:
         row = share.row
         check_method(row, self.method_of(row))
+        if self.checkpoints:
+            check_replay(self.policy)
         flows, distils = self.mode in ("rl", "joint"), taught is not None
         learns = self.trains_policy or flows
         # One forward serves both losses: the row's own, and the distillation, which goes backward to the slots alone.

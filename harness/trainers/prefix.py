@@ -209,8 +209,8 @@ def to_slots_alone(loss: torch.Tensor, slots: Slots, again: bool) -> torch.Tenso
     return loss.detach() + (reach - reach.detach())
 
 
-def let_checkpoint_read(model) -> None:
-    """Keep the read-only cache under gradient checkpointing: the replay reads the same states.
+def check_replay(model) -> None:
+    """Refuse slots under gradient checkpointing where a replay would not read the same states.
 
     Raises:
         ValueError: the model has layers whose state a replay would move on twice.
@@ -221,6 +221,15 @@ def let_checkpoint_read(model) -> None:
             f"gradient checkpointing behind slots replays layers, and {others[0]} layers keep a state that a replay "
             f"would move on twice: train this model without gradient checkpointing"
         )
+
+
+def let_checkpoint_read(model) -> None:
+    """Keep the read-only cache under gradient checkpointing: the replay reads the same states.
+
+    Raises:
+        ValueError: see `check_replay`.
+    """
+    check_replay(model)
     for module in model.get_decoder().modules():
         if hasattr(type(module), "gradient_checkpointing"):
             module._can_checkpoint_with_cache = True

@@ -80,8 +80,9 @@ def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) 
     return module.eval(), loaded
 
 
-FREE = {"save_every", "keep", "rounds"}
-"""Settings that may change between a run and its continuation: they change no step, or say only how many follow."""
+FREE = {"save_every", "keep", "rounds", "micro_tokens", "checkpointing", "max_tokens"}
+"""Settings that may change between a run and its continuation: they change no step (how its gradient is computed, or
+what is refused before it), or say only how many follow."""
 
 
 def claim_output(output: Path, name: str, settings: dict[str, dict], model: str, made_by: dict[str, Any]) -> None:

@@ -54,6 +54,16 @@ def private_note(marker: str) -> str:
     )
 
 
+def marker_of(task: LabTask, key: str) -> str:
+    """The canary of an attempt at a task, by the attempt's key."""
+    return "PRIVATE-" + hashlib.sha256(f"{key} {task.id}".encode()).hexdigest()[:12]
+
+
+def key_of(round: int, number: int) -> str:
+    """The key of an attempt, by its round and number."""
+    return f"round {round} attempt {number}"
+
+
 class PrivateChannel:
     """What one attempt keeps from its public log.
 
@@ -65,7 +75,7 @@ class PrivateChannel:
 
     def __init__(self, folder: Path, task: LabTask, key: str):
         self.path, self.task = Path(folder) / PRIVATE, task
-        self.marker = "PRIVATE-" + hashlib.sha256(f"{key} {task.id}".encode()).hexdigest()[:12]
+        self.marker = marker_of(task, key)
         self.lines: list[dict[str, Any]] = []
         if self.path.exists():
             whole = self.path.read_bytes()
@@ -108,14 +118,22 @@ class OracleTeacher:
         self.student, self.tokenizer = student, student.tokenizer
         self.window, self.bytes_per_token = student.window, student.bytes_per_token
 
-    def of(self, task: LabTask, run: RunConfig) -> ScriptedPolicy:
-        """The policy that plays a task.
+    def check(self, task: LabTask) -> None:
+        """Refuse a task that it cannot teach.
 
         Raises:
             ValueError: there is no criterion whose value it could look up.
         """
         if not any(each.expect for each in task.criteria):
             raise ValueError(f"{task.id} has no criterion with a value to look up: the oracle cannot teach it")
+
+    def of(self, task: LabTask, run: RunConfig) -> ScriptedPolicy:
+        """The policy that plays a task.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        self.check(task)
         memo_tokens = make_backend(run, self.student).memo_tokens
         player = Oracle(task, memo_tokens, self.student.session([]).count)
         policy = ScriptedPolicy(self.tokenizer, lambda: player, self.window, name=self.name)
@@ -317,6 +335,22 @@ class ThroughTeachers:
         return ended
 
 
+PLAYABLE = ("full", "plain", "none", "trim", "memo", "kv", "hybrid")
+"""Backends of a teacher's rollouts."""
+
+
+def check_run(run: RunConfig) -> None:
+    """Refuse a run whose rows a teacher cannot play.
+
+    Raises:
+        ValueError: its backend is none of `PLAYABLE`, or it has no ratio where a student would have slots.
+    """
+    if run.backend not in PLAYABLE:
+        raise ValueError(f"a teacher cannot play {run.backend}; take memo, kv or hybrid")
+    if run.backend in ("kv", "hybrid") and run.ratio is None:
+        raise ValueError(f"a teacher's rollouts for {run.backend} need a ratio, not a budget of {run.budget}")
+
+
 def make_backend(run: RunConfig, policy: Policy) -> Backend:
     """The backend of a teacher's rollouts: the run's own, or its shape where a student would have slots."""
     return ShapedKv(run, policy) if run.backend in ("kv", "hybrid") else backends.make(run, policy)
@@ -334,9 +368,8 @@ class ShapedKv(TextBackend):
     """
 
     def __init__(self, config: RunConfig, policy: TeacherPolicy):
+        check_run(config)
         super().__init__(config, policy)
-        if config.ratio is None:
-            raise ValueError(f"a teacher's rollouts for {config.backend} need a ratio, not a budget of {config.budget}")
         self.config, self.writes_memo = config, config.backend == "hybrid"
         self.tokens = max(1, int(self.tokens * config.memo_share))
 
@@ -345,12 +378,14 @@ class ShapedKv(TextBackend):
         held = boundary.held.details["held"] if boundary.held else 0
         waiting = session.size().raw  # what waits to be read is part of the window
         tokens = session.pretend(held)
-        count = slots_for(tokens, self.config.ratio)
-        session.public._compacted = (held + count, (held + count) * (self.bytes_per_token or 0))
+        again = held > 0 and self.config.mode == "recompact"  # as `kv`: what the first window got holds all others too
+        count = held if again else slots_for(tokens, self.config.ratio)
+        total = count if again else held + count
+        session.public._compacted = (total, total * (self.bytes_per_token or 0))
         text = session.cut(memo, self.tokens) if self.writes_memo else ""
-        details = {"slots": count, "held": held + count, "method": self.config.method, "mode": "append",
+        details = {"slots": count, "held": total, "method": self.config.method, "mode": self.config.mode,
                    "exhausted": False, "window_tokens": tokens, "raw": waiting}  # fmt: skip
-        return Artifact(self.name, text, tokens=held + count, details=details)
+        return Artifact(self.name, text, tokens=total, details=details)
 
     def restore(self, session: TeacherSession, base, artifact: Artifact, folder: Path) -> None:
         """The same again."""

@@ -51,6 +51,19 @@ def digest(module: RowModel) -> str:
     return found.hexdigest()[:16]
 
 
+def check_finite(weights: dict[str, torch.Tensor]) -> None:
+    """Refuse weights that are no numbers: whoever loads them would play noise.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{name} is no longer finite, and nothing of it was saved: take a lower --lr or --clip in a new folder"
+            )
+
+
 def save_weights(module: RowModel, folder: str | Path, tokenizer=None, state: dict | None = None) -> None:
     """Write what trains into `folder/policy` (a whole model, or an adapter) and `folder/compactor`.
 
@@ -59,8 +72,12 @@ def save_weights(module: RowModel, folder: str | Path, tokenizer=None, state: di
         folder: made if it is not there.
         tokenizer: saved beside the policy.
         state: the whole weights, where the module holds shards.
+
+    Raises:
+        ValueError: a weight is no number.
     """
     folder = Path(folder)
+    check_finite(trained(module) if state is None else state)
     if module.trains_policy:
         place = folder / POLICY
         place.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,15 @@ def test_the_baseline_of_a_potential_is_taken_where_as_much_was_read():
     assert found["short"] == pytest.approx([-0.5, -0.25])
 
 
+def test_windows_that_begin_with_the_same_share_read_are_held_against_their_like():
+    same = trajectory(1.0, ["a", "ab"], read=[0.0, 0.5, 0.5])
+    assert potential_credit({"x": same, "y": same}) == {name: pytest.approx([0.0] * 3) for name in "xy"}
+    # at 0.5 x has two windows, which still earn 0.5 and 0; y has one, which earns -0.5, and is held against the first
+    found = potential_credit({"x": same, "y": trajectory(0.0, ["a"], read=[0.0, 0.5])})
+    assert found["x"] == pytest.approx([0.5, 0.5, 0.25])
+    assert found["y"] == pytest.approx([-0.5, -0.5])
+
+
 def test_the_ledger_gives_each_criterion_to_the_windows_that_earned_or_lost_it():
     group = {
         # three windows; a acquired at the first boundary and lost at the second, b acquired at the second, c never

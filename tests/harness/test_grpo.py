@@ -320,9 +320,9 @@ def test_the_clip_bounds_of_the_config_reach_the_loss(tmp_path, monkeypatch):
 
     monkeypatch.setattr(grpo_module, "make_module", make)
     loaded = SimpleNamespace(name="tiny", model=SimpleNamespace(device=torch.device("cpu")))
-    config = replace(CONFIG, clip_low=0.1, clip_high=0.3, ratio_cap=5.0, kl=0.01)
+    config, tasks = replace(CONFIG, clip_low=0.1, clip_high=0.3, ratio_cap=5.0, kl=0.01), matters(tmp_path, (1,))
     with pytest.raises(LookupError):
-        run_grpo((), (), loaded, RUN, config, SETTINGS, tmp_path / "run", None, None)
+        run_grpo(tasks, (), loaded, RUN, config, SETTINGS, tmp_path / "run", None, None)
     assert seen == {"low": 0.1, "high": 0.3, "cap": 5.0, "kl": 0.01}
 
 
@@ -330,14 +330,50 @@ def test_a_run_does_not_go_on_with_another_hold_out(tmp_path, monkeypatch):
     def claimed(*args, **more):
         raise LookupError
 
-    monkeypatch.setattr(grpo_module, "make_module", claimed)
-    loaded = SimpleNamespace(name="tiny", model=SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(grpo_module, "Rollouts", claimed)
+    loaded = tiny_agent(layers=1)
     tasks, one, other = (matters(tmp_path / str(seed), (seed,)) for seed in (1, 7, 8))
     for _ in range(2):
         with pytest.raises(LookupError):
             run_grpo(tasks, one, loaded, RUN, CONFIG, SETTINGS, tmp_path / "run", None, None)
     with pytest.raises(ValueError, match=r"another tasks\.held_out:"):
         run_grpo(tasks, other, loaded, RUN, CONFIG, SETTINGS, tmp_path / "run", None, None)
+
+
+def test_a_wrong_value_leaves_the_folder_to_the_right_one(tmp_path):
+    tasks, root = matters(tmp_path / "lab", (1,)), tmp_path / "run"
+    with pytest.raises(ValueError, match="tasks_per_step is 2; of 1 tasks take 1 or less"):
+        grpo(root, tasks, replace(CONFIG, tasks_per_step=2))
+    with pytest.raises(ValueError, match="together is 0; it must be 1 or more"):
+        grpo(root, tasks, together=0)
+    with pytest.raises(ValueError, match=r"--trainer\.bogus: transformers"):
+        grpo(root, tasks, options={"bogus": 1})
+    with pytest.raises(ValueError, match="evaluate_on has 'bogus'"):
+        grpo(root, tasks, evaluate_on=("bogus",))
+    frozen = replace(SETTINGS, train_policy="frozen", compactor_mode="distill")
+    with pytest.raises(ValueError, match="compactor_mode is distill, but with backend memo no compactor"):
+        grpo(root, tasks, settings=frozen)
+    assert not root.exists()
+
+
+def test_a_compactor_that_no_slots_teach_stops_the_run(tmp_path):
+    loaded, tasks = tiny_agent(layers=1), matters(tmp_path / "lab", (1,))
+    method = methods.get("still", compactor=StillCompactor.for_model(loaded.model, ratio=4, chunk=2048))
+    run = replace(RUN, backend="kv", budget=None, ratio=4.0, reads=9, reads_force=9)
+    settings = replace(SETTINGS, train_policy="frozen", compactor_mode="distill")
+    with pytest.raises(ValueError, match=r"none of the 2 rows of step 0 goes on behind slots.*a lower --reads"):
+        grpo(tmp_path / "run", tasks, CONFIG, run, settings, loaded, method=method, policy_of=scripted)
+
+
+def test_runs_of_other_seeds_draw_other_rollouts():
+    def seeds(seed, train_seed):
+        run, settings = replace(RUN, seed=seed), replace(SETTINGS, train_seed=train_seed)
+        source = Rollouts(None, None, (), run, CONFIG, settings, Path(), None)
+        return {source._seed(step) + sample for step in range(100) for sample in range(CONFIG.group)}
+
+    assert seeds(0, 0) == set(range(200))
+    every = [seeds(seed, train_seed) for seed in range(2) for train_seed in range(2)]
+    assert len(set.union(*every)) == 4 * 200
 
 
 def test_a_gain_counts_up_to_its_full_size(tmp_path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,14 +15,19 @@ from judge_server import JudgeServer, make_task
 from test_windows import run
 from trainer_cases import RUN, exact, matters, scripted_teacher, written
 
+from still import methods
 from still.cli import main
+from still.compactor import StillCompactor
+from still.harness.episodes import Oracle
+from still.harness.play import play_tasks
 from still.harness.policies.local import LocalPolicy
 from still.harness.policies.scripted import ScriptedPolicy
 from still.harness.row_files import read_rows
 from still.harness.trainers import evaluate as evaluation
 from still.harness.trainers import isft as isft_module
+from still.harness.trainers.collect import DONE, Attempt, Collector
 from still.harness.trainers.commands import _grade
-from still.harness.trainers.config import IsftConfig, TrainSettings
+from still.harness.trainers.config import GrpoConfig, IsftConfig, TrainSettings
 from still.harness.trainers.evaluate import backend_config
 from still.harness.trainers.isft import meter_of, prepare, run_isft, tasks_of
 from still.harness.trainers.teacher import PRIVATE, OracleTeacher
@@ -125,6 +131,25 @@ def test_a_script_that_looks_answers_up_teaches_where_no_model_can(tmp_path, bac
         OracleTeacher(student).of(bare, run)
 
 
+def test_a_teachers_rows_are_compacted_again_as_a_run_of_its_own_is(tmp_path):
+    tasks, loaded = matters(tmp_path / "lab", (1,)), tiny_agent(layers=1)
+    student = LocalPolicy(loaded, RUN.window)
+    run = replace(RUN, backend="kv", budget=None, ratio=4.0, mode="recompact", reads=1, reads_force=2)
+    config = IsftConfig(private="none", rubric=False)
+    folder = tmp_path / "round-1"
+    rows = prepare(OracleTeacher(student), tasks, student.tokenizer, run, config, SETTINGS, exact(), folder, 1)
+    assert [step["keep"] for step in rows[-1].prefix_plan][:3] == ["exact", "append", "recompact"]
+
+    def player():
+        return Oracle(tasks[0], 0, len)
+
+    method = methods.get("still", compactor=StillCompactor.for_model(loaded.model, ratio=4, chunk=2048))
+    played = ScriptedPolicy(loaded.tokenizer, player, RUN.window, loaded)
+    (outcome,) = play_tasks(tasks, played, run, tmp_path / "run", method=method)
+    own = rows_of_run(outcome.folder, loaded.tokenizer)
+    assert [(row.prefix_ids, row.prefix_plan) for row in rows] == [(row.prefix_ids, row.prefix_plan) for row in own]
+
+
 def test_attempts_that_would_all_be_alike_are_refused():
     with pytest.raises(ValueError, match=r"temperature is 0.*would be alike"):
         IsftConfig(temperature=0.0, private="none")
@@ -197,13 +222,111 @@ def test_a_run_does_not_go_on_with_another_hold_out(tmp_path, monkeypatch):
     def claimed(*args, **more):
         raise LookupError
 
-    monkeypatch.setattr(isft_module, "make_module", claimed)
+    monkeypatch.setattr(isft_module, "evaluate", claimed)
     tasks, one, other = (matters(tmp_path / str(seed), (seed,)) for seed in (1, 7, 8))
+    config = IsftConfig(evaluate_on=("memo",))
     for _ in range(2):
         with pytest.raises(LookupError):
-            isft(tmp_path / "run", tasks, held_out=one)
+            isft(tmp_path / "run", tasks, config, held_out=one)
     with pytest.raises(ValueError, match=r"another tasks\.held_out:"):
-        isft(tmp_path / "run", tasks, held_out=other)
+        isft(tmp_path / "run", tasks, config, held_out=other)
+
+
+def test_what_would_be_refused_after_the_hold_out_is_refused_before_anything_is_written(tmp_path):
+    tasks, held_out, folder = matters(tmp_path / "lab", (1,)), matters(tmp_path / "held", (7,)), tmp_path / "run"
+    on_memo = IsftConfig(evaluate_on=("memo",))
+    for asked, said in (
+        (replace(RUN, backend="kv", budget="64t"), "need a ratio, not a budget of 64t"),
+        (replace(RUN, backend="memo_kv", budget="64t"), "a teacher cannot play memo_kv"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            isft(folder, tasks, on_memo, held_out, asked)
+    with pytest.raises(ValueError, match="5 independent gradings need as many graders"):
+        isft(folder, tasks, replace(on_memo, gradings=5), held_out)
+    with pytest.raises(ValueError, match="compactor_mode is joint, but with backend memo no compactor"):
+        isft(folder, tasks, on_memo, held_out, settings=replace(SETTINGS, compactor_mode="joint"))
+    with pytest.raises(ValueError, match="the method 'still' needs compactor="):
+        isft(folder, tasks, IsftConfig(evaluate_on=("memo", "kv")), held_out)
+    with pytest.raises(ValueError, match="evaluate_on has 'bogus'; backends are full, plain"):
+        IsftConfig(evaluate_on=("memo", "bogus"))
+    assert not folder.exists()
+
+
+def test_settings_that_change_no_gradient_may_change_when_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(isft_module, "evaluate", breaking(LookupError()))
+    tasks, more = matters(tmp_path / "lab", (1,)), {"micro_tokens": 99, "max_tokens": 9000, "checkpointing": True}
+    for settings in (SETTINGS, replace(SETTINGS, **more)):
+        with pytest.raises(LookupError):
+            isft(tmp_path / "run", tasks, settings=settings)
+    with pytest.raises(ValueError, match=r"holds a run with another train\.memo_weight:"):
+        isft(tmp_path / "run", tasks, settings=replace(SETTINGS, memo_weight=2.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "said"),
+    [
+        (TrainSettings, {"lr": float("inf")}, "lr is inf; it must be above 0, and finite"),
+        (TrainSettings, {"lr": float("nan")}, "lr is nan; it must be above 0"),
+        (TrainSettings, {"weight_decay": -1.0}, "weight_decay is -1.0; it must be 0 or more"),
+        (TrainSettings, {"warmup": -1}, "warmup is -1; it must be 0 or more"),
+        (TrainSettings, {"max_tokens": 0}, "max_tokens is 0; it must be above 0"),
+        (GrpoConfig, {"kl": -1.0}, "kl is -1.0; it must be 0 or more"),
+        (GrpoConfig, {"clip_high": -0.9}, "clip_high is -0.9; it must be 0 or more"),
+        (GrpoConfig, {"clip_low": 1.5}, "clip_low is 1.5; it must lie between 0 and 1"),
+        (GrpoConfig, {"refill": -2}, "refill is -2; it must be 0 or more"),
+        (GrpoConfig, {"length_cut": -1.0}, "length_cut is -1.0; it must lie between 0 and 1"),
+        (IsftConfig, {"token_budget": -5}, "token_budget is -5; it must be above 0"),
+        (IsftConfig, {"clairvoyance": -1.0}, "clairvoyance is -1.0; it must lie between 0 and 1"),
+        (IsftConfig, {"private_rounds": -3}, "private_rounds is -3; it must be 0 or more"),
+        (IsftConfig, {"temperature": float("inf")}, "temperature is inf; it must be 0 or more, and finite"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, values, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make(**values)
+
+
+@pytest.mark.parametrize(("solved", "select", "attempts"), [(1, "kept", [2, 4]), (1, "any", [2, 2])])
+def test_the_control_has_as_many_rollouts_of_what_fails_as_of_what_is_solved(tmp_path, solved, select, attempts):
+    tasks = matters(tmp_path / "lab")
+    for place, task in enumerate(tasks):
+        for number in range(4):
+            folder, ok = tmp_path / "collect" / task.id / f"attempt-{number}", place < solved
+            folder.mkdir(parents=True)
+            made = Attempt(1, task.id, number, str(folder), "t", "done", "", [float(ok)], [ok], ok, [], None, 1)
+            (folder / DONE).write_text(json.dumps(asdict(made)))
+    config = IsftConfig(select=select)
+    made = Collector(scripted_teacher(tasks), None, RUN, config, exact(), tmp_path, 1).collect(tasks)
+    assert [sum(a.task == task.id for a in made) for task in tasks] == attempts
+
+
+def test_a_budget_of_tokens_leaves_out_second_attempts_before_any_task(tmp_path):
+    tasks, folder = matters(tmp_path / "lab"), tmp_path / "round-1"
+    config = IsftConfig(rollouts=2, private="none", select="any")
+
+    def trained(config):
+        (folder / "selection.json").unlink(missing_ok=True)
+        teacher = scripted_teacher(tasks)
+        found = prepare(teacher, tasks, teacher.tokenizer, RUN, config, SETTINGS, exact(), folder, 1, lambda line: None)
+        tokens = {row.trajectory_id: 0 for row in found}
+        for row in found:
+            tokens[row.trajectory_id] += row.trained
+        return tokens
+
+    every = trained(config)
+    first = {name: tokens for name, tokens in every.items() if name.endswith("attempt-0")}
+    assert (len(every), len(first)) == (4, 2)
+    assert trained(replace(config, token_budget=sum(first.values()))) == first
+
+
+def test_a_teacher_that_draws_nothing_plays_each_task_once(tmp_path):
+    tasks, student = matters(tmp_path / "lab", (1,)), LocalPolicy(tiny_agent(layers=1), RUN.window)
+    config = IsftConfig(private="none", rubric=False)
+    made = Collector(OracleTeacher(student), student.tokenizer, RUN, config, exact(), tmp_path, 1).collect(tasks)
+    assert [a.number for a in made] == [0]
+    player = scripted_teacher(tasks)
+    greedy = Collector(player, None, RUN, IsftConfig(temperature=0.0), exact(), tmp_path, 1)
+    assert (greedy._most, Collector(player, None, RUN, config, exact(), tmp_path, 1)._most) == (1, 4)
 
 
 def held_out_by(players, monkeypatch, folder, tasks):
@@ -216,7 +339,7 @@ def held_out_by(players, monkeypatch, folder, tasks):
 
 
 def breaking(problem):
-    def play(seen, limit):
+    def play(*args, **more):
         raise problem
 
     return play

@@ -253,6 +253,11 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         RowModel(loaded.model).logprobs(replace(rows[0], labels=list(rows[0].input_ids)))
     with pytest.raises(ValueError, match="sliding_attention layers keep a state"):
         let_checkpoint_read(tiny_agent("gemma3").model)
+    loaded, made, rows = setting(tmp_path / "sliding", kind="gemma3", ratio=4.0)
+    module = RowModel(loaded.model, made)
+    module.checkpoint_activations()  # text rows of such a model train with it
+    with pytest.raises(ValueError, match="sliding_attention layers keep a state"):
+        module([Share(rows[1], 1.0)])
 
 
 @pytest.mark.parametrize("kind", ["qwen3", pytest.param("gemma3", marks=full), pytest.param("qwen3_next", marks=full)])

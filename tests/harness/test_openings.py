@@ -58,8 +58,6 @@ def backward(module: RowModel, batches) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3", "yarn", "gemma3"])
 def test_gradients_are_those_of_rows_one_by_one(kind, checkpointing, attention):
-    if checkpointing and kind == "gemma3":
-        pytest.skip("its sliding layers are not trained with checkpoints")
     loaded = tiny_agent(kind)
     loaded.model.set_attn_implementation(attention)
     module = RowModel(loaded.model.requires_grad_(True)).train()

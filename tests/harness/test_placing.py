@@ -111,6 +111,7 @@ def test_what_has_no_placement_to_fit_is_refused(tmp_path, quick):
     tasks, loaded = matters(tmp_path / "lab", (1,)), tiny_agent(layers=1)
     with pytest.raises(ValueError, match="place is 2, but this compactor spreads its latents evenly"):
         grpo(tmp_path / "even", tasks, CONFIG, KV, PLACES, loaded, method=placed(loaded), policy_of=scripted)
+    once = replace(KV, reads=9, reads_force=9)
     with pytest.raises(ValueError, match=r"none of the .* rows goes on behind slots"):
-        grpo(tmp_path / "memo", tasks, CONFIG, RUN, PLACES, loaded, method=placed(loaded, placement=8),
+        grpo(tmp_path / "once", tasks, CONFIG, once, PLACES, loaded, method=placed(loaded, placement=8),
              policy_of=scripted)  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from still.harness.policies.scripted import ScriptedPolicy, ScriptedSession
 from still.harness.runs import RunFolder, read_run
 from still.harness.trainers.collect import Collector
 from still.harness.trainers.config import IsftConfig
+from still.harness.trainers.isft import gate_of
 from still.harness.trainers.leaks import LeakReport, Said, leaks_of, privilege, transcript
 from still.harness.trainers.report import yield_difference
 from still.harness.trainers.teacher import PrivateChannel
@@ -171,6 +173,20 @@ def test_a_rollback_begins_at_the_last_boundary_of_the_attempt_before(tmp_path):
     last = max(n for n, event in enumerate(events) if event["event"] == "compact")
     assert again[: last + 1] == events[: last + 1]
     assert again[-1]["event"] == "end"
+
+
+def test_the_gate_knows_the_canaries_of_the_attempts_that_a_rollback_goes_on_from(tmp_path):
+    tasks = matters(tmp_path / "lab", (1,))
+    first, second = collect(tmp_path, tasks, IsftConfig(rollouts=2, private="rollback"))
+    log = Path(second.folder) / "events.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert not gate_of([(tasks[0], second)], IsftConfig()).counts()["structural"]
+    turn = next(line for line in lines if line["event"] == "turn")  # before the boundary that both have in common
+    turn["text"] += f" {PrivateChannel(first.folder, tasks[0], 'round 1 attempt 0').marker}"
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert gate_of([(tasks[0], second)], IsftConfig()).counts()["structural"] == 1
+    (Path(second.folder) / "private.jsonl").unlink()  # a rubric that was never shown leaves no line
+    assert gate_of([(tasks[0], second)], IsftConfig()).counts()["structural"] == 1
 
 
 def test_the_neutral_gate_says_the_same_to_all(tmp_path):

@@ -119,6 +119,15 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         one.fit()
 
 
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
+    one = trainer(tmp_path / "run", save_every=6)
+    with torch.no_grad():
+        next(one.module.policy.parameters()).view(-1)[0] = float("inf")
+    with pytest.raises(ValueError, match=r"policy\..* is no longer finite.*lower --lr"):
+        one.save_model(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_arguments_of_ours_cannot_be_passed_through(tmp_path):
     settings, source = TrainSettings(), RowSource(rows(), 2, TrainSettings(), 0)
     wrong = {"learning_rate": "use --lr", "save_strategy": "depends on", "nonsense": "no such field"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -257,6 +258,29 @@ def test_the_command_shows_a_row_with_its_mask(tmp_path, capsys):
     assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 3
     assert main(["rows", "show", str(folder), "--row", "9", *more]) == 2
     assert "has 3 rows" in capsys.readouterr().err
+
+
+def test_the_command_finds_the_student_of_a_teachers_rows_and_leaves_out_unfinished_runs(tmp_path, capsys):
+    folder, tokenizer = run(tmp_path / "round-1" / "collect")
+    tokenizer.save_pretrained(tmp_path / "student")
+    rows = [replace(row, policy="teacher oracle") for row in rows_of_run(folder, tokenizer)]
+    row_files.write_rows(tmp_path / "round-1" / "rows.jsonl", rows)
+    assert main(["rows", "list", str(tmp_path / "round-1" / "rows.jsonl")]) == 2
+    assert "no tokenizer 'teacher oracle'" in capsys.readouterr().err
+    (tmp_path / "isft.json").write_text(json.dumps({"settings": {"model": str(tmp_path / "student")}}))
+    assert main(["rows", "list", str(tmp_path / "round-1" / "rows.jsonl")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    cut = folder.parent / "aaa-cut"
+    shutil.copytree(folder, cut)
+    lines = (cut / "events.jsonl").read_bytes().splitlines(keepends=True)
+    (cut / "events.jsonl").write_bytes(b"".join(lines[:-2]))
+    more = ["--tokenizer", str(tmp_path / "student")]
+    assert main(["rows", "list", str(folder.parent), *more]) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == len(rows)
+    assert f"1 of 2 runs have not ended and are left out, first {cut}" in said.err
+    assert main(["rows", "list", str(cut), *more]) == 2
+    assert "has ended: let them go on" in capsys.readouterr().err
 
 
 def turn_event(number, **more):
