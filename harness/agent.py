@@ -138,7 +138,7 @@ class Episode:
             state.stop = "tool_errors"
         if waits:
             return due if self.rules.must_demand(due, tokens) else Decision()
-        return due or Decision("suggest", "agent") if state.memo_ready else due
+        return due or Decision("suggest", "agent") if state.memo_ready and self.backend.compacts else due
 
     def boundary(self, due: Decision) -> Sampling:
         """Close the window: a memo where the backend needs one, the backend's own work, and the bridge.

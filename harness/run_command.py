@@ -11,7 +11,7 @@ from ..eval.commands import parse_seeds
 from ..flags import add_flags, add_pass_through, from_flags
 from .cells import OURS, UNEVEN
 from .run_config import RunConfig
-from .sandbox import find_sandbox
+from .sandbox import sandbox_of
 
 SERVED = "server:"
 
@@ -111,18 +111,6 @@ def _own_attention() -> str:
     return NAME
 
 
-def _sandbox(config: RunConfig):
-    """What bash runs in, or None; where it was not asked for by name, its absence is said and no more."""
-    if config.sandbox == "none" or "bash" not in config.tools:
-        return None
-    sandbox, reason = find_sandbox()
-    if sandbox is None and config.sandbox == "bwrap":
-        raise ValueError(f"sandbox is 'bwrap', and {reason}")
-    if sandbox is None:
-        print(f"bash is off: {reason}", file=sys.stderr)
-    return sandbox
-
-
 class Run:
     """`still run`: an agent reads matters, is compacted as it reads, and writes what they ask for."""
 
@@ -173,7 +161,9 @@ A budget is the peak of attended compacted context: bytes (64MiB), or as many as
         if args.together < 1:
             raise ValueError(f"--together is {args.together}; it must be 1 or more")
         seeds = list(dict.fromkeys(args.seeds))
-        sandbox = _sandbox(config)
+        sandbox, off = sandbox_of(config)
+        if off:
+            print(f"bash is off: {off}", file=sys.stderr)
         policy, method = model.load(config, args.option)
         outcomes = play_tasks(
             tasks, policy, config, args.output, seeds=seeds, method=method, sandbox=sandbox, together=args.together,

@@ -21,8 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .confined import own_all
+
+if TYPE_CHECKING:
+    from .run_config import RunConfig
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 FILES = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/fonts", "/etc/localtime")
@@ -209,3 +213,17 @@ def find_sandbox(**limits) -> tuple[Sandbox | None, str]:
     if ran.text != "works\n":
         return None, f"bubblewrap does not work here: {ran.text.strip()[:300]}"
     return sandbox, ""
+
+
+def sandbox_of(config: RunConfig) -> tuple[Sandbox | None, str]:
+    """What bash runs in as a run asks for it, or None; and why bash is off where the run did not turn it off.
+
+    Raises:
+        ValueError: the run demands a sandbox, and none works here.
+    """
+    if config.sandbox == "none" or "bash" not in config.tools:
+        return None, ""
+    sandbox, reason = find_sandbox()
+    if sandbox is None and config.sandbox == "bwrap":
+        raise ValueError(f"sandbox is 'bwrap', and {reason}")
+    return sandbox, reason

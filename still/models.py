@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-GROUP = "still.models"
+GROUP, ADAPTER = "still.models", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def load(
     """Load a causal language model and its tokenizer, by a plug-in's name, a folder, or a Hub id.
 
     Args:
-        name: `pocket`, `./my-model`, `Qwen/Qwen3-0.6B`.
+        name: `pocket`, `./my-model`, `Qwen/Qwen3-0.6B`; or a folder with an adapter (peft), which is merged into its
+            base.
         device: default: the first GPU if there is one, else the CPU.
         dtype: `"auto"` is what the weights were saved in.
         attn_implementation: as transformers takes it, or `"still"` for caches with beta.
@@ -83,6 +84,7 @@ def load(
 
     Raises:
         FileNotFoundError: the name is neither declared, nor a folder with a model, nor on the Hub.
+        ModuleNotFoundError: it is an adapter, and peft is not installed.
         ValueError: there is no such dtype or device, or a file of the model is damaged.
     """
     import torch
@@ -97,6 +99,8 @@ def load(
         raise ValueError(f"dtype is {dtype!r}; take float32, bfloat16, float16, or auto")
     named = find(name)
     where = str(named.path) if named else name
+    if (Path(where) / ADAPTER).is_file() and not (Path(where) / "config.json").exists():
+        return _with_adapter(where, device, dtype, attn_implementation)
     if Path(where).is_dir() and not (Path(where) / "config.json").exists():
         raise FileNotFoundError(f"the folder {where} holds no model that transformers can load: it has no config.json")
     if attn_implementation == "still":
@@ -115,9 +119,30 @@ def load(
         raise ValueError(f"a file of the model {name} is damaged ({problem}): copy it again") from problem
     model = model.to(target).eval().requires_grad_(False)
     if named:
-        model.config._name_or_path = named.name  # where it lies is no name on another machine
+        # Where it lies is no name on another machine; adapters write down the second one.
+        model.config._name_or_path = model.name_or_path = named.name
     remember(model)
     return LoadedModel(named.name if named else name, model, tokenizer, named.compactors if named else ())
+
+
+def _with_adapter(folder: str, device, dtype, attn_implementation: str | None) -> LoadedModel:
+    """A model with the adapter in a folder merged into it, and the folder's tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError as problem:
+        raise ModuleNotFoundError(f"{folder} is an adapter and needs peft: pip install 'still-kv[train]'") from problem
+    base = json.loads((Path(folder) / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        loaded = load(base, device, dtype, attn_implementation)
+    except FileNotFoundError as problem:
+        raise FileNotFoundError(f"{folder} is an adapter of {base}, and {problem}") from problem
+    model = PeftModel.from_pretrained(loaded.model, folder).merge_and_unload().eval().requires_grad_(False)
+    tokenizer = loaded.tokenizer
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return replace(loaded, name=folder, model=model, tokenizer=tokenizer)
 
 
 def _check_device(name: str | torch.device) -> None:

@@ -20,6 +20,7 @@ from ..play import claim, run_id
 from ..run_config import RunConfig
 from ..runs import read_run, write_atomically
 from ..sampling import OneByOne, sampler
+from ..sandbox import sandbox_of
 from ..tools import Workspace
 from ..types import NoRoom, Policy
 from .config import IsftConfig
@@ -114,7 +115,8 @@ class Collector:
         report: called with every attempt as it ends.
 
     Raises:
-        ValueError: there are fewer graders than gradings, or a backend whose rows a teacher cannot play.
+        ValueError: there are fewer graders than gradings, a backend whose rows a teacher cannot play, or no sandbox
+            where the run demands one.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Collector:
         gate = config.private == "gate"
         self.run = replace(run, review=run.review or gate, on_failure="fail", temperature=config.temperature)
         self.output, self.round, self.together, self.report = Path(output), round, together, report
+        self.sandbox, _ = sandbox_of(run)
 
     def collect(self, tasks: Sequence[Any]) -> list[Attempt]:
         """Attempts at every task, until enough are kept or there were as many as allowed; what is on disk is read."""
@@ -186,7 +189,7 @@ class Collector:
             falls_short=lambda: falls_short(self.graders[0], task, folder / "workspace"), rounds=rounds,
         )  # fmt: skip
         place = claim(task, policy, run, folder)
-        workspace = Workspace(place.workspace, Documents.load(task.agent_view()))
+        workspace = Workspace(place.workspace, Documents.load(task.agent_view()), self.sandbox)
         episode = Episode(
             workspace, policy, make_backend(run, policy), run, place,
             {"run_id": run_id(task, policy, run)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 from ...flags import add_flags, add_pass_through, from_flags
 from ..run_command import SERVED, PolicyConfig
 from ..run_config import RunConfig
+from ..sandbox import sandbox_of
 from .config import GrpoConfig, IsftConfig, TrainSettings
 
 PROMPTS = ("plain", "checklist")
@@ -55,6 +57,9 @@ class _Trainer:
             raise ValueError(f"--together is {args.together}; it must be 1 or more")
         if model.policy.startswith(SERVED):
             raise ValueError(f"{model.policy} is served elsewhere; training needs a local model for --policy")
+        _, off = sandbox_of(run)
+        if off:
+            print(f"bash is off: {off}", file=sys.stderr)
         tasks, held_out = _tasks(args.tasks), _tasks(args.held_out)
         if run.backend not in ("kv", "hybrid") and {"kv", "hybrid"} & set(getattr(args, "evaluate_on", ())):
             policy, method = model.load(replace(run, backend="kv"), args.option)  # the hold-out is played on slots too

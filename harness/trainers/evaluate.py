@@ -12,6 +12,7 @@ from ..play import play_tasks
 from ..policies.local import LocalPolicy
 from ..run_config import RunConfig
 from ..runs import read_run, write_atomically
+from ..sandbox import sandbox_of
 from ..types import NoRoom
 from .behaviour import mean_behaviour
 from .grading import Grade, grade_runs, rates
@@ -65,7 +66,7 @@ def evaluate(
         config = backend_config(run, backend)
         policy = LocalPolicy(loaded, run.window)
         method = module.method if backend in ("kv", "hybrid") else None
-        play = {"method": method, "together": together, "watch": watcher(ask)}
+        play = {"method": method, "together": together, "watch": watcher(ask), "sandbox": sandbox_of(config)[0]}
         if processes > 1:
             play_tasks(tasks, policy, config, output / backend, **play, share=world())
             barrier()

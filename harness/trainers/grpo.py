@@ -28,6 +28,7 @@ from ..play import play_tasks
 from ..policies.local import LocalPolicy
 from ..run_config import RunConfig
 from ..runs import read_run, write_atomically
+from ..sandbox import sandbox_of
 from ..windows import WindowRow, check_rows, rows_of_run
 from .advantages import Advantages, combined_reward, group_advantages
 from .behaviour import mean_behaviour, was_cut
@@ -202,7 +203,8 @@ class Rollouts:
         heat = self.config.rollout_temperature
         run = replace(self.run, temperature=heat, retry_temperature=heat, on_failure="fail")
         method = self.module.method if run.backend in ("kv", "hybrid") else None
-        play = {"seeds": seeds, "method": method, "together": self.together, "watch": watch}
+        play = {"seeds": seeds, "method": method, "together": self.together, "watch": watch,
+                "sandbox": sandbox_of(run)[0]}  # fmt: skip
         if world()[1] > 1:
             play_tasks(tasks, policy, run, folder, **play, share=world())
             barrier()

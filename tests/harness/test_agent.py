@@ -142,6 +142,19 @@ def test_the_plain_loop_has_no_such_rule_and_no_boundary(tmp_path, task):
     assert "grep" in [tool["function"]["name"] for tool in events[0]["tools"]]
 
 
+def test_a_memo_that_a_plain_loop_writes_is_a_file_like_another(tmp_path, task):
+    class Noter(Reader):
+        def __call__(self, seen, limit):
+            if len(seen) == 2:
+                note = json.dumps({"path": MEMO, "content": "nothing read yet"})
+                return Message("assistant", "", (ToolCall("write", note),))
+            return super().__call__(seen, limit)
+
+    events = play(tmp_path, task, Noter(), backend="plain")
+    assert not of(events, "compact")
+    assert events[-1]["status"] == "done"
+
+
 def test_reads_are_refused_while_a_memo_is_due_and_then_the_harness_asks_for_it(tmp_path, task):
     events = play(tmp_path, task, Reader(obeys=False), backend="memo", budget="200t")
     rules = [event["rule"] for event in of(events, "tool")]

@@ -21,6 +21,7 @@ from still.cli import main
 from still.compactor import StillCompactor
 from still.harness.play import Outcome
 from still.harness.runs import read_run
+from still.harness.sandbox import Sandbox
 from still.harness.trainers import grpo as grpo_module
 from still.harness.trainers.behaviour import behaviour, was_cut
 from still.harness.trainers.commands import _tasks
@@ -385,3 +386,17 @@ def test_a_gain_counts_up_to_its_full_size(tmp_path):
     made = trajectory_of(task, tmp_path, events, 1.0, {}, config)
     assert made.potential == [pytest.approx((0.5 + 0.0 + 1.0) / 3)]
     assert (made.held, made.read) == ([frozenset("a")], [0.0, 0.5])
+
+
+def test_rollouts_and_the_hold_out_have_bash_where_a_sandbox_works(tmp_path, monkeypatch):
+    monkeypatch.setattr("still.harness.sandbox.find_sandbox", lambda: (Sandbox("bwrap"), ""))
+    tasks = matters(tmp_path / "lab")
+    run_grpo(
+        tasks[:1], tasks[1:], tiny_agent(layers=1), replace(SHORT, tools=("read", "bash")), replace(CONFIG, steps=1),
+        SETTINGS, tmp_path / "run", *exact(), report=lambda _: None,
+    )  # fmt: skip
+    logs = sorted((tmp_path / "run").rglob("events.jsonl"))
+    assert len(logs) == 4  # two rollouts, and the hold-out before and after
+    for log in logs:
+        tools = read_run(log.parent)[0]["tools"]
+        assert {tool["function"]["name"] for tool in tools} >= {"read", "bash"}

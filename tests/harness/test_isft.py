@@ -23,6 +23,8 @@ from still.harness.play import play_tasks
 from still.harness.policies.local import LocalPolicy
 from still.harness.policies.scripted import ScriptedPolicy
 from still.harness.row_files import read_rows
+from still.harness.runs import read_run
+from still.harness.sandbox import Sandbox
 from still.harness.trainers import evaluate as evaluation
 from still.harness.trainers import isft as isft_module
 from still.harness.trainers.collect import DONE, Attempt, Collector
@@ -382,3 +384,12 @@ def test_the_meter_sets_each_turn_beside_what_the_private_text_made_of_it(tmp_pa
     attempt = SimpleNamespace(folder=str(folder), round=1, number=0)
     found = meter_of(SimpleNamespace(method=None, logprobs=public), attempt, SimpleNamespace(id="t"), tokenizer)
     assert found == {str(line["turn"]): pytest.approx(line["turn"] + 1) for line in lines}
+
+
+def test_teachers_have_bash_where_a_sandbox_works(tmp_path, monkeypatch):
+    monkeypatch.setattr("still.harness.sandbox.find_sandbox", lambda: (Sandbox("bwrap"), ""))
+    tasks = matters(tmp_path / "lab")
+    run = replace(RUN, tools=("read", "write", "bash"))
+    isft(tmp_path / "run", tasks, IsftConfig(rounds=1, rollouts=1, keep_per_task=1, batch=1), run=run)
+    for log in (tmp_path / "run").rglob("events.jsonl"):
+        assert "bash" in {tool["function"]["name"] for tool in read_run(log.parent)[0]["tools"]}

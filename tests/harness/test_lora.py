@@ -11,10 +11,11 @@ from agent_cases import tiny_agent
 from test_train_loop import rows, trainer
 from trainer_cases import RUN, exact, matters
 
+from still import models
 from still.harness.trainers.config import GrpoConfig, TrainSettings
 from still.harness.trainers.grpo import run_grpo
 from still.harness.trainers.setup import make_module
-from still.harness.trainers.weights import digest, load_weights
+from still.harness.trainers.weights import add_adapter, digest, load_weights
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 SETTINGS = TrainSettings(train_policy="lora", lora_rank=4, lr=1e-2, save_every=1, micro_tokens=4000)
@@ -71,3 +72,24 @@ def test_adapters_of_a_bf16_model_train_in_fp32():
     module, _ = make_module(loaded, None, SETTINGS)
     assert {p.dtype for p in module.policy.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in module.policy.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_an_adapter_of_a_named_model_is_loaded_over_it(tmp_path):
+    loaded = models.load("pocket-agent", device="cpu")
+    ids = torch.tensor([[5, 9, 300, 41]])
+    adapted = add_adapter(loaded.model, 4)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    adapted.save_pretrained(tmp_path / "policy")
+    with torch.no_grad():
+        wanted = adapted.eval()(ids).logits
+        again = models.load(str(tmp_path / "policy"), device="cpu")
+        assert torch.allclose(again.model(ids).logits, wanted, atol=1e-4)
+        assert not torch.allclose(models.load("pocket-agent", device="cpu").model(ids).logits, wanted, atol=1e-2)
+    assert again.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
+    config = json.loads((tmp_path / "policy" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == loaded.name
+    (tmp_path / "policy" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "gone"}))
+    with pytest.raises(FileNotFoundError, match="is an adapter of gone, and"):
+        models.load(str(tmp_path / "policy"), device="cpu")

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 from agent_cases import Reader, call, episode, make_task, of, texts
 
+from still.cli import main
 from still.harness.agent import drive
 from still.harness.documents import Documents
+from still.harness.run_config import RunConfig
 from still.harness.runs import read_run
-from still.harness.sandbox import Sandbox, SandboxError, find_sandbox
+from still.harness.sandbox import Sandbox, SandboxError, find_sandbox, sandbox_of
 from still.harness.tools import Workspace
 from still.harness.types import MEMO, Message
 
@@ -231,3 +234,19 @@ def test_a_command_whose_files_cannot_be_taken_over_is_not_said_to_have_done_not
     assert ran.problem == "environment"
     assert "the command ran" in ran.text
     assert "nothing was changed" not in ran.text
+
+
+def test_a_sandbox_that_a_run_demands_and_lacks_stops_trainers_too(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    run = RunConfig(sandbox="bwrap")
+    with pytest.raises(ValueError, match="sandbox is 'bwrap', and there is no bubblewrap here"):
+        sandbox_of(run)
+    found, reason = sandbox_of(replace(run, sandbox="auto"))
+    assert found is None
+    assert "there is no bubblewrap here" in reason
+    assert sandbox_of(replace(run, sandbox="none")) == sandbox_of(replace(run, tools=("read",))) == (None, "")
+    for trainer in ("isft", "grpo"):
+        argv = [trainer, str(tmp_path), "--policy", "pocket-agent", "--sandbox", "bwrap", "-o", str(tmp_path / "out")]
+        assert main(argv) == 2
+        assert "sandbox is 'bwrap', and there is no bubblewrap here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
