@@ -43,7 +43,7 @@ from .lines import anchors, line_advantages
 from .loop import RowTrainer, agreed, barrier, world
 from .model import RowModel, Share
 from .placing import is_placed, place
-from .setup import claim_output, content_of, join_processes, make_module
+from .setup import begun_with, claim_output, content_of, join_processes, make_module
 from .steps import shares_of
 from .weights import digest
 
@@ -357,6 +357,7 @@ def run_grpo(
         raise ValueError(f"tasks_per_step is {config.tasks_per_step}; of {len(tasks)} tasks take {len(tasks)} or less")
     made_by = {"run": asdict(run), "grpo": asdict(config), "train": asdict(settings)}
     made_by["tasks"] = {"train": content_of(tasks), "held_out": content_of(held_out)}
+    made_by |= begun_with(loaded, method, options)
     clip = {"low": config.clip_low, "high": config.clip_high, "cap": config.ratio_cap, "kl": config.kl}
     join_processes(loaded.model.device.type == "cpu")
     module, loaded = make_module(loaded, method, settings, loss="policy", options=clip)

@@ -10,6 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ...methods import Method
+from ...weights import sample
+from ..backends.slots import fingerprint
 from ..runs import write_atomically
 from .config import TrainSettings
 from .loop import world
@@ -80,6 +83,18 @@ def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) 
     return module.eval(), loaded
 
 
+def begun_with(loaded: Any, method: Method | None, options: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """What a run begins with besides its settings, so that it does not go on with others: weights, options.
+
+    Args:
+        loaded: the policy as a `LoadedModel`, untrained.
+        method: for backends with slots.
+        options: further arguments of the library trainer.
+    """
+    weights = {"policy": sample(loaded.model), "dtype": str(loaded.model.dtype), "compactor": fingerprint(method)}
+    return {"weights": weights, "trainer": {"options": options or {}}}
+
+
 FREE = {"save_every", "keep", "rounds", "micro_tokens", "checkpointing", "max_tokens"}
 """Settings that may change between a run and its continuation: they change no step (how its gradient is computed, or
 what is refused before it), or say only how many follow."""
@@ -87,6 +102,8 @@ what is refused before it), or say only how many follow."""
 
 def claim_output(output: Path, name: str, settings: dict[str, dict], model: str, made_by: dict[str, Any]) -> None:
     """Write the run's settings into its folder, or check that they are those of the run in it.
+
+    Parts that an older run did not write down are not compared.
 
     Raises:
         ValueError: the folder holds a run with other settings.
@@ -96,8 +113,8 @@ def claim_output(output: Path, name: str, settings: dict[str, dict], model: str,
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))["settings"]
         changed = sorted(
-            f"{part}.{key}" for part, values in ours.items() if isinstance(values, dict)
-            for key in values if key not in FREE and there.get(part, {}).get(key) != values[key]
+            f"{part}.{key}" for part, values in ours.items() if isinstance(values, dict) and part in there
+            for key in values if key not in FREE and there[part].get(key) != values[key]
         )  # fmt: skip
         if changed or there.get("model") != model:
             raise ValueError(f"{output} holds a run with another {', '.join(changed) or 'model'}: give another folder")

@@ -400,3 +400,22 @@ def test_rollouts_and_the_hold_out_have_bash_where_a_sandbox_works(tmp_path, mon
     for log in logs:
         tools = read_run(log.parent)[0]["tools"]
         assert {tool["function"]["name"] for tool in tools} >= {"read", "bash"}
+
+
+def test_a_run_does_not_go_on_with_other_weights_or_options(tmp_path):
+    tasks, config = matters(tmp_path / "lab"), replace(CONFIG, steps=1)
+    options = {"adam_beta1": 0.8}
+    grpo(tmp_path / "run", tasks, config, options=options)
+    with pytest.raises(ValueError, match=r"holds a run with another trainer\.options"):
+        grpo(tmp_path / "run", tasks, config)
+    other = tiny_agent(layers=1)
+    with torch.no_grad():
+        for weight in other.model.parameters():
+            weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r"holds a run with another weights\.policy"):
+        grpo(tmp_path / "run", tasks, config, loaded=other, options=options)
+    grpo(tmp_path / "run", tasks, config, options=options)
+    settings = json.loads((tmp_path / "run" / "grpo.json").read_text())
+    del settings["settings"]["weights"], settings["settings"]["trainer"]  # as runs of old have it
+    (tmp_path / "run" / "grpo.json").write_text(json.dumps(settings))
+    grpo(tmp_path / "run", tasks, config)
