@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ...methods import Method
+from ...methods.base import Method
 from ...weights import sample
 from ..backends.slots import fingerprint
 from ..runs import write_atomically
