@@ -320,7 +320,7 @@ def test_the_clip_bounds_of_the_config_reach_the_loss(tmp_path, monkeypatch):
         raise LookupError
 
     monkeypatch.setattr(grpo_module, "make_module", make)
-    loaded = SimpleNamespace(name="tiny", model=SimpleNamespace(device=torch.device("cpu")))
+    loaded = tiny_agent(layers=1)
     config, tasks = replace(CONFIG, clip_low=0.1, clip_high=0.3, ratio_cap=5.0, kl=0.01), matters(tmp_path, (1,))
     with pytest.raises(LookupError):
         run_grpo(tasks, (), loaded, RUN, config, SETTINGS, tmp_path / "run", None, None)
