@@ -121,7 +121,8 @@ class StillCompactor(nn.Module, ModelHubMixin):
         remember(model)
         if not self.config.steps and not self.config.base_weights:
             self.config.base_weights = sample(model)  # untrained: it belongs to what it is bound to
-        warn_if_foreign(self.config, model)
+        else:
+            warn_if_foreign(self.config, model)
         return self.to(device=model.device, dtype=torch.float32)
 
     def _check_base(self, model) -> None:

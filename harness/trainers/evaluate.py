@@ -62,11 +62,12 @@ def evaluate(
     module.eval()
     found = {}
     rank, processes = world()
+    sandbox, _ = sandbox_of(run)
     for backend in on if tasks else ():
         config = backend_config(run, backend)
         policy = LocalPolicy(loaded, run.window)
         method = module.method if backend in ("kv", "hybrid") else None
-        play = {"method": method, "together": together, "watch": watcher(ask), "sandbox": sandbox_of(config)[0]}
+        play = {"method": method, "together": together, "watch": watcher(ask), "sandbox": sandbox}
         if processes > 1:
             play_tasks(tasks, policy, config, output / backend, **play, share=world())
             barrier()

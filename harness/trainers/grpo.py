@@ -16,6 +16,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,7 +29,7 @@ from ..play import play_tasks
 from ..policies.local import LocalPolicy
 from ..run_config import RunConfig
 from ..runs import read_run, write_atomically
-from ..sandbox import sandbox_of
+from ..sandbox import Sandbox, sandbox_of
 from ..windows import WindowRow, check_rows, rows_of_run
 from .advantages import Advantages, combined_reward, group_advantages
 from .behaviour import mean_behaviour, was_cut
@@ -43,7 +44,7 @@ from .lines import anchors, line_advantages
 from .loop import RowTrainer, agreed, barrier, world
 from .model import RowModel, Share
 from .placing import is_placed, place
-from .setup import begun_with, claim_output, content_of, join_processes, make_module
+from .setup import begun_with, claim_output, join_processes, make_module
 from .steps import shares_of
 from .weights import digest
 
@@ -84,6 +85,11 @@ class Rollouts:
     policy_of: Callable[[Any, int | None], Any] = LocalPolicy
     clock: Clock = field(default_factory=Clock)
     last: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def sandbox(self) -> Sandbox | None:
+        """What bash runs in; to look for it starts a command, which need not be done in every step."""
+        return sandbox_of(self.run)[0]
 
     @property
     def distils_alone(self) -> bool:
@@ -203,8 +209,7 @@ class Rollouts:
         heat = self.config.rollout_temperature
         run = replace(self.run, temperature=heat, retry_temperature=heat, on_failure="fail")
         method = self.module.method if run.backend in ("kv", "hybrid") else None
-        play = {"seeds": seeds, "method": method, "together": self.together, "watch": watch,
-                "sandbox": sandbox_of(run)[0]}  # fmt: skip
+        play = {"seeds": seeds, "method": method, "together": self.together, "watch": watch, "sandbox": self.sandbox}
         if world()[1] > 1:
             play_tasks(tasks, policy, run, folder, **play, share=world())
             barrier()
@@ -356,8 +361,7 @@ def run_grpo(
     if config.tasks_per_step > len(tasks):
         raise ValueError(f"tasks_per_step is {config.tasks_per_step}; of {len(tasks)} tasks take {len(tasks)} or less")
     made_by = {"run": asdict(run), "grpo": asdict(config), "train": asdict(settings)}
-    made_by["tasks"] = {"train": content_of(tasks), "held_out": content_of(held_out)}
-    made_by |= begun_with(loaded, method, options)
+    made_by |= begun_with(tasks, held_out, loaded, method, options)
     clip = {"low": config.clip_low, "high": config.clip_high, "cap": config.ratio_cap, "kl": config.kl}
     join_processes(loaded.model.device.type == "cpu")
     module, loaded = make_module(loaded, method, settings, loss="policy", options=clip)

@@ -39,7 +39,7 @@ from .ledgers import numbers
 from .loop import RowTrainer, agreed, barrier, mine, world
 from .model import RowModel
 from .placing import place
-from .setup import begun_with, claim_output, content_of, join_processes, make_module
+from .setup import begun_with, claim_output, join_processes, make_module
 from .sharding import assign, gather
 from .steps import RowSource
 from .teacher import PrivateChannel, check_run, key_of, marker_of
@@ -84,8 +84,7 @@ def run_isft(
     check_start(tasks, held_out, loaded, run, settings, config.evaluate_on, method, together, options or {})
     check_graders(graders, config)
     made_by = {"run": asdict(run), "isft": asdict(config), "train": asdict(settings)}
-    made_by["tasks"] = {"train": content_of(tasks), "held_out": content_of(held_out)}
-    made_by |= begun_with(loaded, method, options)
+    made_by |= begun_with(tasks, held_out, loaded, method, options)
     join_processes(loaded.model.device.type == "cpu")
     module, loaded = make_module(loaded, method, settings)
     # Last of all: a folder whose first values were refused would else refuse the right ones.

@@ -83,16 +83,21 @@ def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) 
     return module.eval(), loaded
 
 
-def begun_with(loaded: Any, method: Method | None, options: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """What a run begins with besides its settings, so that it does not go on with others: weights, options.
+def begun_with(
+    tasks: Sequence[Any], held_out: Sequence[Any], loaded: Any, method: Method | None, options: dict[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    """What a run begins with besides its settings, so that it does not go on with others: tasks, weights, options.
 
     Args:
+        tasks: to train on.
+        held_out: to evaluate on.
         loaded: the policy as a `LoadedModel`, untrained.
         method: for backends with slots.
         options: further arguments of the library trainer.
     """
     weights = {"policy": sample(loaded.model), "dtype": str(loaded.model.dtype), "compactor": fingerprint(method)}
-    return {"weights": weights, "trainer": {"options": options or {}}}
+    content = {"train": content_of(tasks), "held_out": content_of(held_out)}
+    return {"tasks": content, "weights": weights, "trainer": {"options": options or {}}}
 
 
 FREE = {"save_every", "keep", "rounds", "micro_tokens", "checkpointing", "max_tokens"}
