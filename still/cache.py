@@ -27,7 +27,7 @@ from .cache_layer import CompactLayer
 from .cache_prompt import make_continuation, make_prompt
 from .cache_rows import Columns, left_padded_lengths, widen
 from .cache_slots import append_slots, slots_of_rows
-from .cache_states import copy_state, differentiable
+from .cache_states import as_ours, copy_state
 from .rope import full_attention_layers
 from .types import CompactKV
 
@@ -112,7 +112,7 @@ class StillCache(Cache):
         compact = set(full_attention_layers(self.config))
         layers = DynamicCache(config=self.config).layers
         layers = [
-            CompactLayer(index, self.config, self.columns, policy) if index in compact else differentiable(layer)
+            CompactLayer(index, self.config, self.columns, policy) if index in compact else as_ours(layer)
             for index, layer in enumerate(layers)
         ]
         super().__init__(layers=layers, **offload)

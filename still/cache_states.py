@@ -20,12 +20,12 @@ def copy_state(layer):
             return {key: clone(item) for key, item in value.items()}
         return value.clone() if isinstance(value, torch.Tensor) else value
 
-    other = differentiable(copy.copy(layer))
+    other = as_ours(copy.copy(layer))
     other.__dict__.update({name: clone(value) for name, value in vars(layer).items()})
     return other
 
 
-def differentiable(layer):
+def as_ours(layer):
     """The layer, as a kind that gradients may flow through (linear attention) or that hoards nothing (windows)."""
     if type(layer) is cache_utils.DynamicSlidingWindowLayer:
         other = DynamicSlidingWindowLayer.__new__(DynamicSlidingWindowLayer)
