@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from torch.utils.data import IterableDataset
@@ -25,7 +26,12 @@ def shares_of(
     rows: Sequence[WindowRow], normaliser: str, constant: float, memo_weight: float,
     advantage: Callable[[WindowRow], float | Sequence[float]] | None = None,
 ) -> list[Share]:  # fmt: skip
-    """Rows with their scales, and their advantages where there are any."""
+    """Rows with their scales, and their advantages where there are any.
+
+    Without them the loss is a likelihood: of the model's own probabilities, whatever the rows were sampled at.
+    """
+    if advantage is None:
+        rows = [replace(row, temperature=1.0) for row in rows]
     counted = [Counted(row.trajectory_id, _weighed(row, memo_weight)) for row in rows]
     scales = row_scales(counted, normaliser, constant)
     return [

@@ -208,3 +208,13 @@ def test_a_row_that_fills_a_place_adds_nothing(setting):
     out.loss.backward()
     assert all(float(g.abs().max()) == 0.0 for g in gradients(module).values())
     assert "tokens" not in out.sums
+
+
+def test_rows_sampled_at_any_temperature_are_fitted_by_plain_cross_entropy(setting):
+    model, ids = setting
+    row = replace(whole_rows(ids)[0], temperature=0.7)
+    labels = torch.tensor([row.labels])
+    got = RowModel(model)(shares_of([row], "token", 0, 1.0)).loss
+    expected = model(input_ids=torch.tensor([row.input_ids]), labels=labels).loss  # transformers' own, at 1
+    assert float(got) == pytest.approx(float(expected), rel=1e-5)
+    assert shares_of([row], "token", 0, 1.0, lambda row: 1.0)[0].row.temperature == 0.7  # ratios: as it was sampled
