@@ -320,12 +320,15 @@ def test_the_shipped_pocket_meets_its_bars(tmp_path):
 
 @shipped
 @pytest.mark.parametrize("name", ["pocket", "pocket-agent"])
-def test_compactors_fit_the_models_that_they_come_with(name):
+def test_compactors_fit_the_models_that_they_come_with_and_no_other_of_their_shape(name):
     loaded = models.load(name, device="cpu")
+    other = models.load("pocket" if name == "pocket-agent" else "pocket-agent", device="cpu")
     for folder in loaded.compactors:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             StillCompactor.from_pretrained(folder, model=loaded.model)
+        with pytest.warns(UserWarning, match="a sample of the weights differs by"):
+            StillCompactor.from_pretrained(folder, model=other.model)
 
 
 @shipped
