@@ -136,6 +136,7 @@ examples:
             tasks, held_out, student, run, config, settings, args.output, graders,
             _grade(args.report_judge, args.output, "report"), teacher_of=teacher_of, method=method,
             together=args.together, options=args.trainer, report=lambda line: print(line, flush=True),
+            named={"teacher": args.teacher or "", **_judges(args)},
         )  # fmt: skip
         if world()[0] == 0:
             print(args.output / "report.html")
@@ -175,11 +176,15 @@ examples:
             tasks, held_out, student, run, config, settings, args.output,
             _grade(args.judge, args.output, "reward"), _grade(args.report_judge, args.output, "report"),
             method=method, together=args.together, options=args.trainer,
-            report=lambda line: print(line, flush=True), policy_of=policy_of,
+            report=lambda line: print(line, flush=True), policy_of=policy_of, named=_judges(args),
         )  # fmt: skip
         if world()[0] == 0:
             print(args.output / "report.html")
         return 0
+
+
+def _judges(args: argparse.Namespace) -> dict[str, str]:
+    return {"judge": args.judge, "report_judge": args.report_judge}
 
 
 def _served(config: GrpoConfig, run: RunConfig, model: PolicyConfig, output: Path):

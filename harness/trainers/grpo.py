@@ -14,7 +14,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -327,7 +327,7 @@ def run_grpo(
     tasks: Sequence[Any], held_out: Sequence[Any], loaded: Any, run: RunConfig, config: GrpoConfig,
     settings: TrainSettings, output: Path, grade: Grade, report_grade: Grade, *, method: Any = None, together: int = 1,
     evaluate_on: Sequence[str] = (), options: dict[str, Any] | None = None, report: Callable[[str], None] = print,
-    policy_of: Callable[[Any, int | None], Any] = LocalPolicy,
+    policy_of: Callable[[Any, int | None], Any] = LocalPolicy, named: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, with a hold-out evaluation before and after, or go on with a run that was cut off.
 
@@ -347,6 +347,7 @@ def run_grpo(
         options: further arguments of the library trainer.
         report: told what goes on.
         policy_of: makes the policy that rolls out.
+        named: names of the judges; a run goes on with the same ones alone.
 
     Returns:
         The evaluations, before and after.
@@ -361,7 +362,7 @@ def run_grpo(
     if config.tasks_per_step > len(tasks):
         raise ValueError(f"tasks_per_step is {config.tasks_per_step}; of {len(tasks)} tasks take {len(tasks)} or less")
     made_by = {"run": asdict(run), "grpo": asdict(config), "train": asdict(settings)}
-    made_by |= begun_with(tasks, held_out, loaded, method, options)
+    made_by |= begun_with(tasks, held_out, loaded, method, options, named)
     clip = {"low": config.clip_low, "high": config.clip_high, "cap": config.ratio_cap, "kl": config.kl}
     join_processes(loaded.model.device.type == "cpu")
     module, loaded = make_module(loaded, method, settings, loss="policy", options=clip)

@@ -15,7 +15,7 @@ optimizer step.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def run_isft(
     settings: TrainSettings, output: Path, graders: Sequence[Grade], report_grade: Grade, *,
     teacher_of: TeacherOf = lambda round, student: None, method: Any = None, together: int = 1,
     options: dict[str, Any] | None = None, report: Callable[[str], None] = print,
+    named: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train for the rounds that are left.
 
@@ -72,6 +73,7 @@ def run_isft(
         together: attempts, and runs of the hold-out, at a time.
         options: further arguments of the library trainer.
         report: told what goes on.
+        named: names of the teacher and the judges; a run goes on with the same ones alone.
 
     Returns:
         What each round came to: the contents of `round.json`.
@@ -84,7 +86,7 @@ def run_isft(
     check_start(tasks, held_out, loaded, run, settings, config.evaluate_on, method, together, options or {})
     check_graders(graders, config)
     made_by = {"run": asdict(run), "isft": asdict(config), "train": asdict(settings)}
-    made_by |= begun_with(tasks, held_out, loaded, method, options)
+    made_by |= begun_with(tasks, held_out, loaded, method, options, named)
     join_processes(loaded.model.device.type == "cpu")
     module, loaded = make_module(loaded, method, settings)
     # Last of all: a folder whose first values were refused would else refuse the right ones.

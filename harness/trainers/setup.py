@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -84,8 +84,9 @@ def make_module(loaded: Any, method: Any, settings: TrainSettings, **more: Any) 
 
 
 def begun_with(
-    tasks: Sequence[Any], held_out: Sequence[Any], loaded: Any, method: Method | None, options: dict[str, Any] | None
-) -> dict[str, dict[str, Any]]:
+    tasks: Sequence[Any], held_out: Sequence[Any], loaded: Any, method: Method | None, options: dict[str, Any] | None,
+    named: Mapping[str, str] | None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """What a run begins with besides its settings, so that it does not go on with others: tasks, weights, options.
 
     Args:
@@ -94,10 +95,11 @@ def begun_with(
         loaded: the policy as a `LoadedModel`, untrained.
         method: for backends with slots.
         options: further arguments of the library trainer.
+        named: the teacher and the judges, which are handed in made, by their names.
     """
     weights = {"policy": sample(loaded.model), "dtype": str(loaded.model.dtype), "compactor": fingerprint(method)}
     content = {"train": content_of(tasks), "held_out": content_of(held_out)}
-    return {"tasks": content, "weights": weights, "trainer": {"options": options or {}}}
+    return {"tasks": content, "weights": weights, "trainer": {"options": options or {}}, "named": dict(named or {})}
 
 
 FREE = {"save_every", "keep", "rounds", "micro_tokens", "checkpointing", "max_tokens"}

@@ -264,6 +264,22 @@ def test_settings_that_change_no_gradient_may_change_when_a_run_goes_on(tmp_path
         isft(tmp_path / "run", tasks, settings=replace(SETTINGS, memo_weight=2.0))
 
 
+def test_a_command_does_not_go_on_with_another_teacher_or_judge(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(isft_module, "evaluate", breaking(LookupError()))
+    for seed in (1, 7):
+        matters(tmp_path / str(seed), (seed,))
+    command = ["isft", str(tmp_path / "1"), "--held-out", str(tmp_path / "7"), "--policy", "pocket-agent", "--backend",
+               "memo", "--budget", "64t", "-o", str(tmp_path / "run")]  # fmt: skip
+    for _ in range(2):
+        assert main([*command, "--teacher", "oracle"]) not in (0, 2)  # it goes on, and breaks at the hold-out
+    assert main(command) == 2
+    assert "holds a run with another named.teacher: give another folder" in capsys.readouterr().err
+    judged = ["--teacher", "oracle", "--report-judge", "m@http://127.0.0.1:9/v1"]
+    pytest.importorskip("openai")
+    assert main([*command, *judged]) == 2
+    assert "holds a run with another named.report_judge" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("make", "values", "said"),
     [
