@@ -274,7 +274,8 @@ class StillCompactor(nn.Module, ModelHubMixin):
             phase = [shared.phase(layer, heads) for layer in layers] if self.config.placement else None
             turns = tuple(table if table is None else table[None] for table in tables.turns)
             whole = self._whole[these]
-            small, mixed, beta = perceive(whole, keys, values, slots, turns, tables.tokens, heads, phase, worth)
+            room = shared.room if inert else None
+            small, mixed, beta = perceive(whole, keys, values, slots, turns, tables.tokens, heads, phase, worth, room)
             rows = [x if len(x) == 1 else x.repeat(len(layers), 1, 1) for x in tables.slots]
             small = rotate(small.flatten(0, 1), *rows).unflatten(0, small.shape[:2])
             each = [[None] * len(layers) if x is None else x.unbind() for x in (small, mixed, beta)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from .config import StillConfig
 from .kernels import latent_attention
+from .kernels.prefix_attention import merge_attention, prefix_attention
 from .kernels.rope import restore_rope
 from .placement import Placement, Worth, choose, inclusion
 from .rope import Turning
@@ -24,6 +26,8 @@ from .together import Together, differentiated, linear, stacked
 SCALE_GAIN = 10.0  # a scale is learned in its logarithm, at ten times the rate of the weights: it has far to go
 POWER_GAIN = 30.0  # likewise the powers of `gain`
 OPEN_SCALE = 8.0
+PIECE = 2**23
+"""Bytes of a layer's keys that are made at once on a CPU, whose caches hold them until they are used."""
 TRACE = 1e-3  # of what latents hold, in fresh queries and keys of their self-attention
 
 
@@ -81,8 +85,22 @@ class Raw(NamedTuple):
     strip: Turning | None
 
 
+class Room:
+    """Memory that one use after another overwrites. Where it is fresh, its pages cost as much as what they are for."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.empty(0)
+
+    def take(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """A tensor of that shape in fp32, on the device of `like`; what was taken before is lost."""
+        count = math.prod(shape)
+        if len(self.numbers) < count or self.numbers.device != like.device:
+            self.numbers = like.new_empty(count, dtype=torch.float32)
+        return self.numbers[:count].view(shape)
+
+
 def plain(
-    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], strip: Turning | None = None
+    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], strip: Turning | None = None, room: Room | None = None
 ) -> Sequence[torch.Tensor]:
     """Un-rotated keys and values of several layers side by side, of each `[batch, heads, T, 2 * head_dim]` in fp32.
 
@@ -90,13 +108,13 @@ def plain(
         keys: of each layer `[batch, heads, T, head_dim]`.
         values: of each layer `[batch, heads, T, head_dim]`.
         strip: how the model rotates the tokens; None where keys are un-rotated.
+        room: where they are put, unless a gradient is wanted.
     """
     if differentiated((*keys, *values)):
         turned = keys if strip is None else [restore_rope(x.float(), *strip.back) for x in keys]
         return [torch.cat((x.float(), y.float()), dim=-1) for x, y in zip(turned, values, strict=True)]
     width = keys[0].shape[-1]
-    # One piece of memory for all: pages that are first written to cost as much as what is done with them.
-    whole = keys[0].new_empty(len(keys), *keys[0].shape[:-1], 2 * width, dtype=torch.float32)
+    whole = (room or Room()).take((len(keys), *keys[0].shape[:-1], 2 * width), keys[0])
     for own, own_keys, own_values in zip(whole, keys, values, strict=True):
         own[..., width:].copy_(own_values)
         if strip is None:
@@ -143,20 +161,32 @@ def attend(of: Together, latents: torch.Tensor, source, turns=None) -> torch.Ten
 
 def _over_tokens(key: Together, queries: torch.Tensor, sources: Sequence[torch.Tensor], turns) -> torch.Tensor:
     """The weighted sums of each layer's tokens; its keys are made and used up before another layer's are."""
-    mixed, keys = [], None
     weights, biases = in_pairs(key.weight), in_pairs(key.bias)
-    kept = differentiated((weights, biases, queries, *sources))
-    every = zip(weights.unbind(), biases.unbind(), queries.unbind(), sources, strict=True)
-    for weight, bias, query, source in every:
-        if kept:  # for the way back
-            keys = F.linear(source, weight, bias)
-        else:  # in the memory of the layer before: fresh pages would cost a third of the product
-            keys = source.new_empty((*source.shape[:-1], len(bias))) if keys is None else keys
-            torch.addmm(bias, source.flatten(0, -2), weight.mT, out=keys.view(-1, len(bias)))
-        keys = directions(keys, turns)
+    kept = differentiated((weights, biases, queries, *sources))  # for the way back
+    mixed, room = [], Room()
+    for weight, bias, query, source in zip(weights, biases, queries, sources, strict=True):
         query = query.expand(len(source), -1, -1, -1)
-        mixed.append(F.scaled_dot_product_attention(query, keys, source, scale=1.0))
+        if kept:
+            keys = directions(F.linear(source, weight, bias), turns)
+            mixed.append(F.scaled_dot_product_attention(query, keys, source, scale=1.0))
+            continue
+        tokens, every = source.shape[2], source[:, :, 0, 0].numel()
+        step = min(tokens, max(1, PIECE // (4 * every * len(bias)))) if source.is_cpu else tokens
+        pieces = zip(source.split(step, dim=2), turns.split(step, dim=-2), strict=True)
+        parts = ((query, _keys_in(room, piece, weight, bias, own), piece) for piece, own in pieces)
+        if step == tokens:
+            mixed += [F.scaled_dot_product_attention(*part, scale=1.0) for part in parts]
+        else:
+            mixed.append(reduce(merge_attention, (prefix_attention(*part, scale=1.0) for part in parts))[0])
     return stacked(mixed)
+
+
+def _keys_in(room: Room, source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, turns) -> torch.Tensor:
+    """Keys of tokens `source` `[rows, heads, n, width]`, which overwrite those before."""
+    every = source.flatten(0, 1)
+    keys = room.take((*every.shape[:2], len(bias)), source)
+    torch.baddbmm(bias.expand(len(every), 1, -1), every, weight.mT.expand(len(every), -1, -1), out=keys)
+    return directions(keys.unflatten(0, source.shape[:2]), turns)
 
 
 def _fused(key: Together, queries: torch.Tensor, source: Raw, turns) -> torch.Tensor:
@@ -325,6 +355,7 @@ def perceive(
     heads: Sequence[int] | None = None,
     phases: Sequence[torch.Tensor] | None = None,
     worth: Worth | int | None = None,
+    room: Room | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Compact some heads of several layers at once.
 
@@ -345,6 +376,7 @@ def perceive(
             worth.
         worth: of the tokens to all layers, where one has looked for all; which of these layers is to look for all,
             counted from 0; or None, where each looks for itself.
+        room: for un-rotated keys and values; only where nothing is kept for a gradient.
 
     Returns:
         Un-rotated compact keys and values `[layers, batch, heads, slots, head_dim]`, and beta
@@ -355,7 +387,7 @@ def perceive(
     looks = of.placement is not None and not isinstance(worth, Worth)
     source = None
     if looks or not fused:
-        source = plain(keys, values, strip)
+        source = plain(keys, values, strip, room)
     if of.placement is not None:
         if isinstance(worth, int):
             worth = Worth(of.parts[worth].placement.common_worth(source[worth]))

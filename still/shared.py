@@ -1,4 +1,4 @@
-"""What the layers of one compaction share: rotary tables of its tokens and slots, and the phases of all heads."""
+"""What the layers of one compaction share: tables of its tokens and slots, phases of all heads, and memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .perceiver import Room
 from .placement import phases
 from .rope import Rotary, Tables, Turning
 
@@ -25,6 +26,7 @@ class Shared:
         self._own: dict[tuple, torch.Tensor] = {}
         self._tables: dict[tuple, Tables] = {}
         self._phases: dict[str, torch.Tensor] = {}
+        self.room = Room()
 
     def begin(self, tokens: int, turning: Turning, own: torch.Tensor) -> None:
         """Take tables that are known of the first `tokens` tokens of a context; see `turning` and `own`."""
