@@ -162,6 +162,7 @@ examples:
         from . import models
         from .cache import StillCache
         from .cache_io import read_header
+        from .calling import passing
         from .prompts import PromptFormat, render_question
 
         about = read_header(args.file)["description"]
@@ -186,7 +187,7 @@ examples:
         with torch.inference_mode():
             written = loaded.model.generate(
                 **prompt,
-                past_key_values=cache,
+                **passing(loaded.model, cache),
                 streamer=streamer,
                 max_new_tokens=args.max_new_tokens,
                 pad_token_id=_pad_id(loaded),

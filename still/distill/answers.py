@@ -100,7 +100,7 @@ class Answerer:
             made = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **passing(self.model, cache),
                 max_new_tokens=self.limit,
                 eos_token_id=self.renderer.stop_ids or None,
                 pad_token_id=self.renderer.pad_id,
