@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -161,32 +160,38 @@ def attend(of: Together, latents: torch.Tensor, source, turns=None) -> torch.Ten
 
 def _over_tokens(key: Together, queries: torch.Tensor, sources: Sequence[torch.Tensor], turns) -> torch.Tensor:
     """The weighted sums of each layer's tokens; its keys are made and used up before another layer's are."""
-    weights, biases = in_pairs(key.weight), in_pairs(key.bias)
-    kept = differentiated((weights, biases, queries, *sources))  # for the way back
     mixed, room = [], Room()
-    for weight, bias, query, source in zip(weights, biases, queries, sources, strict=True):
+    weights, biases = in_pairs(key.weight), in_pairs(key.bias)
+    kept = differentiated((weights, biases, queries, *sources))
+    every = zip(weights.unbind(), biases.unbind(), queries.unbind(), sources, strict=True)
+    for weight, bias, query, source in every:
         query = query.expand(len(source), -1, -1, -1)
-        if kept:
-            keys = directions(F.linear(source, weight, bias), turns)
-            mixed.append(F.scaled_dot_product_attention(query, keys, source, scale=1.0))
+        step = max(1, PIECE // (4 * source[:, :, 0, 0].numel() * len(bias)))
+        if not kept and source.is_cpu and step < source.shape[2] and query.shape[2] <= len(bias):
+            mixed.append(_over_pieces(query, weight, bias, source, turns, step, room))
             continue
-        tokens, every = source.shape[2], source[:, :, 0, 0].numel()
-        step = min(tokens, max(1, PIECE // (4 * every * len(bias)))) if source.is_cpu else tokens
-        pieces = zip(source.split(step, dim=2), turns.split(step, dim=-2), strict=True)
-        parts = ((query, _keys_in(room, piece, weight, bias, own), piece) for piece, own in pieces)
-        if step == tokens:
-            mixed += [F.scaled_dot_product_attention(*part, scale=1.0) for part in parts]
+        if kept:  # for the way back
+            keys = F.linear(source, weight, bias)
         else:
-            mixed.append(reduce(merge_attention, (prefix_attention(*part, scale=1.0) for part in parts))[0])
+            keys = room.take((*source.shape[:-1], len(bias)), source)
+            torch.addmm(bias, source.flatten(0, -2), weight.mT, out=keys.view(-1, len(bias)))
+        mixed.append(F.scaled_dot_product_attention(query, directions(keys, turns), source, scale=1.0))
     return stacked(mixed)
 
 
-def _keys_in(room: Room, source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, turns) -> torch.Tensor:
-    """Keys of tokens `source` `[rows, heads, n, width]`, which overwrite those before."""
-    every = source.flatten(0, 1)
-    keys = room.take((*every.shape[:2], len(bias)), source)
-    torch.baddbmm(bias.expand(len(every), 1, -1), every, weight.mT.expand(len(every), -1, -1), out=keys)
-    return directions(keys.unflatten(0, source.shape[:2]), turns)
+def _over_pieces(query, weight, bias, source, turns, step: int, room: Room) -> torch.Tensor:
+    """The weighted sums of one layer's tokens, `step` at a time: its keys stay in a CPU's caches until they are used.
+
+    With many latents it would gain nothing: their sums are as large as the keys, and are merged piece by piece.
+    """
+    rows, heads, whole = len(source), source.shape[1], None
+    weight, bias = weight.mT.expand(rows * heads, -1, -1), bias.expand(rows * heads, 1, -1)
+    for piece, own in zip(source.split(step, dim=2), turns.split(step, dim=-2), strict=True):
+        keys = room.take((rows * heads, piece.shape[2], bias.shape[-1]), source)
+        torch.baddbmm(bias, piece.flatten(0, 1), weight, out=keys)
+        part = prefix_attention(query, directions(keys.unflatten(0, (rows, heads)), own), piece, scale=1.0)
+        whole = part if whole is None else merge_attention(whole, part)
+    return whole[0]
 
 
 def _fused(key: Together, queries: torch.Tensor, source: Raw, turns) -> torch.Tensor:
